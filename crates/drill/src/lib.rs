@@ -1,0 +1,1 @@
+//! Benchmarks now; drills, faults, traffic, checks and the lab as they arrive.

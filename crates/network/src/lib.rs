@@ -1,0 +1,1 @@
+//! The service proxy on nftables; later gossip, relay, DNS, balancer and virtual addresses.

@@ -1,0 +1,1 @@
+//! Election, terms, fencing, membership and time profiles: pure logic, no clock, no socket.

@@ -1,0 +1,2 @@
+//! The seawall binary: command line, configuration, component lifecycle.
+fn main() {}
