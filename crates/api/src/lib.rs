@@ -1,1 +1,13 @@
 //! Every Kubernetes resource as a row: schema, defaults, validation, columns, patch keys. No I/O.
+
+pub mod cell;
+pub mod field;
+pub mod names;
+pub mod patch;
+pub mod quantity;
+pub mod resources;
+pub mod row;
+pub mod schema;
+pub mod selector;
+
+pub use row::{Row, Scope, Subresource};

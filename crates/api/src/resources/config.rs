@@ -1,0 +1,126 @@
+//! ConfigMap, Secret, ServiceAccount.
+
+use base64::Engine as _;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret, ServiceAccount};
+use serde_json::{Value, json};
+
+use super::default;
+use crate::{
+    cell,
+    field::{Errors, Path},
+    names,
+    row::{Row, Subresource, Validation, col, row as base},
+};
+
+/// The largest ConfigMap or Secret, in bytes of data.
+const MAX_SIZE: usize = 1024 * 1024;
+
+pub(super) fn config_map() -> Row {
+    Row {
+        short_names: &["cm"],
+        columns: const { &[col("Data", "integer"), col("Age", "date")] },
+        cells: |o, now| {
+            let entries = |key: &str| o[key].as_object().map_or(0, |m| m.len());
+            vec![(entries("data") + entries("binaryData")).into(), cell::age(o, now)]
+        },
+        validate: |v, errors| {
+            let total = keys(v.new, &["data", "binaryData"], errors);
+            if total > MAX_SIZE {
+                errors.too_long(Path::Root.at(""), MAX_SIZE);
+            }
+            for key in v.new["binaryData"].as_object().into_iter().flatten().map(|(k, _)| k) {
+                if v.new["data"].get(key).is_some() {
+                    let path = Path::Root.at("data");
+                    errors.invalid(path.key(key), key.as_str(), "duplicate of key present in binaryData");
+                }
+            }
+            immutable(v, &["data", "binaryData"], errors);
+        },
+        ..base::<ConfigMap>()
+    }
+}
+
+fn keys(object: &Value, fields: &[&str], errors: &mut Errors) -> usize {
+    let mut total = 0;
+    for field in fields {
+        for (key, value) in object[*field].as_object().into_iter().flatten() {
+            total += value.as_str().map_or(0, str::len);
+            if let Err(detail) = names::config_key(key) {
+                let path = Path::Root.at(field);
+                errors.invalid(path.key(key), key.as_str(), detail);
+            }
+        }
+    }
+    total
+}
+
+fn immutable(v: &Validation<'_>, fields: &[&str], errors: &mut Errors) {
+    let Some(old) = v.old.filter(|old| old["immutable"] == true) else { return };
+    if v.new["immutable"] != true {
+        errors.forbidden(Path::Root.at("immutable"), "field is immutable when `immutable` is set");
+    }
+    for field in fields {
+        if old[*field] != v.new[*field] {
+            errors.forbidden(Path::Root.at(field), "field is immutable when `immutable` is set");
+        }
+    }
+}
+
+pub(super) fn secret() -> Row {
+    Row {
+        columns: const { &[col("Type", "string"), col("Data", "integer"), col("Age", "date")] },
+        cells: |o, now| vec![cell::plain(&o["type"]), cell::count(&o["data"]), cell::age(o, now)],
+        selectable: &["type"],
+        defaults: |o| {
+            default(o, "type", "Opaque");
+            // `stringData` is write-only: it ends up in `data`.
+            let Some(Value::Object(strings)) = o.as_object_mut().and_then(|o| o.remove("stringData")) else { return };
+            default(o, "data", json!({}));
+            for (key, value) in strings {
+                let encoded = base64::engine::general_purpose::STANDARD.encode(value.as_str().unwrap_or_default());
+                o["data"][key] = encoded.into();
+            }
+        },
+        validate: |v, errors| {
+            if keys(v.new, &["data"], errors) > MAX_SIZE * 4 / 3 {
+                errors.too_long(Path::Root.at("data"), MAX_SIZE);
+            }
+            let data = Path::Root.at("data");
+            let needs: &[&str] = match v.new["type"].as_str().unwrap_or_default() {
+                "kubernetes.io/tls" => &["tls.crt", "tls.key"],
+                "kubernetes.io/dockerconfigjson" => &[".dockerconfigjson"],
+                "kubernetes.io/dockercfg" => &[".dockercfg"],
+                "kubernetes.io/ssh-auth" => &["ssh-privatekey"],
+                _ => &[],
+            };
+            for key in needs.iter().filter(|key| v.new["data"].get(**key).is_none()) {
+                errors.required(data.key(key), "");
+            }
+            if v.new["type"] == "kubernetes.io/service-account-token"
+                && v.new["metadata"]["annotations"]["kubernetes.io/service-account.name"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .is_empty()
+            {
+                let path = Path::Root.at("metadata");
+                let path = path.at("annotations");
+                errors.required(path.key("kubernetes.io/service-account.name"), "");
+            }
+            if let Some(old) = v.old {
+                errors.immutable(Path::Root.at("type"), &old["type"], &v.new["type"]);
+            }
+            immutable(v, &["data"], errors);
+        },
+        ..base::<Secret>()
+    }
+}
+
+pub(super) fn service_account() -> Row {
+    Row {
+        short_names: &["sa"],
+        subresources: &[Subresource::Token],
+        columns: const { &[col("Secrets", "integer"), col("Age", "date")] },
+        cells: |o, now| vec![cell::count(&o["secrets"]), cell::age(o, now)],
+        ..base::<ServiceAccount>()
+    }
+}

@@ -1,0 +1,261 @@
+//! The table of resources. What a resource needs beyond a schema stands in its own file.
+
+use crate::{
+    names,
+    row::{Row, Subresource, col, row},
+};
+
+mod autoscaling;
+mod config;
+mod coordination;
+mod daemonset;
+mod deployment;
+mod discovery;
+mod event;
+mod job;
+mod meta;
+mod namespace;
+mod node;
+mod pod;
+pub mod pod_spec;
+mod policy;
+mod replicaset;
+mod service;
+mod statefulset;
+mod storage;
+mod template;
+
+pub use meta::validate_metadata;
+pub use service::cluster_ips;
+
+/// Sets `object[key]` if it is not set.
+pub(crate) fn default(object: &mut serde_json::Value, key: &str, value: impl Into<serde_json::Value>) {
+    if let Some(object) = object.as_object_mut()
+        && !object.contains_key(key)
+    {
+        object.insert(key.to_owned(), value.into());
+    }
+}
+
+/// The items of the list `object[key]`.
+pub(crate) fn items<'a>(object: &'a serde_json::Value, key: &str) -> impl Iterator<Item = &'a serde_json::Value> {
+    object[key].as_array().into_iter().flatten()
+}
+
+/// The items of the list `object[key]`, to change them. Does not create the list.
+pub(crate) fn items_mut<'a>(
+    object: &'a mut serde_json::Value,
+    key: &str,
+) -> impl Iterator<Item = &'a mut serde_json::Value> {
+    object.get_mut(key).and_then(serde_json::Value::as_array_mut).into_iter().flatten()
+}
+
+fn drop_status(object: &mut serde_json::Value) {
+    if let Some(object) = object.as_object_mut() {
+        object.remove("status");
+    }
+}
+
+const STATUS: &[Subresource] = &[Subresource::Status];
+
+/// A row with a status that only `/status` writes.
+fn with_status(row: Row) -> Row {
+    Row { subresources: STATUS, prepare_create: drop_status, generation: true, ..row }
+}
+
+/// All built-in resources, in the order in which discovery lists them.
+pub fn all() -> Vec<Row> {
+    use k8s_openapi::{
+        api::{
+            admissionregistration::v1 as admission, apps::v1::ControllerRevision, authentication::v1 as authentication,
+            authorization::v1 as authorization, certificates::v1 as certificates, core::v1 as core,
+            flowcontrol::v1 as flow, networking::v1 as networking, node::v1::RuntimeClass, rbac::v1 as rbac,
+            resource::v1 as resource, scheduling::v1::PriorityClass,
+        },
+        apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+        kube_aggregator::pkg::apis::apiregistration::v1::APIService,
+    };
+    let review = |row: Row| Row { stored: false, ..row };
+    vec![
+        pod::row(),
+        service::row(),
+        discovery::endpoints(),
+        node::row(),
+        namespace::row(),
+        config::config_map(),
+        config::secret(),
+        config::service_account(),
+        event::row(),
+        Row { short_names: &["limits"], ..row::<core::LimitRange>() },
+        Row { short_names: &["quota"], ..with_status(row::<core::ResourceQuota>()) },
+        storage::volume(),
+        storage::claim(),
+        template::pod_template(),
+        replicaset::replication_controller(),
+        deployment::row(),
+        replicaset::row(),
+        statefulset::row(),
+        daemonset::row(),
+        Row {
+            columns: const { &[col("Controller", "string"), col("Revision", "integer"), col("Age", "date")] },
+            cells: |o, now| {
+                let owner = items(&o["metadata"], "ownerReferences").find(|r| r["controller"] == true);
+                let owner = owner.map(|r| {
+                    let group = r["apiVersion"]
+                        .as_str()
+                        .and_then(|v| v.split_once('/'))
+                        .map_or(String::new(), |(g, _)| format!(".{g}"));
+                    format!(
+                        "{}{group}/{}",
+                        r["kind"].as_str().unwrap_or_default().to_lowercase(),
+                        r["name"].as_str().unwrap_or_default()
+                    )
+                });
+                vec![
+                    owner.unwrap_or_else(|| "<none>".into()).into(),
+                    crate::cell::int(&o["revision"]),
+                    crate::cell::age(o, now),
+                ]
+            },
+            ..row::<ControllerRevision>()
+        },
+        job::row(),
+        job::cron_job(),
+        autoscaling::row(),
+        discovery::endpoint_slice(),
+        coordination::row(),
+        policy::row(),
+        Row {
+            short_names: &["netpol"],
+            columns: const { &[col("Pod-Selector", "string"), col("Age", "date")] },
+            cells: |o, now| vec![crate::cell::selector(&o["spec"]["podSelector"]), crate::cell::age(o, now)],
+            generation: true,
+            ..row::<networking::NetworkPolicy>()
+        },
+        service::ingress(),
+        Row {
+            columns: const { &[col("Controller", "string"), col("Parameters", "string"), col("Age", "date")] },
+            cells: |o, now| {
+                vec![
+                    crate::cell::plain(&o["spec"]["controller"]),
+                    crate::cell::text(&o["spec"]["parameters"]["name"]),
+                    crate::cell::age(o, now),
+                ]
+            },
+            ..row::<networking::IngressClass>()
+        },
+        Row {
+            short_names: &["ip"],
+            name: |_| Ok(()),
+            columns: const { &[col("ParentRef", "string")] },
+            cells: |o, _| {
+                let parent = &o["spec"]["parentRef"];
+                let part = |k: &str| parent[k].as_str().unwrap_or_default().to_owned();
+                vec![format!("{}/{}/{}", part("resource"), part("namespace"), part("name")).into()]
+            },
+            ..row::<networking::IPAddress>()
+        },
+        Row {
+            columns: const { &[col("CIDRs", "string"), col("Age", "date")] },
+            cells: |o, now| {
+                let cidrs: Vec<&str> = items(&o["spec"], "cidrs").filter_map(serde_json::Value::as_str).collect();
+                vec![cidrs.join(",").into(), crate::cell::age(o, now)]
+            },
+            ..with_status(row::<networking::ServiceCIDR>())
+        },
+        Row {
+            name: names::path_segment,
+            columns: const { &[col("Role", "string"), col("Age", "date")] },
+            cells: role_binding,
+            ..row::<rbac::ClusterRoleBinding>()
+        },
+        Row {
+            name: names::path_segment,
+            columns: const { &[col("Created At", "date")] },
+            cells: |o, _| vec![o["metadata"]["creationTimestamp"].clone()],
+            ..row::<rbac::ClusterRole>()
+        },
+        Row {
+            name: names::path_segment,
+            columns: const { &[col("Created At", "date")] },
+            cells: |o, _| vec![o["metadata"]["creationTimestamp"].clone()],
+            ..row::<rbac::Role>()
+        },
+        Row {
+            name: names::path_segment,
+            columns: const { &[col("Role", "string"), col("Age", "date")] },
+            cells: role_binding,
+            ..row::<rbac::RoleBinding>()
+        },
+        storage::class(),
+        row::<k8s_openapi::api::storage::v1::CSIDriver>(),
+        row::<k8s_openapi::api::storage::v1::CSINode>(),
+        row::<k8s_openapi::api::storage::v1::CSIStorageCapacity>(),
+        Row { subresources: STATUS, ..row::<k8s_openapi::api::storage::v1::VolumeAttachment>() },
+        Row { short_names: &["vac"], ..row::<k8s_openapi::api::storage::v1::VolumeAttributesClass>() },
+        Row {
+            short_names: &["pc"],
+            columns: const {
+                &[
+                    col("Value", "integer"),
+                    col("Global-Default", "boolean"),
+                    col("Age", "date"),
+                    col("PreemptionPolicy", "string"),
+                ]
+            },
+            defaults: |o| default(o, "preemptionPolicy", "PreemptLowerPriority"),
+            cells: |o, now| {
+                vec![
+                    crate::cell::int(&o["value"]),
+                    o["globalDefault"].as_bool().unwrap_or(false).into(),
+                    crate::cell::age(o, now),
+                    crate::cell::text(&o["preemptionPolicy"]),
+                ]
+            },
+            ..row::<PriorityClass>()
+        },
+        Row {
+            columns: const { &[col("Handler", "string"), col("Age", "date")] },
+            cells: |o, now| vec![crate::cell::plain(&o["handler"]), crate::cell::age(o, now)],
+            ..row::<RuntimeClass>()
+        },
+        Row {
+            short_names: &["csr"],
+            subresources: &[Subresource::Status, Subresource::Approval],
+            prepare_create: drop_status,
+            selectable: &["spec.signerName"],
+            name: names::path_segment,
+            ..row::<certificates::CertificateSigningRequest>()
+        },
+        row::<admission::MutatingWebhookConfiguration>(),
+        row::<admission::ValidatingWebhookConfiguration>(),
+        with_status(row::<admission::ValidatingAdmissionPolicy>()),
+        row::<admission::ValidatingAdmissionPolicyBinding>(),
+        row::<admission::MutatingAdmissionPolicy>(),
+        row::<admission::MutatingAdmissionPolicyBinding>(),
+        with_status(row::<flow::FlowSchema>()),
+        with_status(row::<flow::PriorityLevelConfiguration>()),
+        with_status(row::<resource::ResourceClaim>()),
+        row::<resource::ResourceClaimTemplate>(),
+        row::<resource::ResourceSlice>(),
+        row::<resource::DeviceClass>(),
+        Row {
+            short_names: &["crd", "crds"],
+            categories: &["api-extensions"],
+            ..with_status(row::<CustomResourceDefinition>())
+        },
+        Row { categories: &["api-extensions"], ..with_status(row::<APIService>()) },
+        review(row::<authentication::SelfSubjectReview>()),
+        review(row::<authentication::TokenReview>()),
+        review(row::<authorization::LocalSubjectAccessReview>()),
+        review(row::<authorization::SelfSubjectAccessReview>()),
+        review(row::<authorization::SelfSubjectRulesReview>()),
+        review(row::<authorization::SubjectAccessReview>()),
+    ]
+}
+
+fn role_binding(o: &serde_json::Value, now: jiff::Timestamp) -> Vec<serde_json::Value> {
+    let role = &o["roleRef"];
+    let name = format!("{}/{}", role["kind"].as_str().unwrap_or_default(), role["name"].as_str().unwrap_or_default());
+    vec![name.into(), crate::cell::age(o, now)]
+}

@@ -1,0 +1,321 @@
+//! What a resource is: a row. Routes, discovery, OpenAPI, storage keys, watches, tables and tests follow from it.
+
+use std::borrow::Cow;
+
+use jiff::Timestamp;
+use schemars::{JsonSchema, SchemaGenerator};
+use serde_json::Value;
+
+use crate::{
+    field::Errors,
+    names,
+    schema::{Schemas, TypeId},
+};
+
+/// Whether objects live in a namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// In a namespace.
+    Namespaced,
+    /// In the cluster.
+    Cluster,
+}
+
+/// A column of a table, as `kubectl get` shows it.
+#[derive(Clone, Copy, Debug)]
+pub struct Column {
+    /// The heading.
+    pub name: &'static str,
+    /// The OpenAPI type: `string`, `integer`, `date`.
+    pub ty: &'static str,
+    /// 0 is always shown, 1 only with `-o wide`.
+    pub priority: i32,
+}
+
+/// A column that is always shown.
+pub const fn col(name: &'static str, ty: &'static str) -> Column {
+    Column { name, ty, priority: 0 }
+}
+
+/// A column of `-o wide`.
+pub const fn wide(name: &'static str, ty: &'static str) -> Column {
+    Column { name, ty, priority: 1 }
+}
+
+/// Makes the cells of one object, without the first one (the name), in the order of the columns.
+pub type Cells = fn(&Value, Timestamp) -> Vec<Value>;
+
+/// What a validation may look at.
+pub struct Validation<'a> {
+    /// The object after defaults.
+    pub new: &'a Value,
+    /// The object before an update; `None` on create.
+    pub old: Option<&'a Value>,
+    /// The subresource that is written, empty for the object itself.
+    pub subresource: &'a str,
+}
+
+/// A special verb of a resource, beyond reading and writing it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subresource {
+    /// `/status`: get, update, patch of the status alone.
+    Status,
+    /// `/scale`: the replica count as an `autoscaling/v1` Scale.
+    Scale,
+    /// `/finalize` of a namespace.
+    Finalize,
+    /// `/binding` of a pod.
+    Binding,
+    /// `/eviction` of a pod.
+    Eviction,
+    /// `/log` of a pod.
+    Log,
+    /// `/exec` in a pod.
+    Exec,
+    /// `/attach` to a pod.
+    Attach,
+    /// `/portforward` to a pod.
+    PortForward,
+    /// `/proxy` to a pod, service or node.
+    Proxy,
+    /// `/ephemeralcontainers` of a pod.
+    EphemeralContainers,
+    /// `/resize` of a pod.
+    Resize,
+    /// `/token` of a service account.
+    Token,
+    /// `/approval` of a certificate signing request.
+    Approval,
+}
+
+impl Subresource {
+    /// The last segment of its URL.
+    pub fn name(self) -> &'static str {
+        match self {
+            Subresource::Status => "status",
+            Subresource::Scale => "scale",
+            Subresource::Finalize => "finalize",
+            Subresource::Binding => "binding",
+            Subresource::Eviction => "eviction",
+            Subresource::Log => "log",
+            Subresource::Exec => "exec",
+            Subresource::Attach => "attach",
+            Subresource::PortForward => "portforward",
+            Subresource::Proxy => "proxy",
+            Subresource::EphemeralContainers => "ephemeralcontainers",
+            Subresource::Resize => "resize",
+            Subresource::Token => "token",
+            Subresource::Approval => "approval",
+        }
+    }
+
+    /// Its verbs and the kind it takes (group, version, kind) where that is not the resource's own.
+    pub fn discovery(self) -> (&'static [&'static str], Option<(&'static str, &'static str, &'static str)>) {
+        match self {
+            Subresource::Status | Subresource::EphemeralContainers | Subresource::Resize | Subresource::Approval => {
+                (&["get", "patch", "update"], None)
+            }
+            Subresource::Scale => (&["get", "patch", "update"], Some(("autoscaling", "v1", "Scale"))),
+            Subresource::Finalize => (&["update"], None),
+            Subresource::Binding => (&["create"], Some(("", "v1", "Binding"))),
+            Subresource::Eviction => (&["create"], Some(("policy", "v1", "Eviction"))),
+            Subresource::Log => (&["get"], None),
+            Subresource::Exec => (&["create", "get"], Some(("", "v1", "PodExecOptions"))),
+            Subresource::Attach => (&["create", "get"], Some(("", "v1", "PodAttachOptions"))),
+            Subresource::PortForward => (&["create", "get"], Some(("", "v1", "PodPortForwardOptions"))),
+            Subresource::Proxy => {
+                (&["create", "delete", "get", "patch", "update"], Some(("", "v1", "PodProxyOptions")))
+            }
+            Subresource::Token => (&["create"], Some(("authentication.k8s.io", "v1", "TokenRequest"))),
+        }
+    }
+}
+
+/// How the outside form of another version relates to the stored one.
+#[derive(Clone, Copy)]
+pub struct Conversion {
+    /// The name of the type in this version.
+    pub type_name: &'static str,
+    /// Registers this version's schema.
+    pub schema: fn(&mut SchemaGenerator),
+    /// From this version to the stored one.
+    pub to_stored: fn(&mut Value),
+    /// From the stored version to this one.
+    pub from_stored: fn(&mut Value),
+}
+
+/// A further version, or group and version, under which a resource is served.
+#[derive(Clone, Copy)]
+pub struct Alias {
+    /// The group.
+    pub group: &'static str,
+    /// The version.
+    pub version: &'static str,
+    /// How it relates to the stored version.
+    pub conversion: Conversion,
+}
+
+/// A resource.
+#[derive(Clone)]
+pub struct Row {
+    /// The API group, empty for the core.
+    pub group: &'static str,
+    /// The version that is stored and preferred.
+    pub version: &'static str,
+    /// The kind.
+    pub kind: &'static str,
+    /// The plural, as in URLs and storage keys.
+    pub plural: &'static str,
+    /// The singular.
+    pub singular: &'static str,
+    /// Abbreviations for kubectl.
+    pub short_names: &'static [&'static str],
+    /// Groupings such as `all`.
+    pub categories: &'static [&'static str],
+    /// Where objects live.
+    pub scope: Scope,
+    /// The special verbs.
+    pub subresources: &'static [Subresource],
+    /// Other groups and versions it is served under.
+    pub aliases: &'static [Alias],
+    /// False for reviews and other objects that are answered but never stored: only `create` is served.
+    pub stored: bool,
+    /// The full name of the type.
+    pub type_name: &'static str,
+    /// Registers its schema.
+    pub schema: fn(&mut SchemaGenerator),
+    /// What a name may look like.
+    pub name: fn(&str) -> Result<(), String>,
+    /// Columns after the name.
+    pub columns: &'static [Column],
+    /// Their cells.
+    pub cells: Cells,
+    /// Fills in what was left out.
+    pub defaults: fn(&mut Value),
+    /// Says everything that is wrong.
+    pub validate: fn(&Validation<'_>, &mut Errors),
+    /// Fields that a field selector may name, besides `metadata.name` and `metadata.namespace`.
+    pub selectable: &'static [&'static str],
+    /// Resets what a client may not set on create (by default the status of a resource that has the subresource).
+    pub prepare_create: fn(&mut Value),
+    /// Carries over what a client may not change on update.
+    pub prepare_update: fn(&mut Value, &Value),
+    /// Whether a change of `spec` raises `metadata.generation`.
+    pub generation: bool,
+}
+
+impl Row {
+    /// `v1` or `apps/v1`.
+    pub fn api_version(&self) -> String {
+        api_version(self.group, self.version)
+    }
+
+    /// `pods` or `deployments.apps`.
+    pub fn qualified(&self) -> String {
+        if self.group.is_empty() { self.plural.to_owned() } else { format!("{}.{}", self.plural, self.group) }
+    }
+
+    /// The prefix of all its keys in the store.
+    pub fn prefix(&self) -> String {
+        format!("/registry/{}/", self.storage_name())
+    }
+
+    /// Upstream stores some resources under a historic name.
+    fn storage_name(&self) -> &'static str {
+        match (self.group, self.plural) {
+            ("", "services") => "services/specs",
+            ("", "endpoints") => "services/endpoints",
+            ("", "nodes") => "minions",
+            (_, plural) => plural,
+        }
+    }
+
+    /// The key of an object.
+    pub fn key(&self, namespace: &str, name: &str) -> String {
+        match self.scope {
+            Scope::Namespaced => format!("/registry/{}/{namespace}/{name}", self.storage_name()),
+            Scope::Cluster => format!("/registry/{}/{name}", self.storage_name()),
+        }
+    }
+
+    /// Whether it has this special verb.
+    pub fn has(&self, subresource: Subresource) -> bool {
+        self.subresources.contains(&subresource)
+    }
+
+    /// The type in `schemas`.
+    pub fn ty(&self, schemas: &Schemas) -> Option<TypeId> {
+        schemas.by_name(self.type_name)
+    }
+}
+
+/// `v1` or `apps/v1`.
+pub fn api_version(group: &str, version: &str) -> String {
+    if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") }
+}
+
+fn nothing(_: &mut Value) {}
+fn unchanged(_: &mut Value, _: &Value) {}
+fn valid(_: &Validation<'_>, _: &mut Errors) {}
+
+const AGE: &[Column] = &[col("Age", "date")];
+
+/// Says of a `k8s-openapi` scope which of ours it is.
+pub trait ScopeOf {
+    /// Ours.
+    const SCOPE: Scope;
+}
+
+impl ScopeOf for k8s_openapi::NamespaceResourceScope {
+    const SCOPE: Scope = Scope::Namespaced;
+}
+
+impl ScopeOf for k8s_openapi::ClusterResourceScope {
+    const SCOPE: Scope = Scope::Cluster;
+}
+
+/// Registers the schema of `T`.
+pub fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator) {
+    generator.subschema_for::<T>();
+}
+
+/// The full name of the type `T`.
+pub fn name_of<T: JsonSchema>() -> &'static str {
+    match T::schema_name() {
+        Cow::Borrowed(name) => name,
+        Cow::Owned(name) => name.leak(),
+    }
+}
+
+/// A row with what most resources have: the name is a subdomain, one column says the age.
+pub fn row<T>() -> Row
+where
+    T: k8s_openapi::Resource + JsonSchema,
+    T::Scope: ScopeOf,
+{
+    Row {
+        group: T::GROUP,
+        version: T::VERSION,
+        kind: T::KIND,
+        plural: T::URL_PATH_SEGMENT,
+        // Rows are made once for the life of the process.
+        singular: T::KIND.to_lowercase().leak(),
+        short_names: &[],
+        categories: &[],
+        scope: T::Scope::SCOPE,
+        subresources: &[],
+        aliases: &[],
+        stored: true,
+        type_name: name_of::<T>(),
+        schema: schema_of::<T>,
+        name: names::dns_subdomain,
+        columns: AGE,
+        cells: |object, now| vec![crate::cell::age(object, now)],
+        defaults: nothing,
+        validate: valid,
+        selectable: &[],
+        prepare_create: nothing,
+        prepare_update: unchanged,
+        generation: false,
+    }
+}
