@@ -1,0 +1,153 @@
+use serde_json::json;
+
+use super::*;
+use crate::pod::{machine::Health, observed::SandboxObs};
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(1_000_000 + second).unwrap()
+}
+
+fn pod(spec: Value) -> Pod {
+    serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "d", "uid": "u", "generation": 3}, "spec": spec})).unwrap()
+}
+
+fn container(name: &str, id: &str, state: State, exit_code: i32) -> ContainerObs {
+    ContainerObs {
+        id: id.into(),
+        name: name.into(),
+        sandbox: "s".into(),
+        state,
+        restart_count: 1,
+        hash: String::new(),
+        created: at(0),
+        started: Some(at(0)),
+        finished: (state == State::Exited).then(|| at(1)),
+        exit_code,
+        reason: String::new(),
+        message: String::new(),
+        image: "x:1".into(),
+        image_id: "sha256:1".into(),
+        log_path: String::new(),
+    }
+}
+
+fn observed(containers: Vec<ContainerObs>) -> Observed {
+    let sandbox = SandboxObs { id: "s".into(), ready: true, attempt: 0, created: at(0), ips: vec!["10.0.0.2".into()] };
+    Observed { sandboxes: vec![sandbox], containers, ..Default::default() }
+}
+
+fn healthy(ids: &[&str]) -> Facts {
+    let mut facts = Facts { start_time: Some(at(0)), ..Default::default() };
+    for id in ids {
+        facts.health.insert((*id).into(), Health { post_start: true, ..Default::default() });
+    }
+    facts
+}
+
+fn node() -> NodeFacts {
+    NodeFacts { host_ips: vec!["192.168.0.1".into()] }
+}
+
+fn condition(status: &PodStatus, kind: &str) -> (String, Option<String>, Option<String>) {
+    let c = status.conditions.iter().flatten().find(|c| c.type_ == kind).unwrap();
+    (c.status.clone(), c.reason.clone(), c.message.clone())
+}
+
+#[test]
+fn pending_then_running_then_ready() {
+    let pod = pod(json!({"containers": [{"name": "a", "readinessProbe": {}}, {"name": "b"}]}));
+    let s = status(&pod, &Observed::default(), &healthy(&[]), &node(), at(5));
+    assert_eq!(s.phase.as_deref(), Some("Pending"));
+    assert_eq!(condition(&s, "PodReadyToStartContainers").0, "False");
+    assert_eq!(condition(&s, "Initialized").0, "True");
+    let message = Some("containers with unready status: [a b]".to_owned());
+    assert_eq!(condition(&s, "Ready"), ("False".into(), Some("ContainersNotReady".into()), message));
+    let waiting = s.container_statuses.unwrap()[0].state.clone().unwrap().waiting.unwrap();
+    assert_eq!(waiting.reason.as_deref(), Some("ContainerCreating"));
+
+    let o = observed(vec![container("a", "1", State::Running, 0), container("b", "2", State::Running, 0)]);
+    let mut f = healthy(&["1", "2"]);
+    let s = status(&pod, &o, &f, &node(), at(5));
+    assert_eq!((s.phase.as_deref(), s.pod_ip.as_deref()), (Some("Running"), Some("10.0.0.2")));
+    assert_eq!(condition(&s, "ContainersReady").2.as_deref(), Some("containers with unready status: [a]"));
+    f.health.get_mut("1").unwrap().ready = Some(true);
+    let s = status(&pod, &o, &f, &node(), at(6));
+    assert_eq!(condition(&s, "Ready").0, "True");
+    let c = &s.container_statuses.unwrap()[0];
+    assert_eq!((c.ready, c.started, c.restart_count, c.container_id.as_deref()), (true, Some(true), 1, Some("containerd://1")));
+}
+
+#[test]
+fn crash_loop_shows_the_last_exit() {
+    let pod = pod(json!({"containers": [{"name": "a"}]}));
+    let mut f = healthy(&[]);
+    f.backoffs.next("a", at(0), at(0));
+    let s = status(&pod, &observed(vec![container("a", "1", State::Exited, 2)]), &f, &node(), at(3));
+    assert_eq!(s.phase.as_deref(), Some("Running"));
+    let c = &s.container_statuses.unwrap()[0];
+    let waiting = c.state.clone().unwrap().waiting.unwrap();
+    assert_eq!(waiting.reason.as_deref(), Some("CrashLoopBackOff"));
+    assert_eq!(waiting.message.as_deref(), Some("back-off 10s restarting failed container=a pod=p_d(u)"));
+    assert_eq!(c.last_state.clone().unwrap().terminated.unwrap().exit_code, 2);
+}
+
+#[test]
+fn endings() {
+    for (policy, code, phase, reason) in
+        [("Never", 0, "Succeeded", "PodCompleted"), ("Never", 1, "Failed", "PodFailed"), ("OnFailure", 0, "Succeeded", "PodCompleted")]
+    {
+        let pod = pod(json!({"restartPolicy": policy, "containers": [{"name": "a"}]}));
+        let s = status(&pod, &observed(vec![container("a", "1", State::Exited, code)]), &healthy(&[]), &node(), at(3));
+        assert_eq!(s.phase.as_deref(), Some(phase));
+        assert_eq!(condition(&s, "Ready").1.as_deref(), Some(reason));
+    }
+}
+
+#[test]
+fn init_containers_hold_the_phase() {
+    let pod = pod(json!({"initContainers": [{"name": "i"}], "containers": [{"name": "a"}]}));
+    let s = status(&pod, &observed(vec![container("i", "1", State::Running, 0)]), &healthy(&["1"]), &node(), at(3));
+    assert_eq!(s.phase.as_deref(), Some("Pending"));
+    assert_eq!(condition(&s, "Initialized").2.as_deref(), Some("containers with incomplete status: [i]"));
+    let main = s.container_statuses.unwrap()[0].state.clone().unwrap().waiting.unwrap();
+    assert_eq!(main.reason.as_deref(), Some("PodInitializing"));
+}
+
+#[test]
+fn readiness_gates() {
+    let mut pod = pod(json!({"readinessGates": [{"conditionType": "x/y"}], "containers": [{"name": "a"}]}));
+    let o = observed(vec![container("a", "1", State::Running, 0)]);
+    let s = status(&pod, &o, &healthy(&["1"]), &node(), at(3));
+    assert_eq!(condition(&s, "ContainersReady").0, "True");
+    assert_eq!(condition(&s, "Ready").1.as_deref(), Some("ReadinessGatesNotReady"));
+    pod.status = serde_json::from_value(json!({"conditions": [{"type": "x/y", "status": "True"}]})).unwrap();
+    let s = status(&pod, &o, &healthy(&["1"]), &node(), at(3));
+    assert_eq!(condition(&s, "Ready").0, "True");
+    assert_eq!(condition(&s, "x/y").0, "True");
+}
+
+#[test]
+fn patches_only_what_changed() {
+    let mut pod = pod(json!({"containers": [{"name": "a"}]}));
+    let o = observed(vec![container("a", "1", State::Running, 0)]);
+    let first = status(&pod, &o, &healthy(&[]), &node(), at(3));
+    assert!(patch("u", None, &first).is_some());
+    pod.status = Some(serde_json::from_value(serde_json::to_value(&first).unwrap()).unwrap());
+    let again = status(&pod, &o, &healthy(&[]), &node(), at(9));
+    assert_eq!(patch("u", pod.status.as_ref(), &again), None);
+    let ready = status(&pod, &o, &healthy(&["1"]), &node(), at(9));
+    let patch = patch("u", pod.status.as_ref(), &ready).unwrap();
+    assert_eq!(patch["metadata"]["uid"], "u");
+    let types: Vec<_> = patch["status"]["conditions"].as_array().unwrap().iter().map(|c| c["type"].clone()).collect();
+    assert_eq!(types, ["Ready", "ContainersReady"]);
+    // What no longer holds is taken away.
+    assert!(patch["status"]["conditions"][0]["reason"].is_null());
+    assert!(patch["status"].get("podIP").is_none());
+}
+
+#[test]
+fn go_durations() {
+    for (seconds, text) in [(10, "10s"), (160, "2m40s"), (300, "5m0s")] {
+        assert_eq!(go_duration(std::time::Duration::from_secs(seconds)), text);
+    }
+}
