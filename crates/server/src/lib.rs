@@ -1,1 +1,380 @@
 //! The API server: request pipeline, snapshot cache, watch, discovery, OpenAPI, authentication, authorization, admission.
+//!
+//! A request passes, from top to bottom of [`Server::handle`]: authentication, the size limit, routing, authorization,
+//! and then a verb ([`read`], [`watch`], [`write`]) or a special one ([`subresource`], [`kubelet`], [`review`]).
+
+mod admission;
+mod allocate;
+pub mod auth;
+mod bootstrap;
+mod cache;
+mod discovery;
+mod encode;
+mod error;
+mod kubelet;
+mod metrics;
+mod object;
+mod openapi;
+pub mod pki;
+mod read;
+mod registry;
+mod request;
+mod review;
+pub mod serve;
+mod subresource;
+mod watch;
+mod write;
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use auth::{
+    UserInfo,
+    authorize::{Attributes, Authorizer, BuiltIn},
+    token::Tokens,
+};
+use bytes::Bytes;
+use cache::Cache;
+pub use encode::{Body, BodyError};
+use error::{ApiError, Result};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
+use http_body_util::{BodyExt, Limited};
+use ipnet::IpNet;
+use parking_lot::Mutex;
+use read::Pages;
+use registry::{Registry, Served};
+use request::{Query, ResourcePath, verb};
+use seawall_api::Row;
+use seawall_store::{Fence, Store};
+use tokio_util::sync::CancellationToken;
+
+/// The largest body of a request, in bytes; upstream's limit.
+pub const MAX_BODY: usize = 3 * 1024 * 1024;
+/// How long a request that is no watch may take; upstream's default.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a server is told at start.
+#[derive(Clone)]
+pub struct Config {
+    /// The addresses of Services. The first one is the API's own.
+    pub service_cidr: IpNet,
+    /// The ports of Services on nodes.
+    pub node_ports: std::ops::RangeInclusive<u16>,
+    /// The addresses and port under which clients in the cluster reach this server: endpoints of `kubernetes`.
+    pub advertise: (IpAddr, u16),
+    /// The key that signs tokens, and its public part, in PEM.
+    pub service_account_key: (String, String),
+    /// The issuer of tokens, and the audience of the API.
+    pub issuer: String,
+    /// The certificate authority of the cluster, in PEM.
+    pub ca_pem: String,
+    /// The certificate and key with which the server calls node agents, in PEM.
+    pub kubelet_client: (String, String),
+    /// The version that is reported, e.g. `v1.37.0+seawall`.
+    pub version: String,
+}
+
+/// The API server.
+pub struct Server {
+    config: Config,
+    registry: Arc<Registry>,
+    store: Arc<dyn Store>,
+    cache: Arc<Cache>,
+    pages: Pages,
+    tokens: Tokens,
+    authorizer: Box<dyn Authorizer>,
+    kubelet: kubelet::Client,
+    openapi: openapi::Documents,
+    metrics: metrics::Metrics,
+    ready: std::sync::atomic::AtomicBool,
+    stop: CancellationToken,
+}
+
+/// Why a server did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The table of resources has a mistake.
+    #[error(transparent)]
+    Registry(#[from] registry::NoSchema),
+    /// A key or certificate cannot be read.
+    #[error("{0}")]
+    Key(String),
+    /// The store cannot be read, or the first objects cannot be written.
+    #[error("{what}: {message}")]
+    Store {
+        /// What was tried.
+        what: &'static str,
+        /// What went wrong.
+        message: String,
+    },
+}
+
+/// What is known of a request once it has been routed.
+#[derive(Clone)]
+pub(crate) struct Context<'a> {
+    pub user: UserInfo,
+    pub path: ResourcePath,
+    pub row: Arc<Row>,
+    pub served: &'a Served,
+    pub query: Query,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+    pub form: encode::Form,
+    pub fence: Option<Fence>,
+    pub warnings: Arc<Mutex<Vec<String>>>,
+}
+
+impl Context<'_> {
+    /// The name in the URL.
+    pub fn name(&self) -> Result<&str> {
+        self.path.name.as_deref().ok_or_else(ApiError::method_not_allowed)
+    }
+
+    /// The namespace in the URL; empty for a cluster-scoped resource.
+    pub fn namespace(&self) -> &str {
+        self.path.namespace.as_deref().unwrap_or_default()
+    }
+
+    /// Sends warnings along with the answer (<https://kubernetes.io/docs/reference/using-api/api-concepts/#warnings>).
+    pub fn warn(&self, texts: Vec<String>) {
+        let mut warnings = self.warnings.lock();
+        // A change that is tried again complains again.
+        for text in texts {
+            if !warnings.contains(&text) && warnings.len() < 32 {
+                warnings.push(text);
+            }
+        }
+    }
+}
+
+impl Server {
+    /// Reads the store and makes sure that what every cluster has is there.
+    pub async fn start(config: Config, store: Arc<dyn Store>, stop: CancellationToken) -> Result<Arc<Server>, StartError> {
+        let registry = Arc::new(Registry::new()?);
+        let key = |e: &dyn std::fmt::Display| StartError::Key(e.to_string());
+        let (private, public) = &config.service_account_key;
+        let tokens = Tokens::new(&config.issuer, private, public).map_err(|e| key(&e))?;
+        let kubelet = kubelet::Client::new(&config.ca_pem, &config.kubelet_client).map_err(|e| key(&e))?;
+        let cache = Cache::start(registry.clone(), store.clone(), stop.clone())
+            .await
+            .map_err(|e| StartError::Store { what: "the store cannot be read", message: e.message })?;
+        let server = Arc::new(Server {
+            config,
+            registry,
+            store,
+            cache,
+            pages: Pages::default(),
+            tokens,
+            authorizer: Box::new(BuiltIn),
+            kubelet,
+            openapi: openapi::Documents::default(),
+            metrics: metrics::Metrics::default(),
+            ready: false.into(),
+            stop,
+        });
+        server
+            .bootstrap()
+            .await
+            .map_err(|e| StartError::Store { what: "the first objects cannot be written", message: e.message })?;
+        server.ready.store(true, std::sync::atomic::Ordering::Release);
+        Ok(server)
+    }
+
+    /// Answers a request. `user` is who the connection proved to be: by client certificate, or a component in this
+    /// process. A bearer token in the request speaks for itself.
+    pub async fn handle<B>(self: &Arc<Self>, request: Request<B>, user: Option<UserInfo>) -> Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send,
+        B::Error: Into<BodyError>,
+    {
+        let started = tokio::time::Instant::now();
+        let (mut parts, body) = request.into_parts();
+        let form = encode::negotiate(&parts.headers);
+        let yaml = form.as_ref().is_ok_and(|f| f.yaml);
+        let observed = metrics::Observed::of(&parts);
+        let response = match self.route(&mut parts, body, user).await {
+            Ok(response) => response,
+            Err(error) => {
+                let mut response = encode::value(error.code, &error.status(), yaml);
+                if let Some(seconds) = error.retry_after {
+                    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+                }
+                if error.code == StatusCode::UNAUTHORIZED {
+                    response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+                }
+                response
+            }
+        };
+        self.metrics.observe(observed, response.status(), started.elapsed());
+        response
+    }
+
+    async fn route<B>(self: &Arc<Self>, parts: &mut Parts, body: B, user: Option<UserInfo>) -> Result<Response<Body>>
+    where
+        B: http_body::Body<Data = Bytes> + Send,
+        B::Error: Into<BodyError>,
+    {
+        let user = self.authenticate(parts, user).await?;
+        let path = parts.uri.path().to_owned();
+        let query = Query::parse(parts.uri.query());
+        let Some(target) = ResourcePath::parse(&path) else {
+            let verb = parts.method.as_str().to_lowercase();
+            self.authorize_path(&user, &verb, &path)?;
+            return self.plain(&parts.method, &path, &query, &parts.headers).await;
+        };
+        let verb = verb(&parts.method, &target, &query);
+        let attributes = Attributes {
+            verb,
+            group: &target.group,
+            resource: &target.resource,
+            subresource: target.subresource.as_deref().unwrap_or_default(),
+            namespace: target.namespace.as_deref().unwrap_or_default(),
+            name: target.name.as_deref().unwrap_or_default(),
+            path: "",
+        };
+        if let Err(why) = self.authorizer.authorize(&user, &attributes) {
+            return Err(denied(&user, &attributes, &why));
+        }
+        let served = self.registry.find(&target.group, &target.version, &target.resource).ok_or_else(ApiError::no_route)?;
+        let row = self.registry.row(served.id).clone();
+        if let Some(sub) = &target.subresource
+            && row.has(seawall_api::Subresource::Exec)
+            && matches!(sub.as_str(), "exec" | "attach" | "portforward")
+        {
+            // These take over the connection.
+            return self.stream_to_pod(parts, &target, &query).await;
+        }
+        let body = collect(body).await?;
+        let context = Context {
+            user,
+            path: target,
+            row,
+            served,
+            query,
+            headers: std::mem::take(&mut parts.headers),
+            body,
+            form: encode::Form { shape: encode::Shape::Full, yaml: false },
+            fence: None,
+            warnings: Arc::default(),
+        };
+        let form = encode::negotiate(&context.headers)?;
+        let context = Context { form, ..context };
+        let answer = self.dispatch(&context, verb, &parts.method);
+        let mut response = match verb == "watch" || context.path.subresource.as_deref() == Some("log") {
+            true => answer.await?,
+            false => tokio::time::timeout(REQUEST_TIMEOUT, answer)
+                .await
+                .map_err(|_| ApiError::timeout("the request did not complete within 60 seconds"))??,
+        };
+        for text in context.warnings.lock().iter() {
+            let quoted = text.replace('\\', "\\\\").replace('"', "\\\"");
+            if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{quoted}\"")) {
+                response.headers_mut().append(header::WARNING, value);
+            }
+        }
+        Ok(response)
+    }
+
+    async fn dispatch(self: &Arc<Self>, context: &Context<'_>, verb: &str, method: &Method) -> Result<Response<Body>> {
+        if context.path.subresource.is_some() {
+            return self.subresource(context, method).await;
+        }
+        if !context.row.stored {
+            return match verb {
+                "create" => self.review(context).await,
+                _ => Err(ApiError::method_not_allowed()),
+            };
+        }
+        match verb {
+            "get" => self.get(context).await,
+            "list" => self.list(context).await,
+            "watch" => self.watch(context).await,
+            "create" if context.path.name.is_none() => self.create(context).await,
+            "update" => self.update(context).await,
+            "patch" => self.patch(context).await,
+            "delete" => self.delete(context).await,
+            "deletecollection" => self.delete_collection(context).await,
+            _ => Err(ApiError::method_not_allowed()),
+        }
+    }
+
+    /// Finds out who asks.
+    async fn authenticate(&self, parts: &Parts, user: Option<UserInfo>) -> Result<UserInfo> {
+        let bearer = parts.headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
+        match (user, bearer) {
+            (Some(user), _) => Ok(user),
+            (None, Some(text)) => match text.split_once(' ') {
+                Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
+                    self.user_of_token(token.trim(), &[&self.config.issuer]).map_err(|_| ApiError::unauthorized())
+                }
+                _ => Err(ApiError::unauthorized()),
+            },
+            (None, None) => Ok(UserInfo::anonymous()),
+        }
+    }
+
+    fn authorize_path(&self, user: &UserInfo, verb: &str, path: &str) -> Result<()> {
+        let attributes = Attributes { verb, path, ..Default::default() };
+        self.authorizer.authorize(user, &attributes).map_err(|why| {
+            let why = if why.is_empty() { why } else { format!(": {why}") };
+            ApiError::forbidden_path(format!("forbidden: User {:?} cannot {verb} path {path:?}{why}", user.username))
+        })
+    }
+
+    /// Paths that are no resources.
+    async fn plain(self: &Arc<Self>, method: &Method, path: &str, query: &Query, headers: &HeaderMap) -> Result<Response<Body>> {
+        if method != Method::GET && method != Method::HEAD {
+            return Err(ApiError::method_not_allowed());
+        }
+        let trimmed = path.trim_end_matches('/');
+        match trimmed {
+            "/version" => Ok(encode::value(StatusCode::OK, &self.version(), false)),
+            "/metrics" => Ok(self.metrics_text()),
+            "/openid/v1/jwks" | "/.well-known/openid-configuration" => Err(ApiError::no_route()),
+            _ if trimmed.starts_with("/healthz") || trimmed.starts_with("/livez") || trimmed.starts_with("/readyz") => {
+                self.health(trimmed, query).await
+            }
+            _ if trimmed.starts_with("/openapi") => self.openapi(trimmed, headers),
+            _ if trimmed.is_empty() || trimmed.starts_with("/api") => self.discovery(trimmed, headers),
+            _ => Err(ApiError::no_route()),
+        }
+    }
+
+    fn version(&self) -> serde_json::Value {
+        let version = &self.config.version;
+        let mut numbers = version.trim_start_matches('v').split('.');
+        serde_json::json!({
+            "major": numbers.next().unwrap_or_default(), "minor": numbers.next().unwrap_or_default(),
+            "gitVersion": version, "gitCommit": "", "gitTreeState": "clean", "buildDate": "1970-01-01T00:00:00Z",
+            "goVersion": "", "compiler": "rustc", "platform": format!("linux/{}", if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }),
+        })
+    }
+}
+
+fn denied(user: &UserInfo, a: &Attributes<'_>, why: &str) -> ApiError {
+    let resource = if a.subresource.is_empty() { a.resource.to_owned() } else { format!("{}/{}", a.resource, a.subresource) };
+    let place = if a.namespace.is_empty() { "at the cluster scope".to_owned() } else { format!("in the namespace {:?}", a.namespace) };
+    let why = if why.is_empty() { String::new() } else { format!(": {why}") };
+    let qualified = if a.group.is_empty() { a.resource.to_owned() } else { format!("{}.{}", a.resource, a.group) };
+    let name = if a.name.is_empty() { String::new() } else { format!(" {:?}", a.name) };
+    let mut error = ApiError::forbidden_path(format!(
+        "{qualified}{name} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {place}{why}",
+        user.username, a.verb, a.group
+    ));
+    error.details = serde_json::json!({"name": a.name, "group": a.group, "kind": a.resource});
+    error
+}
+
+/// Reads a body up to the limit.
+async fn collect<B>(body: B) -> Result<Bytes>
+where
+    B: http_body::Body<Data = Bytes> + Send,
+    B::Error: Into<BodyError>,
+{
+    let read = tokio::time::timeout(REQUEST_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
+    match read {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(ApiError::too_large(MAX_BODY)),
+        Ok(Err(error)) => Err(ApiError::bad_request(format!("the body of the request cannot be read: {error}"))),
+        Err(_) => Err(ApiError::timeout("the body of the request did not arrive within 60 seconds")),
+    }
+}

@@ -1,0 +1,200 @@
+//! Admission: what is completed or refused between decoding and storing
+//! (<https://kubernetes.io/docs/reference/access-authn-authz/admission-controllers/>).
+
+use std::sync::Arc;
+
+use seawall_api::Scope;
+use serde_json::{Value, json};
+
+use crate::{
+    Context, Server,
+    cache::Snapshot,
+    error::{ApiError, Result},
+    object::Object,
+    write::Operation,
+};
+
+/// Namespaces that cannot be deleted.
+const IMMORTAL: [&str; 3] = ["default", "kube-system", "kube-public"];
+/// Where a pod finds its service account's token.
+const TOKEN_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+impl Server {
+    /// Admits a create or an update.
+    pub(crate) async fn admit(&self, context: &Context<'_>, operation: Operation, object: &mut Value, _old: Option<&Value>) -> Result<()> {
+        if operation != Operation::Create {
+            return Ok(());
+        }
+        if context.row.scope == Scope::Namespaced {
+            self.namespace_lifecycle(context).await?;
+        }
+        if context.row.plural == "pods" && context.row.group.is_empty() {
+            self.service_account(context, object).await?;
+            self.priority(context, object)?;
+            default_tolerations(object);
+        }
+        Ok(())
+    }
+
+    /// Admits a deletion.
+    pub(crate) fn admit_delete(&self, context: &Context<'_>, object: &Value) -> Result<()> {
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        if context.row.plural == "namespaces" && context.row.group.is_empty() && IMMORTAL.contains(&name) {
+            return Err(ApiError::forbidden(&context.row, name, "this namespace may not be deleted"));
+        }
+        Ok(())
+    }
+
+    /// An object by group, plural, namespace and name, of which a slightly old state will do.
+    pub(crate) fn lookup(&self, snapshot: &Snapshot, group: &str, plural: &str, namespace: &str, name: &str) -> Option<Arc<Object>> {
+        let (id, row) = self.registry.by_name(group, plural)?;
+        snapshot.get(id, &row.key(namespace, name)).cloned()
+    }
+
+    /// The same, asking for the newest state before saying that there is none.
+    pub(crate) async fn find(&self, group: &str, plural: &str, namespace: &str, name: &str) -> Result<Option<Arc<Object>>> {
+        match self.lookup(&self.cache.snapshot(), group, plural, namespace, name) {
+            Some(object) => Ok(Some(object)),
+            None => Ok(self.lookup(&*self.consistent().await?, group, plural, namespace, name)),
+        }
+    }
+
+    /// Nothing is created in a namespace that does not exist or is going.
+    async fn namespace_lifecycle(&self, context: &Context<'_>) -> Result<()> {
+        let name = context.namespace();
+        let Some((_, row)) = self.registry.by_name("", "namespaces") else { return Ok(()) };
+        let namespace = self.find("", "namespaces", "", name).await?.ok_or_else(|| ApiError::not_found(row, name))?;
+        if namespace.field(row, "status.phase") == "Terminating" {
+            let why = format!("unable to create new content in namespace {name} because it is being terminated");
+            let mut error = ApiError::forbidden(&context.row, "", why);
+            error.details["causes"] = json!([{"reason": "NamespaceTerminating", "message": format!("namespace {name} is being terminated"), "field": "metadata.namespace"}]);
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Gives a pod its service account, and a volume with a token that the node agent keeps fresh.
+    async fn service_account(&self, context: &Context<'_>, pod: &mut Value) -> Result<()> {
+        // Pods that mirror a node's own have none.
+        if !pod["metadata"]["annotations"]["kubernetes.io/config.mirror"].is_null() {
+            return Ok(());
+        }
+        let spec = &mut pod["spec"];
+        if !spec.is_object() {
+            return Ok(());
+        }
+        let name = match spec["serviceAccountName"].as_str() {
+            Some(name) if !name.is_empty() => name.to_owned(),
+            _ => "default".to_owned(),
+        };
+        spec["serviceAccountName"] = name.as_str().into();
+        spec["serviceAccount"] = name.as_str().into();
+        let namespace = context.namespace();
+        let Some(account) = self.find("", "serviceaccounts", namespace, &name).await? else {
+            let pod_name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            let why = format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found");
+            return Err(ApiError::forbidden(&context.row, pod_name, why));
+        };
+        let account = account.value();
+        if spec["imagePullSecrets"].as_array().is_none_or(|s| s.is_empty()) && !account["imagePullSecrets"].is_null() {
+            spec["imagePullSecrets"] = account["imagePullSecrets"].clone();
+        }
+        let wanted = spec["automountServiceAccountToken"].as_bool().or(account["automountServiceAccountToken"].as_bool());
+        if wanted == Some(false) {
+            return Ok(());
+        }
+        let mounted = |c: &Value| c["volumeMounts"].as_array().into_iter().flatten().any(|m| m["mountPath"] == TOKEN_PATH);
+        let lists = ["initContainers", "containers"];
+        let all_have = lists.iter().flat_map(|l| spec[*l].as_array().into_iter().flatten()).all(mounted);
+        if all_have {
+            return Ok(());
+        }
+        let volume = format!("kube-api-access-{}", &uuid::Uuid::new_v4().simple().to_string()[..5]);
+        for list in lists {
+            for container in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+                if !mounted(container) && container.is_object() {
+                    let mount = json!({"name": volume, "readOnly": true, "mountPath": TOKEN_PATH});
+                    push(container, "volumeMounts", mount);
+                }
+            }
+        }
+        let projected = json!({"name": volume, "projected": {"defaultMode": 0o644, "sources": [
+            {"serviceAccountToken": {"expirationSeconds": 3607, "path": "token"}},
+            {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+            {"downwardAPI": {"items": [{"path": "namespace", "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}]}},
+        ]}});
+        push(spec, "volumes", projected);
+        Ok(())
+    }
+
+    /// Turns the name of a priority class into a number.
+    fn priority(&self, context: &Context<'_>, pod: &mut Value) -> Result<()> {
+        let snapshot = self.cache.snapshot();
+        let spec = &mut pod["spec"];
+        if !spec.is_object() {
+            return Ok(());
+        }
+        let class = match spec["priorityClassName"].as_str().filter(|n| !n.is_empty()) {
+            Some(name) => {
+                let found = self.lookup(&snapshot, "scheduling.k8s.io", "priorityclasses", "", name);
+                let Some(class) = found else {
+                    let name = name.to_owned();
+                    let pod_name = pod["metadata"]["name"].as_str().unwrap_or_default();
+                    return Err(ApiError::forbidden(&context.row, pod_name, format!("no PriorityClass with name {name} was found")));
+                };
+                Some(class.value())
+            }
+            None => {
+                let (id, row) = match self.registry.by_name("scheduling.k8s.io", "priorityclasses") {
+                    Some(found) => found,
+                    None => return Ok(()),
+                };
+                let prefix = row.prefix();
+                let mut classes = snapshot.range(id, &prefix, None).map(|o| o.value());
+                classes.find(|c| c["globalDefault"] == true)
+            }
+        };
+        match class {
+            Some(class) => {
+                spec["priorityClassName"] = class["metadata"]["name"].clone();
+                spec["priority"] = class["value"].clone();
+                if spec["preemptionPolicy"].is_null() {
+                    spec["preemptionPolicy"] = class["preemptionPolicy"].clone();
+                }
+            }
+            None => {
+                spec["priority"] = 0.into();
+                if spec["preemptionPolicy"].is_null() {
+                    spec["preemptionPolicy"] = "PreemptLowerPriority".into();
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn push(object: &mut Value, key: &str, item: Value) {
+    match object.get_mut(key).and_then(Value::as_array_mut) {
+        Some(list) => list.push(item),
+        None => object[key] = json!([item]),
+    }
+}
+
+/// A pod stays five minutes on a node that is not ready or cannot be reached, unless it says otherwise.
+fn default_tolerations(pod: &mut Value) {
+    const SECONDS: i64 = 300;
+    let spec = &mut pod["spec"];
+    if !spec.is_object() {
+        return;
+    }
+    for key in ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"] {
+        let covers = |t: &Value| {
+            let any_key = t["key"].as_str().unwrap_or_default().is_empty() && t["operator"] == "Exists";
+            let effect = t["effect"].as_str().unwrap_or_default();
+            (any_key || t["key"] == key) && (effect.is_empty() || effect == "NoExecute")
+        };
+        if !spec["tolerations"].as_array().into_iter().flatten().any(covers) {
+            push(spec, "tolerations", json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": SECONDS}));
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! Cluster addresses and node ports of Services.
+//!
+//! What is taken is a key in the store, written only if it is absent, so that several servers never hand out the same
+//! twice: an `IPAddress` object for an address (KEP-1880), a key of its own for a port.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use rand::Rng;
+use seawall_api::{
+    Row,
+    field::{Errors, Path},
+};
+use seawall_store::{self as store, Expect};
+use serde_json::{Value, json};
+
+use crate::{
+    Server,
+    error::{ApiError, Result},
+    object::encode,
+    write::timestamp,
+};
+
+const PORTS: &str = "/registry/ranges/servicenodeports/";
+
+fn is_service(row: &Row) -> bool {
+    row.group.is_empty() && row.plural == "services"
+}
+
+fn port_key(protocol: &str, port: i64) -> String {
+    format!("{PORTS}{}-{port}", protocol.to_lowercase())
+}
+
+fn claims(server: &Server, service: &Value) -> Vec<String> {
+    let mut keys = Vec::new();
+    if let Some((_, row)) = server.registry.by_name("networking.k8s.io", "ipaddresses") {
+        keys.extend(seawall_api::resources::cluster_ips(service).map(|ip| row.key("", &ip.to_string())));
+    }
+    for port in service["spec"]["ports"].as_array().into_iter().flatten() {
+        if let Some(number) = port["nodePort"].as_i64().filter(|n| *n > 0) {
+            keys.push(port_key(port["protocol"].as_str().unwrap_or("TCP"), number));
+        }
+    }
+    keys
+}
+
+impl Server {
+    /// Gives a new or changed Service what it lacks. Returns what was newly taken, to be released if it is not stored.
+    pub(crate) async fn allocate(&self, row: &Row, service: &mut Value, old: Option<&Value>, dry: bool) -> Result<Vec<String>> {
+        let mut taken = Vec::new();
+        if !is_service(row) {
+            return Ok(taken);
+        }
+        match self.allocate_all(row, service, old, dry, &mut taken).await {
+            Ok(()) => Ok(taken),
+            Err(error) => {
+                self.release(taken).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn allocate_all(&self, row: &Row, service: &mut Value, old: Option<&Value>, dry: bool, taken: &mut Vec<String>) -> Result<()> {
+        let kind = service["spec"]["type"].as_str().unwrap_or("ClusterIP").to_owned();
+        let name = service["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        let namespace = service["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
+        let held = old.map(|old| claims(self, old)).unwrap_or_default();
+        let spec = &mut service["spec"];
+        if kind == "ExternalName" {
+            for key in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
+                if let Some(spec) = spec.as_object_mut() {
+                    spec.remove(key);
+                }
+            }
+            return Ok(());
+        }
+        // A client that leaves the address out keeps the one it has.
+        if let Some(old) = old
+            && spec["clusterIP"].as_str().unwrap_or_default().is_empty()
+            && old["spec"]["clusterIP"].is_string()
+        {
+            spec["clusterIP"] = old["spec"]["clusterIP"].clone();
+            spec["clusterIPs"] = old["spec"]["clusterIPs"].clone();
+        }
+        match spec["clusterIP"].as_str().unwrap_or_default().to_owned().as_str() {
+            "None" => spec["clusterIPs"] = json!(["None"]),
+            "" => {
+                let ip = self.free_address(&namespace, &name, dry, taken).await?;
+                spec["clusterIP"] = ip.to_string().into();
+                spec["clusterIPs"] = json!([ip.to_string()]);
+            }
+            text => {
+                let ip: IpAddr = text.parse().map_err(|_| ApiError::bad_request(format!("spec.clusterIP: Invalid value: {text:?}: must be a valid IP address")))?;
+                let invalid = |why: String| {
+                    let mut errors = Errors::default();
+                    let path = Path::Root.at("spec");
+                    errors.invalid(path.at("clusterIPs"), json!([text]), format!("failed to allocate IP {text}: {why}"));
+                    ApiError::invalid(row, &name, &errors)
+                };
+                let key = self.address_key(ip);
+                if !held.contains(&key) {
+                    if !self.config.service_cidr.contains(&ip) {
+                        return Err(invalid(format!("the provided IP ({text}) is not in the valid range. The range of valid IPs is {}", self.config.service_cidr)));
+                    }
+                    if !dry && !self.claim_address(ip, &namespace, &name, taken).await? {
+                        return Err(invalid("provided IP is already allocated".into()));
+                    }
+                }
+            }
+        }
+        if spec["clusterIP"] != "None" || !spec["selector"].is_null() {
+            if spec["ipFamilies"].is_null() {
+                let v6 = spec["clusterIP"].as_str().is_some_and(|ip| ip.contains(':'));
+                spec["ipFamilies"] = json!([if v6 { "IPv6" } else { "IPv4" }]);
+            }
+            if spec["ipFamilyPolicy"].is_null() {
+                spec["ipFamilyPolicy"] = "SingleStack".into();
+            }
+        }
+        let with_ports = kind == "NodePort" || (kind == "LoadBalancer" && spec["allocateLoadBalancerNodePorts"] != false);
+        let old_ports = old.map(|o| o["spec"]["ports"].clone()).unwrap_or_default();
+        for (index, port) in spec["ports"].as_array_mut().into_iter().flatten().enumerate() {
+            let protocol = port["protocol"].as_str().unwrap_or("TCP").to_owned();
+            if kind == "ClusterIP" {
+                if let Some(port) = port.as_object_mut() {
+                    port.remove("nodePort");
+                }
+                continue;
+            }
+            if port["nodePort"].as_i64().unwrap_or_default() == 0 {
+                let same = |p: &&Value| p["port"] == port["port"] && p["protocol"] == port["protocol"];
+                let kept = old_ports.as_array().into_iter().flatten().find(same).map(|p| p["nodePort"].clone());
+                match kept.filter(|n| n.as_i64().unwrap_or_default() > 0) {
+                    Some(number) => port["nodePort"] = number,
+                    None if with_ports => {
+                        port["nodePort"] = self.free_port(&protocol, &namespace, &name, dry, taken).await?.into();
+                    }
+                    None => {}
+                }
+                continue;
+            }
+            let number = port["nodePort"].as_i64().unwrap_or_default();
+            let key = port_key(&protocol, number);
+            if held.contains(&key) {
+                continue;
+            }
+            let invalid = |why: String| {
+                let mut errors = Errors::default();
+                let path = Path::Root.at("spec");
+                let path = path.at("ports");
+                let path = path.index(index);
+                errors.invalid(path.at("nodePort"), number, why);
+                ApiError::invalid(row, &name, &errors)
+            };
+            let range = &self.config.node_ports;
+            if !u16::try_from(number).is_ok_and(|n| range.contains(&n)) {
+                return Err(invalid(format!("provided port is not in the valid range. The range of valid ports is {}-{}", range.start(), range.end())));
+            }
+            if !dry && !self.claim(&key, port_owner(&namespace, &name), taken).await? {
+                return Err(invalid("provided port is already allocated".into()));
+            }
+        }
+        Ok(())
+    }
+
+    fn address_key(&self, ip: IpAddr) -> String {
+        // The resource is in the table.
+        self.registry.by_name("networking.k8s.io", "ipaddresses").map(|(_, row)| row.key("", &ip.to_string())).unwrap_or_default()
+    }
+
+    async fn claim(&self, key: &str, value: Bytes, taken: &mut Vec<String>) -> Result<bool> {
+        match self.store.put(key, value, Expect::Absent, None).await {
+            Ok(_) => {
+                taken.push(key.to_owned());
+                Ok(true)
+            }
+            Err(store::Error::Conflict { .. }) => Ok(false),
+            Err(error) => Err(ApiError::store(error)),
+        }
+    }
+
+    async fn claim_address(&self, ip: IpAddr, namespace: &str, name: &str, taken: &mut Vec<String>) -> Result<bool> {
+        let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
+        let object = json!({"apiVersion": "networking.k8s.io/v1", "kind": "IPAddress",
+            "metadata": {"name": ip.to_string(), "uid": uuid::Uuid::new_v4().to_string(), "creationTimestamp": timestamp(Timestamp::now()),
+                "labels": {"ipaddress.kubernetes.io/ip-family": family, "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io"}},
+            "spec": {"parentRef": {"group": "", "resource": "services", "namespace": namespace, "name": name}}});
+        self.claim(&self.address_key(ip), encode(&object), taken).await
+    }
+
+    async fn free_address(&self, namespace: &str, name: &str, dry: bool, taken: &mut Vec<String>) -> Result<IpAddr> {
+        let cidr = self.config.service_cidr;
+        let IpAddr::V4(network) = cidr.network() else {
+            return Err(ApiError::internal("addresses of this family cannot be allocated", cidr));
+        };
+        // The lower part of the range is left to those who choose an address themselves (KEP-3070).
+        let size: u64 = 1 << (32 - u64::from(cidr.prefix_len())).min(32);
+        let reserved = (size / 16).clamp(16.min(size / 2), 256);
+        let (low, high) = (reserved, size.saturating_sub(1));
+        let count = high.saturating_sub(low).max(1);
+        let start = rand::rng().random_range(0..count);
+        for step in 0..count.min(4096) {
+            let offset = low + (start + step) % count;
+            let ip = IpAddr::V4(Ipv4Addr::from_bits(network.to_bits() + offset as u32));
+            let free = match dry {
+                true => self.lookup(&self.cache.snapshot(), "networking.k8s.io", "ipaddresses", "", &ip.to_string()).is_none(),
+                false => self.claim_address(ip, namespace, name, taken).await?,
+            };
+            if free {
+                return Ok(ip);
+            }
+        }
+        Err(ApiError::unavailable(format!("no free address was found in the range of Services {cidr}")))
+    }
+
+    async fn free_port(&self, protocol: &str, namespace: &str, name: &str, dry: bool, taken: &mut Vec<String>) -> Result<i64> {
+        let (low, high) = (i64::from(*self.config.node_ports.start()), i64::from(*self.config.node_ports.end()));
+        let count = high - low + 1;
+        let start = rand::rng().random_range(0..count);
+        for step in 0..count {
+            let port = low + (start + step) % count;
+            if dry || self.claim(&port_key(protocol, port), port_owner(namespace, name), taken).await? {
+                return Ok(port);
+            }
+        }
+        Err(ApiError::unavailable(format!("no free node port was found in {low}-{high}")))
+    }
+
+    /// Gives back what was taken for an object that was not stored.
+    pub(crate) async fn release(&self, keys: Vec<String>) {
+        for key in keys {
+            if let Err(error) = self.store.delete(&key, Expect::Any, None).await {
+                // It is found and released at the next start.
+                tracing::warn!(%error, key, "an allocation could not be released");
+            }
+        }
+    }
+
+    /// Gives back what an object had and has no longer.
+    pub(crate) async fn after_write(&self, row: &Row, old: &Value, new: Option<&Value>) {
+        if !is_service(row) {
+            return;
+        }
+        let kept = new.map(|new| claims(self, new)).unwrap_or_default();
+        let gone = claims(self, old).into_iter().filter(|key| !kept.contains(key)).collect();
+        self.release(gone).await;
+    }
+
+    /// Releases what was taken by a server that died before it stored the Service.
+    pub(crate) async fn repair_allocations(&self) -> Result<()> {
+        let snapshot = self.consistent().await?;
+        let Some((id, row)) = self.registry.by_name("", "services") else { return Ok(()) };
+        let prefix = row.prefix();
+        let used: std::collections::HashSet<String> =
+            snapshot.range(id, &prefix, None).flat_map(|o| claims(self, &o.value())).collect();
+        let mut held: Vec<String> = Vec::new();
+        if let Some((id, row)) = self.registry.by_name("networking.k8s.io", "ipaddresses") {
+            let prefix = row.prefix();
+            held.extend(snapshot.range(id, &prefix, None).map(|o| o.key.to_string()));
+        }
+        let ports = self.store.list(PORTS, Default::default()).await.map_err(ApiError::store)?;
+        held.extend(ports.entries.iter().map(|e| e.key.to_string()));
+        self.release(held.into_iter().filter(|key| !used.contains(key)).collect()).await;
+        Ok(())
+    }
+}
+
+fn port_owner(namespace: &str, name: &str) -> Bytes {
+    json!({"namespace": namespace, "name": name}).to_string().into()
+}

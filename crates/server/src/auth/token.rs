@@ -1,0 +1,129 @@
+//! Tokens of service accounts
+//! (<https://kubernetes.io/docs/reference/access-authn-authz/service-accounts-admin/#bound-service-account-tokens>).
+
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use serde::{Deserialize, Serialize};
+
+use super::UserInfo;
+
+/// The claims of a token.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Claims {
+    /// The issuer.
+    pub iss: String,
+    /// `system:serviceaccount:NAMESPACE:NAME`.
+    pub sub: String,
+    /// Whom it is for.
+    pub aud: Vec<String>,
+    /// When it ends, in seconds since 1970.
+    pub exp: i64,
+    /// When it was made.
+    pub iat: i64,
+    /// When it begins to be valid.
+    pub nbf: i64,
+    /// The number of this token.
+    pub jti: String,
+    /// The objects it is bound to.
+    #[serde(rename = "kubernetes.io")]
+    pub kubernetes: Bound,
+}
+
+/// The objects that a token is bound to: when one of them is gone, so is the token.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Bound {
+    /// The namespace of all of them.
+    pub namespace: String,
+    /// The service account.
+    pub serviceaccount: Reference,
+    /// The pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Reference>,
+    /// The node that the pod runs on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<Reference>,
+    /// The secret.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<Reference>,
+}
+
+/// An object by name and identity.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reference {
+    /// The name.
+    pub name: String,
+    /// The uid.
+    pub uid: String,
+}
+
+/// Signs and verifies tokens with the cluster's key.
+pub struct Tokens {
+    issuer: String,
+    encoding: EncodingKey,
+    decoding: DecodingKey,
+}
+
+/// A key that is not an EC P-256 key in PEM, or a token that does not verify.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct TokenError {
+    what: &'static str,
+    #[source]
+    source: jsonwebtoken::errors::Error,
+}
+
+impl Tokens {
+    /// Reads the key pair.
+    pub fn new(issuer: &str, private_pem: &str, public_pem: &str) -> Result<Tokens, TokenError> {
+        let bad = |source| TokenError { what: "the service account key is not an EC P-256 key in PEM", source };
+        Ok(Tokens {
+            issuer: issuer.to_owned(),
+            encoding: EncodingKey::from_ec_pem(private_pem.as_bytes()).map_err(bad)?,
+            decoding: DecodingKey::from_ec_pem(public_pem.as_bytes()).map_err(bad)?,
+        })
+    }
+
+    /// The issuer, which is also the audience that the API itself asks for.
+    pub fn issuer(&self) -> &str {
+        &self.issuer
+    }
+
+    /// Makes a token.
+    pub fn sign(&self, claims: &Claims) -> Result<String, TokenError> {
+        jsonwebtoken::encode(&Header::new(Algorithm::ES256), claims, &self.encoding)
+            .map_err(|source| TokenError { what: "the token cannot be signed", source })
+    }
+
+    /// Verifies signature, issuer, time and audience. Whether the bound objects are still there is for the caller.
+    pub fn verify(&self, token: &str, audiences: &[&str]) -> Result<Claims, TokenError> {
+        let mut validation = Validation::new(Algorithm::ES256);
+        validation.set_issuer(&[&self.issuer]);
+        validation.set_audience(audiences);
+        validation.validate_nbf = true;
+        validation.leeway = 10;
+        jsonwebtoken::decode::<Claims>(token, &self.decoding, &validation)
+            .map(|data| data.claims)
+            .map_err(|source| TokenError { what: "the token is not valid", source })
+    }
+}
+
+impl Claims {
+    /// The user that the token speaks for.
+    pub fn user(&self) -> UserInfo {
+        let bound = &self.kubernetes;
+        let (namespace, account) = (&bound.namespace, &bound.serviceaccount);
+        let mut user = UserInfo::new(
+            format!("system:serviceaccount:{namespace}:{}", account.name),
+            &["system:serviceaccounts", &format!("system:serviceaccounts:{namespace}")],
+        );
+        user.uid = account.uid.clone();
+        let prefix = "authentication.kubernetes.io";
+        user.extra.insert(format!("{prefix}/credential-id"), vec![format!("JTI={}", self.jti)]);
+        for (kind, reference) in [("pod", &bound.pod), ("node", &bound.node)] {
+            if let Some(reference) = reference {
+                user.extra.insert(format!("{prefix}/{kind}-name"), vec![reference.name.clone()]);
+                user.extra.insert(format!("{prefix}/{kind}-uid"), vec![reference.uid.clone()]);
+            }
+        }
+        user
+    }
+}

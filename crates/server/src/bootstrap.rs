@@ -1,0 +1,99 @@
+//! What every cluster has from the start: namespaces, the `kubernetes` Service, the range of Service addresses, the
+//! priority classes of the system.
+
+use std::{net::IpAddr, sync::Arc};
+
+use http::HeaderMap;
+use serde_json::{Value, json};
+
+use crate::{
+    Context, Server,
+    auth::{MASTERS, UserInfo},
+    encode::{Form, Shape},
+    error::{ApiError, Result},
+    request::{Query, ResourcePath},
+};
+
+impl Server {
+    pub(crate) async fn bootstrap(self: &Arc<Self>) -> Result<()> {
+        self.repair_allocations().await?;
+        for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
+            self.ensure("", "namespaces", json!({"metadata": {"name": name}}), false).await?;
+        }
+        for (name, value, description) in [
+            ("system-node-critical", 2_000_001_000, "Used for system critical pods that must not be moved from their current node."),
+            ("system-cluster-critical", 2_000_000_000, "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary."),
+        ] {
+            let class = json!({"metadata": {"name": name}, "value": value, "description": description});
+            self.ensure("scheduling.k8s.io", "priorityclasses", class, false).await?;
+        }
+        let cidr = self.config.service_cidr;
+        let range = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": [cidr.to_string()]}});
+        self.ensure("networking.k8s.io", "servicecidrs", range, false).await?;
+        self.kubernetes_service().await
+    }
+
+    /// The Service under which pods reach the API: the first address of the range, with this server behind it.
+    async fn kubernetes_service(self: &Arc<Self>) -> Result<()> {
+        let labels = json!({"component": "apiserver", "provider": "kubernetes"});
+        let ip = first_address(self.config.service_cidr);
+        let (address, port) = self.config.advertise;
+        let service = json!({"metadata": {"name": "kubernetes", "namespace": "default", "labels": labels},
+            "spec": {"clusterIP": ip.to_string(), "type": "ClusterIP", "sessionAffinity": "None",
+                "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]}});
+        self.ensure("", "services", service, false).await?;
+        let endpoints = json!({"metadata": {"name": "kubernetes", "namespace": "default", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}},
+            "subsets": [{"addresses": [{"ip": address.to_string()}], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}]});
+        self.ensure("", "endpoints", endpoints, true).await?;
+        let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+        let slice = json!({"metadata": {"name": "kubernetes", "namespace": "default", "labels": {"kubernetes.io/service-name": "kubernetes"}},
+            "addressType": family, "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
+            "endpoints": [{"addresses": [address.to_string()], "conditions": {"ready": true}}]});
+        self.ensure("discovery.k8s.io", "endpointslices", slice, true).await
+    }
+
+    /// Creates an object if it is not there; `update` makes it as given if it is.
+    async fn ensure(self: &Arc<Self>, group: &'static str, plural: &str, mut object: Value, update: bool) -> Result<()> {
+        let (id, row) = self.registry.by_name(group, plural).ok_or_else(ApiError::no_route)?;
+        let served = self.registry.find(row.group, row.version, row.plural).ok_or_else(ApiError::no_route)?;
+        debug_assert_eq!(served.id, id);
+        object["kind"] = row.kind.into();
+        object["apiVersion"] = row.api_version().into();
+        let text = |v: &Value| v.as_str().map(str::to_owned);
+        let (name, namespace) = (text(&object["metadata"]["name"]), text(&object["metadata"]["namespace"]));
+        let mut context = Context {
+            user: UserInfo::new("system:apiserver", &[MASTERS]),
+            path: ResourcePath { group: group.into(), version: row.version.into(), resource: plural.into(), namespace, ..Default::default() },
+            row: row.clone(),
+            served,
+            query: Query::default(),
+            headers: HeaderMap::new(),
+            body: bytes::Bytes::new(),
+            form: Form { shape: Shape::Full, yaml: false },
+            fence: None,
+            warnings: Arc::default(),
+        };
+        let key = row.key(context.namespace(), name.as_deref().unwrap_or_default());
+        let there = self.consistent().await?.get(id, &key).is_some();
+        if there && update {
+            context.path.name = name;
+            context.body = object.to_string().into();
+            self.update(&context).await?;
+            return Ok(());
+        }
+        if there {
+            return Ok(());
+        }
+        match self.create_object(&context, object).await {
+            Ok(_) => Ok(()),
+            // Another server was faster.
+            Err(error) if error.reason == "AlreadyExists" => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The address of the API inside the cluster: the first of the range of Services.
+pub fn first_address(cidr: ipnet::IpNet) -> IpAddr {
+    cidr.hosts().next().unwrap_or_else(|| cidr.network())
+}

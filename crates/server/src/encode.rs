@@ -1,0 +1,332 @@
+//! Answers: which encoding a client asked for, and objects, lists, tables and events in it.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::{HeaderMap, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::body::Frame;
+use jiff::Timestamp;
+use seawall_api::Row;
+use seawall_store::Revision;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+use crate::{
+    cache::{Change, EventType, event_line},
+    error::{ApiError, Result},
+    object::Object,
+    registry::Served,
+};
+
+/// An error of a body that is being sent.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The body of an answer.
+pub type Body = UnsyncBoxBody<Bytes, BodyError>;
+
+/// A body that is there as a whole.
+pub fn full(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// The shape that a client asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// The object itself.
+    Full,
+    /// A table (<https://kubernetes.io/docs/reference/using-api/api-concepts/#receiving-resources-as-tables>).
+    Table,
+    /// The metadata alone.
+    Metadata,
+}
+
+/// How to answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Form {
+    /// The shape.
+    pub shape: Shape,
+    /// YAML instead of JSON.
+    pub yaml: bool,
+}
+
+/// Reads the `Accept` header. The first entry that can be served wins.
+pub fn negotiate(headers: &HeaderMap) -> Result<Form> {
+    let json = Form { shape: Shape::Full, yaml: false };
+    let Some(accept) = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).filter(|v| !v.trim().is_empty()) else {
+        return Ok(json);
+    };
+    for entry in accept.split(',') {
+        let mut parts = entry.split(';').map(str::trim);
+        let media = parts.next().unwrap_or_default();
+        let (mut shape, mut version) = (None, None);
+        for (key, value) in parts.filter_map(|p| p.split_once('=')) {
+            match key {
+                "as" => shape = Some(value),
+                "v" => version = Some(value),
+                _ => {}
+            }
+        }
+        let yaml = match media {
+            "application/json" | "*/*" | "application/*" => false,
+            "application/yaml" | "application/x-yaml" => true,
+            _ => continue,
+        };
+        let shape = match (shape, version) {
+            (None, _) => Shape::Full,
+            (Some("Table"), Some("v1")) => Shape::Table,
+            (Some("PartialObjectMetadata" | "PartialObjectMetadataList"), Some("v1")) => Shape::Metadata,
+            _ => continue,
+        };
+        return Ok(Form { shape, yaml });
+    }
+    Err(ApiError::not_acceptable(accept))
+}
+
+/// An answer with a JSON (or YAML) value.
+pub fn value(status: StatusCode, value: &Value, yaml: bool) -> Response<Body> {
+    let (kind, body) = match yaml.then(|| serde_yaml_ng::to_string(value)) {
+        Some(Ok(text)) => ("application/yaml", text.into_bytes()),
+        _ => {
+            let mut text = value.to_string().into_bytes();
+            text.push(b'\n');
+            ("application/json", text)
+        }
+    };
+    let mut response = Response::new(full(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    response
+}
+
+/// An answer with bytes of JSON.
+pub fn json_bytes(status: StatusCode, bytes: Bytes) -> Response<Body> {
+    let mut response = Response::new(full(bytes));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    response
+}
+
+/// Objects of one resource in one version, in the form a client asked for.
+pub struct Encoder<'a> {
+    /// The resource.
+    pub row: &'a Row,
+    /// The version.
+    pub served: &'a Served,
+    /// The form.
+    pub form: Form,
+    /// Whether a table carries the metadata of objects (`includeObject`).
+    pub include: Include,
+    /// For ages.
+    pub now: Timestamp,
+}
+
+/// What the rows of a table carry besides the cells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Include {
+    /// Nothing.
+    Nothing,
+    /// The metadata; the default.
+    Metadata,
+    /// The object.
+    Object,
+}
+
+impl Include {
+    /// Reads the parameter `includeObject`.
+    pub fn parse(text: Option<&str>) -> Result<Include> {
+        match text {
+            None | Some("" | "Metadata") => Ok(Include::Metadata),
+            Some("None") => Ok(Include::Nothing),
+            Some("Object") => Ok(Include::Object),
+            Some(other) => Err(ApiError::bad_request(format!(
+                "includeObject: Unsupported value: {other:?}: supported values: \"Metadata\", \"None\", \"Object\""
+            ))),
+        }
+    }
+}
+
+impl Encoder<'_> {
+    /// A stored value in the version that was asked for.
+    pub fn convert(&self, mut object: Value) -> Value {
+        if let Some(alias) = &self.served.alias {
+            (alias.conversion.from_stored)(&mut object);
+            object["apiVersion"] = self.served.api_version().into();
+        }
+        object
+    }
+
+    /// One object.
+    pub fn object(&self, object: &Object, status: StatusCode) -> Response<Body> {
+        if self.form.shape == Shape::Full && !self.form.yaml && self.served.alias.is_none() {
+            let mut out = BytesMut::with_capacity(object.bytes.len() + 40);
+            object.write(object.revision, &mut out);
+            return json_bytes(status, out.freeze());
+        }
+        self.value(object.value(), status)
+    }
+
+    /// One object that is not stored as it stands.
+    pub fn value(&self, object: Value, status: StatusCode) -> Response<Body> {
+        let shaped = match self.form.shape {
+            Shape::Full => self.convert(object),
+            Shape::Metadata => metadata(&object),
+            Shape::Table => {
+                let version = object["metadata"]["resourceVersion"].clone();
+                let row = self.table_row(object);
+                self.table(vec![row], json!({"resourceVersion": version}), true)
+            }
+        };
+        value(status, &shaped, self.form.yaml)
+    }
+
+    /// A list. Large ones are streamed from the cache's bytes in slices.
+    pub fn list(&self, objects: Vec<Arc<Object>>, meta: Value) -> Response<Body> {
+        match self.form.shape {
+            Shape::Full if !self.form.yaml && self.served.alias.is_none() => self.stream(objects, &meta),
+            Shape::Full => {
+                let items: Vec<Value> = objects.iter().map(|o| self.convert(o.value())).collect();
+                let list = json!({"kind": format!("{}List", self.row.kind), "apiVersion": self.served.api_version(), "metadata": meta, "items": items});
+                value(StatusCode::OK, &list, self.form.yaml)
+            }
+            Shape::Metadata => {
+                let items: Vec<Value> = objects.iter().map(|o| metadata(&o.value())).collect();
+                let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta, "items": items});
+                value(StatusCode::OK, &list, self.form.yaml)
+            }
+            Shape::Table => {
+                let rows = objects.iter().map(|o| self.table_row(o.value())).collect();
+                value(StatusCode::OK, &self.table(rows, meta, true), self.form.yaml)
+            }
+        }
+    }
+
+    fn stream(&self, objects: Vec<Arc<Object>>, meta: &Value) -> Response<Body> {
+        const SLICE: usize = 128 << 10;
+        let mut out = BytesMut::with_capacity(SLICE + (8 << 10));
+        let kind = self.row.kind;
+        out.put_slice(format!("{{\"kind\":\"{kind}List\",\"apiVersion\":\"{}\",\"metadata\":{meta},\"items\":[", self.served.api_version()).as_bytes());
+        let total: usize = objects.iter().map(|o| o.bytes.len() + 40).sum();
+        if total < SLICE {
+            for (index, object) in objects.iter().enumerate() {
+                if index > 0 {
+                    out.put_u8(b',');
+                }
+                object.write_item(&mut out);
+            }
+            out.put_slice(b"]}\n");
+            return json_bytes(StatusCode::OK, out.freeze());
+        }
+        // Bounded: the next slice is made when the connection has taken the one before.
+        let slices = futures::stream::unfold((out, 0), move |(mut out, mut next)| {
+            let objects = objects.clone();
+            async move {
+                if next > objects.len() {
+                    return None;
+                }
+                while out.len() < SLICE && next < objects.len() {
+                    if next > 0 {
+                        out.put_u8(b',');
+                    }
+                    objects[next].write_item(&mut out);
+                    next += 1;
+                }
+                if next == objects.len() {
+                    out.put_slice(b"]}\n");
+                    next += 1;
+                }
+                let slice = out.split().freeze();
+                Some((Ok::<_, BodyError>(Frame::data(slice)), (out, next)))
+            }
+        });
+        let mut response = Response::new(StreamBody::new(slices).boxed_unsync());
+        response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+        response
+    }
+
+    /// A change as a line of a watch.
+    pub fn change(&self, ty: EventType, change: &Change, first: &mut bool) -> Bytes {
+        if self.form.shape == Shape::Full && self.served.alias.is_none() {
+            return change.json(ty);
+        }
+        match change.object(ty) {
+            Some(object) => self.event(ty, object, change.revision, first),
+            None => Bytes::new(),
+        }
+    }
+
+    /// An object as a line of a watch.
+    pub fn event(&self, ty: EventType, object: &Object, revision: Revision, first: &mut bool) -> Bytes {
+        if self.form.shape == Shape::Full && self.served.alias.is_none() {
+            return event_line(ty, object, revision);
+        }
+        let value = object.value_at(revision);
+        let shaped = match self.form.shape {
+            Shape::Full => self.convert(value),
+            Shape::Metadata => metadata(&value),
+            Shape::Table => {
+                let row = self.table_row(value);
+                // Only the first event of a watch names the columns.
+                let with_columns = std::mem::take(first);
+                self.table(vec![row], json!({"resourceVersion": revision.to_string()}), with_columns)
+            }
+        };
+        line(&json!({"type": ty.name(), "object": shaped}))
+    }
+
+    /// A bookmark: everything up to `revision` has been sent.
+    pub fn bookmark(&self, revision: Revision, initial_end: bool) -> Bytes {
+        let mut meta = json!({"resourceVersion": revision.to_string(), "creationTimestamp": null});
+        if initial_end {
+            meta["annotations"] = json!({"k8s.io/initial-events-end": "true"});
+        }
+        let object = match self.form.shape {
+            Shape::Full => json!({"kind": self.row.kind, "apiVersion": self.served.api_version(), "metadata": meta}),
+            Shape::Metadata => json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": meta}),
+            Shape::Table => {
+                let row = json!({"cells": [], "object": {"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": meta}});
+                self.table(vec![row], json!({"resourceVersion": revision.to_string()}), false)
+            }
+        };
+        line(&json!({"type": "BOOKMARK", "object": object}))
+    }
+
+    fn table(&self, rows: Vec<Value>, mut meta: Value, with_columns: bool) -> Value {
+        if let Some(meta) = meta.as_object_mut() {
+            meta.retain(|_, v| !v.is_null());
+        }
+        let columns = if with_columns { self.columns() } else { Value::Null };
+        json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": meta, "columnDefinitions": columns, "rows": rows})
+    }
+
+    fn columns(&self) -> Value {
+        let name = json!({"name": "Name", "type": "string", "format": "name", "priority": 0,
+            "description": "The name, unique within a namespace."});
+        let rest = self.row.columns.iter().map(|c| {
+            // An age is computed here, so that it is a text and not a date.
+            let ty = if c.ty == "date" { "string" } else { c.ty };
+            json!({"name": c.name, "type": ty, "format": "", "priority": c.priority, "description": c.name})
+        });
+        std::iter::once(name).chain(rest).collect()
+    }
+
+    fn table_row(&self, object: Value) -> Value {
+        let mut cells = vec![object["metadata"]["name"].clone()];
+        cells.extend((self.row.cells)(&object, self.now));
+        let carried = match self.include {
+            Include::Nothing => Value::Null,
+            Include::Metadata => metadata(&object),
+            Include::Object => self.convert(object),
+        };
+        json!({"cells": cells, "object": carried})
+    }
+}
+
+fn metadata(object: &Value) -> Value {
+    json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"]})
+}
+
+/// A value as a line.
+pub fn line(value: &Value) -> Bytes {
+    let mut text = value.to_string().into_bytes();
+    text.push(b'\n');
+    text.into()
+}

@@ -1,0 +1,202 @@
+//! OpenAPI documents (<https://kubernetes.io/docs/concepts/overview/kubernetes-api/#openapi-interface-definition>).
+
+use std::collections::{BTreeMap, HashMap};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use parking_lot::Mutex;
+use seawall_api::{Row, Scope, row::api_version, schema::definitions};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    Server,
+    encode::{Body, json_bytes},
+    error::{ApiError, Result},
+    registry::{Served, roots},
+};
+
+/// Documents that have been asked for; they do not change while the process runs.
+#[derive(Default)]
+pub struct Documents(Mutex<HashMap<String, Bytes>>);
+
+impl Server {
+    /// `/openapi/v2`, `/openapi/v3` and what is below.
+    pub(crate) fn openapi(&self, path: &str, headers: &HeaderMap) -> Result<Response<Body>> {
+        if let Some(bytes) = self.openapi.0.lock().get(path) {
+            return Ok(json_bytes(StatusCode::OK, bytes.clone()));
+        }
+        let document = match path.trim_start_matches("/openapi/") {
+            "v2" => {
+                let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or("*/*");
+                if !accept.contains("json") && !accept.contains("*/*") {
+                    return Err(ApiError::not_acceptable(accept));
+                }
+                self.version_2()
+            }
+            "v3" => {
+                let entry = |(group, version): (&str, &str)| {
+                    let name = match group {
+                        "" => format!("api/{version}"),
+                        _ => format!("apis/{group}/{version}"),
+                    };
+                    let url = format!("/openapi/v3/{name}?hash={}", self.config.version);
+                    (name, json!({"serverRelativeURL": url}))
+                };
+                let paths: Map<String, Value> = self.registry.group_versions().into_iter().map(entry).collect();
+                json!({"paths": paths})
+            }
+            rest => {
+                let parts: Vec<&str> = rest.split('/').collect();
+                match parts[..] {
+                    ["v3", "api", version] => self.version_3("", version)?,
+                    ["v3", "apis", group, version] => self.version_3(group, version)?,
+                    _ => return Err(ApiError::no_route()),
+                }
+            }
+        };
+        let bytes = Bytes::from(document.to_string());
+        self.openapi.0.lock().insert(path.to_owned(), bytes.clone());
+        let mut response = json_bytes(StatusCode::OK, bytes);
+        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public"));
+        Ok(response)
+    }
+
+    fn definitions(&self, prefix: &str) -> BTreeMap<String, Value> {
+        let rows: Vec<_> = self.registry.rows().map(|(_, row)| row.clone()).collect();
+        let mut all = definitions(roots(&rows), prefix);
+        for (group, version) in self.registry.group_versions() {
+            for (served, row) in self.registry.served_in(group, version) {
+                let name = &self.registry.schemas.get(served.ty).name;
+                if let Some(schema) = all.get_mut(&**name) {
+                    schema["x-kubernetes-group-version-kind"] = json!([gvk(row, served)]);
+                }
+            }
+        }
+        all
+    }
+
+    fn version_3(&self, group: &str, version: &str) -> Result<Value> {
+        let served = self.registry.served_in(group, version);
+        if served.is_empty() {
+            return Err(ApiError::no_route());
+        }
+        let all = self.definitions("#/components/schemas/");
+        let mut paths = Map::new();
+        let mut needed: Vec<String> = Vec::new();
+        for (served, row) in &served {
+            let name = self.registry.schemas.get(served.ty).name.to_string();
+            describe(row, served, &name, &mut paths);
+            needed.push(name);
+        }
+        needed.push("io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions".into());
+        needed.push("io.k8s.apimachinery.pkg.apis.meta.v1.Status".into());
+        if served.iter().any(|(_, row)| row.has(seawall_api::Subresource::Scale)) {
+            needed.push("io.k8s.api.autoscaling.v1.Scale".into());
+        }
+        // Only what this group and version refers to.
+        let mut schemas = Map::new();
+        while let Some(name) = needed.pop() {
+            if schemas.contains_key(&name) {
+                continue;
+            }
+            if let Some(schema) = all.get(&name) {
+                references(schema, &mut needed);
+                schemas.insert(name, schema.clone());
+            }
+        }
+        Ok(json!({"openapi": "3.0.0", "info": {"title": "Kubernetes", "version": self.config.version},
+            "paths": paths, "components": {"schemas": schemas}}))
+    }
+
+    fn version_2(&self) -> Value {
+        let mut paths = Map::new();
+        for (group, version) in self.registry.group_versions() {
+            for (served, row) in self.registry.served_in(group, version) {
+                let kind = gvk(row, served);
+                let operation = |action: &str| json!({"operationId": format!("{action}{}{}", row.kind, served.version), "x-kubernetes-action": action, "x-kubernetes-group-version-kind": kind, "responses": {"200": {"description": "OK"}}});
+                paths.insert(url(row, served, true), json!({"get": operation("get"), "patch": operation("patch")}));
+            }
+        }
+        json!({"swagger": "2.0", "info": {"title": "Kubernetes", "version": self.config.version},
+            "paths": paths, "definitions": self.definitions("#/definitions/")})
+    }
+}
+
+fn gvk(row: &Row, served: &Served) -> Value {
+    json!({"group": served.group, "version": served.version, "kind": row.kind})
+}
+
+fn url(row: &Row, served: &Served, one: bool) -> String {
+    let base = match served.group {
+        "" => format!("/api/{}", served.version),
+        _ => format!("/apis/{}", api_version(served.group, served.version)),
+    };
+    let namespace = if row.scope == Scope::Namespaced { "/namespaces/{namespace}" } else { "" };
+    let name = if one { "/{name}" } else { "" };
+    format!("{base}{namespace}/{}{name}", row.plural)
+}
+
+fn references(schema: &Value, into: &mut Vec<String>) {
+    match schema {
+        Value::Object(object) => {
+            for (key, value) in object {
+                match (key.as_str(), value.as_str().and_then(|r| r.rsplit('/').next())) {
+                    ("$ref", Some(name)) => into.push(name.to_owned()),
+                    _ => references(value, into),
+                }
+            }
+        }
+        Value::Array(items) => items.iter().for_each(|v| references(v, into)),
+        _ => {}
+    }
+}
+
+/// Adds the paths of a resource.
+fn describe(row: &Row, served: &Served, ty: &str, paths: &mut Map<String, Value>) {
+    let kind = gvk(row, served);
+    let schema = json!({"$ref": format!("#/components/schemas/{ty}")});
+    let parameter = |name: &str, description: &str| json!({"name": name, "in": "query", "description": description, "schema": {"type": "string", "uniqueItems": true}});
+    let write = json!([
+        parameter("dryRun", "When present, indicates that modifications should not be persisted: All."),
+        parameter("fieldManager", "The name of the actor that makes the change."),
+        parameter("fieldValidation", "How to treat unknown and duplicate fields: Ignore, Warn or Strict."),
+    ]);
+    let answer = json!({"200": {"description": "OK", "content": {"application/json": {"schema": schema}}}});
+    let operation = |action: &str, word: &str| -> Value {
+        let place = if row.scope == Scope::Namespaced { "Namespaced" } else { "" };
+        let mut out = json!({"operationId": format!("{word}{}{}{place}{}", served.group.replace(['.', '-'], ""), served.version, row.kind),
+            "x-kubernetes-action": action, "x-kubernetes-group-version-kind": kind, "responses": answer});
+        if matches!(action, "post" | "put" | "patch") {
+            out["parameters"] = write.clone();
+            let media = if action == "patch" { "application/strategic-merge-patch+json" } else { "application/json" };
+            out["requestBody"] = json!({"content": {media: {"schema": schema}}});
+        }
+        out
+    };
+    let path_parameters = |one: bool| {
+        let mut all = Vec::new();
+        let mut add = |name: &str| all.push(json!({"name": name, "in": "path", "required": true, "schema": {"type": "string", "uniqueItems": true}}));
+        if row.scope == Scope::Namespaced {
+            add("namespace");
+        }
+        if one {
+            add("name");
+        }
+        all
+    };
+    if !row.stored {
+        paths.insert(url(row, served, false), json!({"post": operation("post", "create"), "parameters": path_parameters(false)}));
+        return;
+    }
+    paths.insert(
+        url(row, served, false),
+        json!({"get": operation("list", "list"), "post": operation("post", "create"), "delete": operation("deletecollection", "deleteCollection"), "parameters": path_parameters(false)}),
+    );
+    let one = json!({"get": operation("get", "read"), "put": operation("put", "replace"), "patch": operation("patch", "patch"),
+        "delete": operation("delete", "delete"), "parameters": path_parameters(true)});
+    paths.insert(url(row, served, true), one);
+    for sub in row.subresources.iter().filter(|s| matches!(s.name(), "status" | "scale")) {
+        let path = format!("{}/{}", url(row, served, true), sub.name());
+        paths.insert(path, json!({"get": operation("get", "read"), "put": operation("put", "replace"), "patch": operation("patch", "patch"), "parameters": path_parameters(true)}));
+    }
+}

@@ -1,0 +1,76 @@
+//! Reviews: questions about users and tokens that are answered and not stored.
+
+use std::sync::Arc;
+
+use http::{Response, StatusCode};
+use seawall_api::schema::check::conform;
+use serde_json::{Value, json};
+
+use crate::{
+    Context, Server,
+    auth::{UserInfo, authorize::Attributes},
+    encode::{Body, value},
+    error::{ApiError, Result},
+};
+
+impl Server {
+    /// POST of a review.
+    pub(crate) async fn review(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
+        let (mut review, _) = context.body()?;
+        conform(&self.registry.schemas, context.served.ty, &mut review)
+            .map_err(|e| ApiError::bad_request(format!("{0} in version \"v1\" cannot be handled as a {0}: {e}", context.row.kind)))?;
+        review["kind"] = context.row.kind.into();
+        review["apiVersion"] = context.row.api_version().into();
+        if review["metadata"].is_null() {
+            review["metadata"] = json!({"creationTimestamp": null});
+        }
+        review["status"] = match context.row.kind {
+            "SelfSubjectReview" => json!({"userInfo": context.user}),
+            "SelfSubjectAccessReview" => self.access(&context.user, &review["spec"]),
+            "SelfSubjectRulesReview" => json!({"resourceRules": [], "nonResourceRules": [], "incomplete": true,
+                "evaluationError": "rules are not enumerated: ask with a SelfSubjectAccessReview"}),
+            "SubjectAccessReview" | "LocalSubjectAccessReview" => {
+                let spec = &review["spec"];
+                let groups: Vec<String> = spec["groups"].as_array().into_iter().flatten().filter_map(|g| g.as_str().map(str::to_owned)).collect();
+                let user = UserInfo { username: spec["user"].as_str().unwrap_or_default().to_owned(), groups, ..Default::default() };
+                if user.username.is_empty() && user.groups.is_empty() {
+                    return Err(ApiError::bad_request("spec.user: Required value: at least one of user or group must be specified"));
+                }
+                self.access(&user, spec)
+            }
+            "TokenReview" => {
+                let token = review["spec"]["token"].as_str().unwrap_or_default();
+                let asked: Vec<&str> = review["spec"]["audiences"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+                let audiences = if asked.is_empty() { vec![self.config.issuer.as_str()] } else { asked };
+                match self.user_of_token(token, &audiences) {
+                    Ok(user) => json!({"authenticated": true, "user": user, "audiences": audiences}),
+                    Err(why) => json!({"authenticated": false, "user": {}, "error": why}),
+                }
+            }
+            _ => return Err(ApiError::no_route()),
+        };
+        Ok(value(StatusCode::CREATED, &review, context.form.yaml))
+    }
+
+    fn access(&self, user: &UserInfo, spec: &Value) -> Value {
+        let text = |v: &'_ Value| -> String { v.as_str().unwrap_or_default().to_owned() };
+        let (resource, path) = (&spec["resourceAttributes"], &spec["nonResourceAttributes"]);
+        let verb = text(if path.is_object() { &path["verb"] } else { &resource["verb"] });
+        let [group, plural, sub, namespace, name] =
+            ["group", "resource", "subresource", "namespace", "name"].map(|key| text(&resource[key]));
+        let path = text(&path["path"]);
+        let attributes = Attributes {
+            verb: &verb,
+            group: &group,
+            resource: &plural,
+            subresource: &sub,
+            namespace: &namespace,
+            name: &name,
+            path: &path,
+        };
+        match self.authorizer.authorize(user, &attributes) {
+            Ok(()) => json!({"allowed": true}),
+            Err(reason) => json!({"allowed": false, "reason": reason}),
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Connections: TLS, HTTP/1.1 and HTTP/2.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use http::Request;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::{conn::auto, graceful::GracefulShutdown},
+};
+use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use crate::{Server, StartError, auth::UserInfo, pki::Pair};
+
+/// How many connections are served at a time.
+const CONNECTIONS: usize = 10_000;
+/// How long a handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long requests have to end when the server stops.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Makes the TLS configuration: our certificate, and clients known by those that the authority signed.
+pub fn tls(pair: &Pair, ca_pem: &str) -> Result<ServerConfig, StartError> {
+    let bad = |what: &str, e: &dyn std::fmt::Display| StartError::Key(format!("{what}: {e}"));
+    let mut roots = RootCertStore::empty();
+    for der in CertificateDer::pem_slice_iter(ca_pem.as_bytes()) {
+        let der = der.map_err(|e| bad("the certificate authority", &e))?;
+        roots.add(der).map_err(|e| bad("the certificate authority", &e))?;
+    }
+    let verifier = WebPkiClientVerifier::builder(Arc::new(roots))
+        .allow_unauthenticated()
+        .build()
+        .map_err(|e| bad("the certificate authority", &e))?;
+    let chain = CertificateDer::pem_slice_iter(pair.certificate.as_bytes())
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| bad("the serving certificate", &e))?;
+    let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).map_err(|e| bad("the serving key", &e))?;
+    let mut config = ServerConfig::builder()
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)
+        .map_err(|e| bad("the serving certificate", &e))?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// Serves until `stop`; then lets requests end and closes what is left.
+pub async fn serve(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, stop: CancellationToken) {
+    let acceptor = TlsAcceptor::from(Arc::new(tls));
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    let graceful = GracefulShutdown::new();
+    let mut http = auto::Builder::new(TokioExecutor::new());
+    http.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(30));
+    http.http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(1000)
+        // A peer that is gone is noticed.
+        .keep_alive_interval(Some(Duration::from_secs(30)))
+        .keep_alive_timeout(Duration::from_secs(15))
+        // Large lists flow without waiting for the client at every 64 KiB, small watchers hold little.
+        .initial_stream_window_size(256 << 10)
+        .max_send_buf_size(256 << 10);
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Too many open files: give up the processor until some are closed.
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else {
+            tracing::warn!(limit = CONNECTIONS, "a connection was refused: too many are open");
+            continue;
+        };
+        let _ = stream.set_nodelay(true);
+        let (acceptor, server, http, watcher) = (acceptor.clone(), server.clone(), http.clone(), graceful.watcher());
+        tokio::spawn(async move {
+            let _slot = slot;
+            let stream = match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "a TLS handshake failed");
+                    return;
+                }
+                Err(_) => return,
+            };
+            let peer = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+            let user = peer.and_then(|der| UserInfo::from_certificate(der));
+            let service = service_fn(move |request: Request<Incoming>| {
+                let (server, user) = (server.clone(), user.clone());
+                async move { Ok::<_, Infallible>(server.handle(request, user).await) }
+            });
+            let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
+            if let Err(error) = watcher.watch(connection).await {
+                tracing::debug!(error, "a connection ended");
+            }
+        });
+    }
+    drop(listener);
+    // Watches end by themselves when the server stops; HTTP/2 clients are told to go.
+    if tokio::time::timeout(DRAIN, graceful.shutdown()).await.is_err() {
+        tracing::info!("connections were still open after {} s and are closed", DRAIN.as_secs());
+    }
+}

@@ -1,0 +1,737 @@
+//! CREATE, UPDATE, PATCH, DELETE: one pipeline for all resources.
+
+use std::sync::Arc;
+
+use http::{Response, StatusCode, header};
+use jiff::Timestamp;
+use rand::Rng;
+use seawall_api::{
+    Row, Scope, Subresource,
+    field::Errors,
+    patch,
+    resources::validate_metadata,
+    row::Validation,
+    schema::check::{conform, parse},
+};
+use seawall_store::{self as store, Expect, Revision};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    Context, Server,
+    encode::Body,
+    error::{ApiError, Result},
+    object::{Object, encode},
+    read::Selection,
+};
+
+/// How often a change is tried again when somebody else was faster.
+const ATTEMPTS: usize = 8;
+/// How many random names are tried for `generateName`.
+const NAMES: usize = 8;
+const FOREGROUND: &str = "foregroundDeletion";
+const ORPHAN: &str = "orphan";
+
+/// What a pipeline does with an object between decoding and storing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// The object is new.
+    Create,
+    /// The object is there.
+    Update,
+}
+
+/// How strict decoding is (<https://kubernetes.io/docs/reference/using-api/api-concepts/#field-validation>).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FieldValidation {
+    Ignore,
+    Warn,
+    Strict,
+}
+
+impl Context<'_> {
+    fn field_validation(&self) -> Result<FieldValidation> {
+        match self.query.text("fieldValidation") {
+            None | Some("Warn") => Ok(FieldValidation::Warn),
+            Some("Ignore") => Ok(FieldValidation::Ignore),
+            Some("Strict") => Ok(FieldValidation::Strict),
+            Some(other) => Err(ApiError::bad_request(format!(
+                "fieldValidation: Unsupported value: {other:?}: supported values: \"\", \"Ignore\", \"Strict\", \"Warn\""
+            ))),
+        }
+    }
+
+    /// Whether the request is only tried out.
+    pub fn dry_run(&self) -> Result<bool> {
+        match self.query.text("dryRun") {
+            None => Ok(false),
+            Some("All") => Ok(true),
+            Some(other) => {
+                Err(ApiError::bad_request(format!("dryRun: Unsupported value: {other:?}: supported values: \"All\"")))
+            }
+        }
+    }
+
+    /// The body as a value, from JSON or YAML, with the paths of keys that stand twice.
+    pub fn body(&self) -> Result<(Value, Vec<String>)> {
+        let kind = self.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("application/json");
+        match kind.split(';').next().unwrap_or_default().trim() {
+            "application/json" | "" | "*/*" => parse(&self.body).map_err(|e| {
+                ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}"))
+            }),
+            "application/yaml" | "application/x-yaml" => serde_yaml_ng::from_slice(&self.body)
+                .map(|v| (v, Vec::new()))
+                .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; yaml parse error: {e}"))),
+            other => Err(ApiError::unsupported_media_type(other, &["application/json", "application/yaml"])),
+        }
+    }
+
+    /// Checks the body against the type of the resource in the version of the URL, and converts it to the stored one.
+    fn conform(&self, server: &Server, mut value: Value, duplicates: Vec<String>) -> Result<Value> {
+        let (kind, version) = (self.row.kind, self.served.api_version());
+        if !value.is_object() {
+            return Err(ApiError::bad_request(format!("the body is not an object of kind {kind}: expected {{\"kind\":{kind:?}, …}}")));
+        }
+        let (found_kind, found_version) = (value["kind"].as_str().unwrap_or(kind), value["apiVersion"].as_str().unwrap_or(&version));
+        if found_kind != kind || found_version != version {
+            return Err(ApiError::bad_request(format!(
+                "{found_kind} in version {found_version:?} cannot be handled as a {kind}: the API version and kind in the data ({found_version}, Kind={found_kind}) do not match the expected ones ({version}, Kind={kind})"
+            )));
+        }
+        let unknown = conform(&server.registry.schemas, self.served.ty, &mut value).map_err(|e| {
+            ApiError::bad_request(format!("{kind} in version {:?} cannot be handled as a {kind}: {e}", self.served.version))
+        })?;
+        let complaints: Vec<String> = duplicates
+            .iter()
+            .map(|path| format!("duplicate field {path:?}"))
+            .chain(unknown.iter().map(|path| format!("unknown field {path:?}")))
+            .collect();
+        if !complaints.is_empty() {
+            match self.field_validation()? {
+                FieldValidation::Strict => {
+                    return Err(ApiError::bad_request(format!(
+                        "{kind} in version {:?} cannot be handled as a {kind}: strict decoding error: {}",
+                        self.served.version,
+                        complaints.join(", ")
+                    )));
+                }
+                FieldValidation::Warn => self.warn(complaints),
+                FieldValidation::Ignore => {}
+            }
+        }
+        if let Some(alias) = &self.served.alias {
+            (alias.conversion.to_stored)(&mut value);
+        }
+        value["kind"] = kind.into();
+        value["apiVersion"] = self.row.api_version().into();
+        if !value["metadata"].is_object() {
+            value["metadata"] = json!({});
+        }
+        Ok(value)
+    }
+}
+
+/// The metadata as an object. [`Context::conform`] has made sure that it is one.
+fn meta(object: &mut Value) -> &mut Map<String, Value> {
+    if !object["metadata"].is_object() {
+        object["metadata"] = json!({});
+    }
+    object["metadata"].as_object_mut().expect("made an object above")
+}
+
+fn name_of(object: &Value) -> &str {
+    object["metadata"]["name"].as_str().unwrap_or_default()
+}
+
+/// The time as Kubernetes writes it: whole seconds.
+pub fn timestamp(now: Timestamp) -> Value {
+    now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string().into()
+}
+
+fn generate(prefix: &str) -> String {
+    // Without vowels and digits that look like letters, so that no words come out.
+    const ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
+    let mut random = rand::rng();
+    let suffix: String = (0..5).map(|_| ALPHABET[random.random_range(0..ALPHABET.len())] as char).collect();
+    format!("{}{suffix}", &prefix[..prefix.len().min(58)])
+}
+
+impl Server {
+    /// POST of a new object.
+    pub(crate) async fn create(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
+        let (value, duplicates) = context.body()?;
+        let object = context.conform(self, value, duplicates)?;
+        let (object, revision) = self.create_object(context, object).await?;
+        Ok(self.answer(context, object, revision, StatusCode::CREATED)?)
+    }
+
+    fn answer(&self, context: &Context<'_>, mut object: Value, revision: Revision, status: StatusCode) -> Result<Response<Body>> {
+        if revision.0 > 0 {
+            object["metadata"]["resourceVersion"] = revision.to_string().into();
+        }
+        Ok(context.encoder()?.value(object, status))
+    }
+
+    /// Takes a decoded object through the pipeline and stores it.
+    pub(crate) async fn create_object(self: &Arc<Self>, context: &Context<'_>, mut object: Value) -> Result<(Value, Revision)> {
+        let row = context.row.clone();
+        if object["metadata"]["resourceVersion"].as_str().is_some_and(|v| !v.is_empty()) {
+            return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
+        }
+        self.place(context, &mut object)?;
+        let prefix = object["metadata"]["generateName"].as_str().filter(|p| !p.is_empty()).map(str::to_owned);
+        let generated = name_of(&object).is_empty() && prefix.is_some();
+        for attempt in 1.. {
+            let mut candidate = object.clone();
+            if let (true, Some(prefix)) = (generated, &prefix) {
+                candidate["metadata"]["name"] = generate(prefix).into();
+            }
+            match self.create_named(context, candidate).await {
+                Err(error) if generated && error.reason == "AlreadyExists" && attempt < NAMES => {}
+                Err(error) if generated && error.reason == "AlreadyExists" => {
+                    let prefix = prefix.unwrap_or_default();
+                    return Err(ApiError::conflict(&row, &prefix, "no free name was found for generateName; try again"));
+                }
+                other => return other,
+            }
+        }
+        unreachable!("the loop returns")
+    }
+
+    async fn create_named(self: &Arc<Self>, context: &Context<'_>, mut object: Value) -> Result<(Value, Revision)> {
+        let row = &context.row;
+        let now = Timestamp::now();
+        {
+            let meta = meta(&mut object);
+            for key in ["resourceVersion", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "managedFields"] {
+                meta.remove(key);
+            }
+            meta.insert("uid".into(), uuid::Uuid::new_v4().to_string().into());
+            meta.insert("creationTimestamp".into(), timestamp(now));
+            match row.generation {
+                true => meta.insert("generation".into(), 1.into()),
+                false => meta.remove("generation"),
+            };
+        }
+        (row.defaults)(&mut object);
+        self.admit(context, Operation::Create, &mut object, None).await?;
+        (row.defaults)(&mut object);
+        (row.prepare_create)(&mut object);
+        let name = name_of(&object).to_owned();
+        let mut errors = Errors::default();
+        validate_metadata(row, &object, None, &mut errors);
+        (row.validate)(&Validation { new: &object, old: None, subresource: "" }, &mut errors);
+        if !errors.is_empty() {
+            let shown = if name.is_empty() { object["metadata"]["generateName"].as_str().unwrap_or_default() } else { &name };
+            return Err(ApiError::invalid(row, shown, &errors));
+        }
+        let dry = context.dry_run()?;
+        let claimed = self.allocate(row, &mut object, None, dry).await?;
+        let key = row.key(object["metadata"]["namespace"].as_str().unwrap_or_default(), &name);
+        if dry {
+            let taken = self.consistent().await?.get(context.served.id, &key).is_some();
+            return if taken { Err(ApiError::already_exists(row, &name)) } else { Ok((object, Revision(0))) };
+        }
+        match self.store.put(&key, encode(&object), Expect::Absent, context.fence.as_ref()).await {
+            Ok(revision) => Ok((object, revision)),
+            Err(error) => {
+                self.release(claimed).await;
+                Err(match error {
+                    store::Error::Conflict { .. } => ApiError::already_exists(row, &name),
+                    other => ApiError::store(other),
+                })
+            }
+        }
+    }
+
+    /// Makes namespace and name of an object agree with the URL.
+    fn place(&self, context: &Context<'_>, object: &mut Value) -> Result<()> {
+        let row = &context.row;
+        if let Some(name) = context.path.name.as_deref() {
+            match name_of(object) {
+                "" => object["metadata"]["name"] = name.into(),
+                found if found != name => {
+                    return Err(ApiError::bad_request(format!("the name of the object ({found}) does not match the name on the URL ({name})")));
+                }
+                _ => {}
+            }
+        }
+        if row.scope == Scope::Cluster {
+            if object["metadata"]["namespace"].as_str() == Some("") {
+                meta(object).remove("namespace");
+            }
+            return Ok(());
+        }
+        let Some(namespace) = context.path.namespace.as_deref() else {
+            return Err(ApiError::bad_request(format!("a {} lives in a namespace: use /namespaces/NAMESPACE/{}", row.kind, row.plural)));
+        };
+        match object["metadata"]["namespace"].as_str().unwrap_or_default() {
+            "" => object["metadata"]["namespace"] = namespace.into(),
+            found if found != namespace => {
+                return Err(ApiError::bad_request(format!("the namespace of the provided object does not match the namespace sent on the request: {found} is not {namespace}")));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// PUT of an object or of one of its parts.
+    pub(crate) async fn update(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
+        let (value, duplicates) = context.body()?;
+        let mut object = context.conform(self, value, duplicates)?;
+        self.place(context, &mut object)?;
+        let version = object["metadata"]["resourceVersion"].as_str().filter(|v| !v.is_empty()).map(str::to_owned);
+        let expected = version.map(|v| expected_version(&v)).transpose()?;
+        let (object, revision) = self.change(context, expected, |_| Ok(object.clone())).await?;
+        self.answer(context, object, revision, StatusCode::OK)
+    }
+
+    /// PATCH of an object or of one of its parts.
+    pub(crate) async fn patch(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
+        let kind = context.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let kind = kind.split(';').next().unwrap_or_default().trim();
+        let malformed = |e: &dyn std::fmt::Display| ApiError::bad_request(format!("error decoding patch: {e}"));
+        let apply: Box<dyn Fn(&mut Value) -> Result<()> + Send + Sync> = match kind {
+            "application/json-patch+json" => {
+                let patch: json_patch::Patch = serde_json::from_slice(&context.body).map_err(|e| malformed(&e))?;
+                if patch.0.len() > 10_000 {
+                    return Err(ApiError::too_large(10_000));
+                }
+                let (row, name) = (context.row.clone(), context.path.name.clone().unwrap_or_default());
+                Box::new(move |object| {
+                    json_patch::patch(object, &patch).map_err(|e| {
+                        let mut error = ApiError::invalid(&row, &name, &Errors::default());
+                        error.message = format!("the server rejected our request due to an error in our request: {e}");
+                        error
+                    })
+                })
+            }
+            "application/merge-patch+json" => {
+                let (patch, _) = parse(&context.body).map_err(|e| malformed(&e))?;
+                if !patch.is_object() {
+                    return Err(malformed(&"a merge patch is an object"));
+                }
+                Box::new(move |object| {
+                    json_patch::merge(object, &patch);
+                    Ok(())
+                })
+            }
+            "application/strategic-merge-patch+json" => {
+                let (patch, _) = parse(&context.body).map_err(|e| malformed(&e))?;
+                if !patch.is_object() {
+                    return Err(malformed(&"a strategic merge patch is an object"));
+                }
+                let (server, ty) = (self.clone(), context.served.ty);
+                Box::new(move |object| {
+                    patch::strategic(&server.registry.schemas, ty, object, patch.clone())
+                        .map_err(|e| ApiError::bad_request(e.to_string()))
+                })
+            }
+            other => {
+                return Err(ApiError::unsupported_media_type(
+                    other,
+                    &["application/json-patch+json", "application/merge-patch+json", "application/strategic-merge-patch+json"],
+                ));
+            }
+        };
+        let encoder = context.encoder()?;
+        let (object, revision) = self
+            .change(context, None, |current| {
+                // A patch is written against the version in the URL and sees the resource version.
+                let mut object = encoder.convert(current.value());
+                apply(&mut object)?;
+                if let Some(version) = object["metadata"]["resourceVersion"].as_str()
+                    && version != current.revision.to_string()
+                {
+                    return Err(ApiError::modified(&context.row, current.name()));
+                }
+                let mut object = context.conform(self, object, Vec::new())?;
+                self.place(context, &mut object)?;
+                Ok(object)
+            })
+            .await?;
+        self.answer(context, object, revision, StatusCode::OK)
+    }
+
+    /// Changes an object: reads it, makes the new one, takes it through the pipeline, and writes it if nobody else was
+    /// faster; else tries again, unless the client named the version it wants to change.
+    pub(crate) async fn change(
+        self: &Arc<Self>,
+        context: &Context<'_>,
+        expected: Option<Revision>,
+        make: impl Fn(&Object) -> Result<Value> + Send + Sync,
+    ) -> Result<(Value, Revision)> {
+        let (row, name) = (&context.row, context.name()?);
+        let key = row.key(context.namespace(), name);
+        let mut snapshot = self.consistent().await?;
+        for _ in 0..ATTEMPTS {
+            let current = snapshot.get(context.served.id, &key).ok_or_else(|| ApiError::not_found(row, name))?.clone();
+            if expected.is_some_and(|e| e != current.revision) {
+                return Err(ApiError::modified(row, name));
+            }
+            let new = make(&current)?;
+            match self.replace(context, &key, &current, new).await {
+                Err(Replace::Raced) if expected.is_some() => return Err(ApiError::modified(row, name)),
+                Err(Replace::Raced) => snapshot = self.consistent().await?,
+                Err(Replace::Failed(error)) => return Err(error),
+                Ok(done) => return Ok(done),
+            }
+        }
+        Err(ApiError::modified(row, name))
+    }
+
+    async fn replace(self: &Arc<Self>, context: &Context<'_>, key: &str, current: &Object, mut new: Value) -> Result<(Value, Revision), Replace> {
+        let row = &context.row;
+        let sub = context.path.subresource.as_deref().unwrap_or_default();
+        let old: Value = current.value();
+        if let Some(uid) = new["metadata"]["uid"].as_str().filter(|u| !u.is_empty())
+            && old["metadata"]["uid"] != uid
+        {
+            let why = format!("Precondition failed: UID in precondition: {uid}, UID in object meta: {}", old["metadata"]["uid"].as_str().unwrap_or_default());
+            return Err(ApiError::conflict(row, current.name(), why).into());
+        }
+        carry_over(row, sub, &mut new, &old);
+        (row.defaults)(&mut new);
+        if sub.is_empty() {
+            (row.prepare_update)(&mut new, &old);
+        }
+        self.admit(context, Operation::Update, &mut new, Some(&old)).await?;
+        if row.generation && sub.is_empty() && without_meta_and_status(&new) != without_meta_and_status(&old) {
+            let generation = old["metadata"]["generation"].as_i64().unwrap_or_default() + 1;
+            new["metadata"]["generation"] = generation.into();
+        }
+        let mut errors = Errors::default();
+        validate_metadata(row, &new, Some(&old), &mut errors);
+        (row.validate)(&Validation { new: &new, old: Some(&old), subresource: sub }, &mut errors);
+        if !errors.is_empty() {
+            return Err(ApiError::invalid(row, current.name(), &errors).into());
+        }
+        let dry = context.dry_run()?;
+        let claimed = self.allocate(row, &mut new, Some(&old), dry).await?;
+        let bytes = encode(&new);
+        if bytes == current.bytes {
+            return Ok((new, current.revision));
+        }
+        if dry {
+            return Ok((new, current.revision));
+        }
+        let expect = Expect::At(current.revision);
+        let finished = is_finished(row, &new);
+        let written = match finished {
+            true => self.store.delete(key, expect, context.fence.as_ref()).await,
+            false => self.store.put(key, bytes, expect, context.fence.as_ref()).await,
+        };
+        match written {
+            Ok(revision) => {
+                self.after_write(row, &old, (!finished).then_some(&new)).await;
+                Ok((new, revision))
+            }
+            Err(error) => {
+                self.release(claimed).await;
+                Err(match error {
+                    store::Error::Conflict { .. } => Replace::Raced,
+                    other => ApiError::store(other).into(),
+                })
+            }
+        }
+    }
+
+    /// DELETE of one object.
+    pub(crate) async fn delete(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
+        let options = self.delete_options(context)?;
+        let (object, revision, gone) = self.delete_object(context, context.name()?, &options).await?;
+        // What is gone is answered with a Status, what is still going with the object.
+        if gone && context.row.plural != "pods" && context.row.plural != "namespaces" {
+            let details = json!({"name": name_of(&object), "group": context.row.group, "kind": context.row.plural, "uid": object["metadata"]["uid"]});
+            let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
+            return Ok(crate::encode::value(StatusCode::OK, &status, context.form.yaml));
+        }
+        self.answer(context, object, revision, StatusCode::OK)
+    }
+
+    /// DELETE of all objects that selectors pick.
+    pub(crate) async fn delete_collection(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
+        let options = self.delete_options(context)?;
+        let row = &context.row;
+        let selection = Selection::parse(row, &context.query, None)?;
+        let prefix = match context.path.namespace.as_deref() {
+            Some(namespace) => format!("{}{namespace}/", row.prefix()),
+            None => row.prefix(),
+        };
+        let snapshot = self.consistent().await?;
+        let picked: Vec<Arc<Object>> =
+            snapshot.range(context.served.id, &prefix, None).filter(|o| selection.picks(row, o)).cloned().collect();
+        let revision = snapshot.revision;
+        drop(snapshot);
+        for object in &picked {
+            let mut one = context.clone();
+            one.path.namespace = Some(object.namespace(row).to_owned()).filter(|n| !n.is_empty());
+            match self.delete_object(&one, object.name(), &options).await {
+                Ok(_) => {}
+                Err(error) if error.code == StatusCode::NOT_FOUND => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(context.encoder()?.list(picked, json!({"resourceVersion": revision.to_string()})))
+    }
+
+    fn delete_options(&self, context: &Context<'_>) -> Result<DeleteOptions> {
+        let mut value = match context.body.is_empty() {
+            true => json!({}),
+            false => context.body()?.0,
+        };
+        let ty = self.registry.schemas.by_name("io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions");
+        if let Some(ty) = ty {
+            conform(&self.registry.schemas, ty, &mut value).map_err(|e| ApiError::bad_request(e.to_string()))?;
+        }
+        let policy = value["propagationPolicy"].as_str().or(context.query.text("propagationPolicy"));
+        let orphan = match (policy, value["orphanDependents"].as_bool()) {
+            (Some(_), Some(_)) => {
+                return Err(ApiError::bad_request("propagationPolicy and orphanDependents may not be set at the same time"));
+            }
+            (Some("Orphan"), _) | (None, Some(true)) => Some(ORPHAN),
+            (Some("Foreground"), _) => Some(FOREGROUND),
+            (Some("Background"), _) | (None, _) => None,
+            (Some(other), _) => {
+                return Err(ApiError::bad_request(format!(
+                    "propagationPolicy: Unsupported value: {other:?}: supported values: \"Background\", \"Foreground\", \"Orphan\""
+                )));
+            }
+        };
+        let grace = match value["gracePeriodSeconds"].as_i64() {
+            Some(seconds) => Some(seconds),
+            None => context.query.number::<i64>("gracePeriodSeconds")?,
+        };
+        if grace.is_some_and(|g| g < 0) {
+            return Err(ApiError::bad_request("gracePeriodSeconds: Invalid value: must be greater than or equal to 0"));
+        }
+        let preconditions = &value["preconditions"];
+        Ok(DeleteOptions {
+            grace,
+            finalizer: orphan,
+            uid: preconditions["uid"].as_str().map(str::to_owned),
+            version: preconditions["resourceVersion"].as_str().map(expected_version).transpose()?,
+            dry_run: context.dry_run()? || value["dryRun"].as_array().is_some_and(|d| d.iter().any(|v| v == "All")),
+        })
+    }
+
+    /// Deletes an object, or begins to: with a grace period, or finalizers that somebody has to work through. Says
+    /// whether it is gone.
+    pub(crate) async fn delete_object(self: &Arc<Self>, context: &Context<'_>, name: &str, options: &DeleteOptions) -> Result<(Value, Revision, bool)> {
+        let row = &context.row;
+        let key = row.key(context.namespace(), name);
+        for _ in 0..ATTEMPTS {
+            let snapshot = self.consistent().await?;
+            let current = snapshot.get(context.served.id, &key).ok_or_else(|| ApiError::not_found(row, name))?.clone();
+            drop(snapshot);
+            let old = current.value();
+            let uid = old["metadata"]["uid"].as_str().unwrap_or_default();
+            if let Some(wanted) = &options.uid
+                && wanted != uid
+            {
+                let why = format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}");
+                return Err(ApiError::conflict(row, name, why));
+            }
+            if let Some(wanted) = options.version
+                && wanted != current.revision
+            {
+                let why = format!("Precondition failed: ResourceVersion in precondition: {wanted}, ResourceVersion in object meta: {}", current.revision);
+                return Err(ApiError::conflict(row, name, why));
+            }
+            self.admit_delete(context, &old)?;
+            let (new, finished) = begin_deletion(row, old.clone(), options, Timestamp::now());
+            if options.dry_run {
+                return Ok((new, current.revision, finished));
+            }
+            let expect = Expect::At(current.revision);
+            let bytes = encode(&new);
+            if !finished && bytes == current.bytes {
+                return Ok((new, current.revision, false));
+            }
+            let written = match finished {
+                true => self.store.delete(&key, expect, context.fence.as_ref()).await,
+                false => self.store.put(&key, bytes, expect, context.fence.as_ref()).await,
+            };
+            match written {
+                Ok(revision) => {
+                    self.after_write(row, &old, (!finished).then_some(&new)).await;
+                    return Ok((new, revision, finished));
+                }
+                Err(store::Error::Conflict { .. }) => {}
+                Err(other) => return Err(ApiError::store(other)),
+            }
+        }
+        Err(ApiError::modified(row, name))
+    }
+}
+
+enum Replace {
+    /// Somebody else wrote in between.
+    Raced,
+    Failed(ApiError),
+}
+
+impl From<ApiError> for Replace {
+    fn from(error: ApiError) -> Replace {
+        Replace::Failed(error)
+    }
+}
+
+/// How to delete.
+#[derive(Clone, Debug, Default)]
+pub struct DeleteOptions {
+    /// Seconds a pod has to end.
+    pub grace: Option<i64>,
+    /// The finalizer that stands for the propagation policy.
+    pub finalizer: Option<&'static str>,
+    /// Delete only the object with this uid.
+    pub uid: Option<String>,
+    /// Delete only this version.
+    pub version: Option<Revision>,
+    /// Only try it out.
+    pub dry_run: bool,
+}
+
+fn expected_version(text: &str) -> Result<Revision> {
+    text.parse().map(Revision).map_err(|_| {
+        ApiError::bad_request(format!("metadata.resourceVersion: Invalid value: {text:?}: must be the version of an object as the server gave it"))
+    })
+}
+
+/// What an update cannot change, and what the part that is written leaves alone.
+fn carry_over(row: &Row, sub: &str, new: &mut Value, old: &Value) {
+    let has_status = row.has(Subresource::Status);
+    match sub {
+        "status" | "approval" => {
+            let status = new["status"].take();
+            let meta = new["metadata"].take();
+            let conditions = (sub == "approval").then(|| status["conditions"].clone());
+            *new = old.clone();
+            match conditions {
+                Some(conditions) => new["status"]["conditions"] = conditions,
+                None if status.is_null() => {
+                    if let Some(object) = new.as_object_mut() {
+                        object.remove("status");
+                    }
+                }
+                None => new["status"] = status,
+            }
+            // Agents mark their own objects when they write a status; elsewhere metadata is not part of it.
+            if matches!(row.plural, "pods" | "nodes") {
+                for key in ["labels", "annotations"] {
+                    if !meta[key].is_null() {
+                        new["metadata"][key] = meta[key].clone();
+                    }
+                }
+            }
+        }
+        "ephemeralcontainers" => {
+            let added = new["spec"]["ephemeralContainers"].take();
+            *new = old.clone();
+            new["spec"]["ephemeralContainers"] = added;
+        }
+        "resize" => {
+            let containers = new["spec"]["containers"].take();
+            *new = old.clone();
+            for container in new["spec"]["containers"].as_array_mut().into_iter().flatten() {
+                let wanted = containers.as_array().into_iter().flatten().find(|c| c["name"] == container["name"]);
+                if let Some(wanted) = wanted {
+                    container["resources"] = wanted["resources"].clone();
+                }
+            }
+        }
+        "finalize" => {
+            let finalizers = new["spec"]["finalizers"].take();
+            *new = old.clone();
+            new["spec"]["finalizers"] = if finalizers.is_null() { json!([]) } else { finalizers };
+        }
+        _ => {
+            if has_status && let Some(object) = new.as_object_mut() {
+                match old.get("status") {
+                    Some(status) => object.insert("status".into(), status.clone()),
+                    None => object.remove("status"),
+                };
+            }
+        }
+    }
+    let meta = meta(new);
+    meta.remove("resourceVersion");
+    meta.remove("managedFields");
+    meta.remove("selfLink");
+    for key in ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "generation", "generateName"] {
+        match old["metadata"].get(key) {
+            Some(value) => meta.insert(key.to_owned(), value.clone()),
+            None => meta.remove(key),
+        };
+    }
+    for key in ["labels", "annotations"] {
+        if meta.get(key).and_then(Value::as_object).is_some_and(|m| m.is_empty()) {
+            meta.remove(key);
+        }
+    }
+}
+
+fn without_meta_and_status(object: &Value) -> Value {
+    let mut object = object.clone();
+    if let Some(object) = object.as_object_mut() {
+        object.remove("metadata");
+        object.remove("status");
+    }
+    object
+}
+
+fn has_finalizers(row: &Row, object: &Value) -> bool {
+    let listed = |v: &Value| v.as_array().is_some_and(|f| !f.is_empty());
+    listed(&object["metadata"]["finalizers"]) || (row.plural == "namespaces" && row.group.is_empty() && listed(&object["spec"]["finalizers"]))
+}
+
+/// Whether the last finalizer of an object that is being deleted has gone, and its grace period with it.
+fn is_finished(row: &Row, object: &Value) -> bool {
+    object["metadata"]["deletionTimestamp"].is_string()
+        && !has_finalizers(row, object)
+        && object["metadata"]["deletionGracePeriodSeconds"].as_i64().unwrap_or_default() == 0
+}
+
+/// Marks an object as being deleted. Says whether it can go at once.
+fn begin_deletion(row: &Row, mut object: Value, options: &DeleteOptions, now: Timestamp) -> (Value, bool) {
+    meta(&mut object).remove("resourceVersion");
+    let pod = row.plural == "pods";
+    let grace = match pod {
+        false => 0,
+        true => {
+            let asked = options.grace.unwrap_or_else(|| object["spec"]["terminationGracePeriodSeconds"].as_i64().unwrap_or(30));
+            // Nothing runs, so there is nothing to wait for.
+            let unscheduled = object["spec"]["nodeName"].as_str().unwrap_or_default().is_empty();
+            let over = matches!(object["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
+            if unscheduled || over { 0 } else { asked.max(0) }
+        }
+    };
+    if let Some(finalizer) = options.finalizer {
+        let mut finalizers: Vec<Value> = object["metadata"]["finalizers"].as_array().cloned().unwrap_or_default();
+        // A later choice replaces an earlier one.
+        finalizers.retain(|f| f != FOREGROUND && f != ORPHAN);
+        finalizers.push(finalizer.into());
+        object["metadata"]["finalizers"] = finalizers.into();
+    }
+    let deleting = object["metadata"]["deletionTimestamp"].is_string();
+    let left = object["metadata"]["deletionGracePeriodSeconds"].as_i64();
+    // A grace period can be shortened, never extended.
+    if !deleting || left.is_some_and(|left| grace < left) {
+        let start = match (deleting, object["metadata"]["deletionTimestamp"].as_str().and_then(|t| t.parse::<Timestamp>().ok())) {
+            (true, Some(end)) => end.as_second() - left.unwrap_or_default(),
+            _ => now.as_second(),
+        };
+        let end = Timestamp::from_second(start.saturating_add(grace)).unwrap_or(now);
+        let meta = meta(&mut object);
+        meta.insert("deletionTimestamp".into(), timestamp(end));
+        meta.insert("deletionGracePeriodSeconds".into(), grace.into());
+        if row.generation && !deleting {
+            let generation = meta.get("generation").and_then(Value::as_i64).unwrap_or_default() + 1;
+            meta.insert("generation".into(), generation.into());
+        }
+    }
+    if row.plural == "namespaces" && row.group.is_empty() {
+        object["status"]["phase"] = "Terminating".into();
+    }
+    let finished = is_finished(row, &object);
+    (object, finished)
+}
