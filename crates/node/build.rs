@@ -17,5 +17,8 @@ fn main() {
         command.arg("-C").arg(option);
     }
     let status = command.arg("-o").arg(&out).arg("pause/pause.rs").status().expect("rustc starts");
-    assert!(status.success(), "pause/pause.rs does not compile statically (is the C library's static archive installed?)");
+    assert!(
+        status.success(),
+        "pause/pause.rs does not compile statically (is the C library's static archive installed?)"
+    );
 }

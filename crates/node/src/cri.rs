@@ -10,7 +10,9 @@ use std::{
 
 use anyhow::Context;
 use hyper_util::rt::TokioIo;
-use k8s_cri::v1::{self as cri, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient};
+use k8s_cri::v1::{
+    self as cri, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
+};
 use tokio::net::UnixStream;
 use tonic::{
     Code, Request, Status,
@@ -71,10 +73,11 @@ impl Cri {
     /// A client of the runtime at this Unix socket. Connects at the first call.
     pub fn connect(socket: &Path) -> anyhow::Result<Self> {
         let path: PathBuf = socket.to_path_buf();
-        let channel = Endpoint::from_static("http://cri").connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
-            let path = path.clone();
-            async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-        }));
+        let channel =
+            Endpoint::from_static("http://cri").connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+                let path = path.clone();
+                async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
+            }));
         const LIMIT: usize = 64 << 20;
         Ok(Self {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(LIMIT),
@@ -91,7 +94,8 @@ impl Cri {
 
     /// Name and version of the runtime, e.g. `containerd://1.6.20`.
     pub async fn version(&self) -> Result<String, Status> {
-        let reply = self.runtime.clone().version(request(cri::VersionRequest::default(), CALL_TIMEOUT)).await?.into_inner();
+        let reply =
+            self.runtime.clone().version(request(cri::VersionRequest::default(), CALL_TIMEOUT)).await?.into_inner();
         Ok(format!("{}://{}", reply.runtime_name, reply.runtime_version.trim_start_matches('v')))
     }
 
@@ -105,7 +109,13 @@ impl Cri {
     /// Makes and starts a sandbox.
     pub async fn run_sandbox(&self, config: cri::PodSandboxConfig, handler: &str) -> Result<String, Status> {
         let message = cri::RunPodSandboxRequest { config: Some(config), runtime_handler: handler.into() };
-        Ok(self.runtime.clone().run_pod_sandbox(request(message, Duration::from_secs(240))).await?.into_inner().pod_sandbox_id)
+        Ok(self
+            .runtime
+            .clone()
+            .run_pod_sandbox(request(message, Duration::from_secs(240)))
+            .await?
+            .into_inner()
+            .pod_sandbox_id)
     }
 
     /// Stops a sandbox: kills its containers, takes its network away.
@@ -121,7 +131,11 @@ impl Cri {
     }
 
     /// A sandbox's status, `None` if it does not exist.
-    pub async fn sandbox_status(&self, id: &str, verbose: bool) -> Result<Option<cri::PodSandboxStatusResponse>, Status> {
+    pub async fn sandbox_status(
+        &self,
+        id: &str,
+        verbose: bool,
+    ) -> Result<Option<cri::PodSandboxStatusResponse>, Status> {
         let message = cri::PodSandboxStatusRequest { pod_sandbox_id: id.into(), verbose };
         match self.runtime.clone().pod_sandbox_status(request(message, CALL_TIMEOUT)).await {
             Ok(reply) => Ok(Some(reply.into_inner())),
@@ -194,7 +208,12 @@ impl Cri {
     }
 
     /// Runs a command in a container and returns what it wrote and its exit code.
-    pub async fn exec_sync(&self, id: &str, command: Vec<String>, timeout: Duration) -> Result<cri::ExecSyncResponse, Status> {
+    pub async fn exec_sync(
+        &self,
+        id: &str,
+        command: Vec<String>,
+        timeout: Duration,
+    ) -> Result<cri::ExecSyncResponse, Status> {
         let message =
             cri::ExecSyncRequest { container_id: id.into(), cmd: command, timeout: timeout.as_secs().max(1) as i64 };
         Ok(self.runtime.clone().exec_sync(request(message, timeout + Duration::from_secs(10))).await?.into_inner())

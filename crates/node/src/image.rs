@@ -221,7 +221,8 @@ impl Archive {
         }))?;
         let config_name = format!("{}.json", hex(&Sha256::digest(&config)));
         let layer_names: Vec<String> = digests.iter().map(|d| format!("{d}/layer.tar")).collect();
-        let manifest = serde_json::to_vec(&json!([{ "Config": config_name, "RepoTags": [self.name], "Layers": layer_names }]))?;
+        let manifest =
+            serde_json::to_vec(&json!([{ "Config": config_name, "RepoTags": [self.name], "Layers": layer_names }]))?;
         let mut out = Layer::new();
         for (name, layer) in layer_names.iter().zip(&self.layers) {
             out.file(name, 0o644, layer)?;

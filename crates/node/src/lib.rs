@@ -1,7 +1,276 @@
 //! The node agent: the pod state machine, and containerd, CNI, volumes, probes, exec and logs at its edge.
+//!
+//! [`run`] does the work of a Kubernetes node (<https://kubernetes.io/docs/concepts/architecture/#kubelet>). What to do
+//! is decided in [`pod`], purely; one [`worker`] per pod carries it out.
 
+pub mod api;
+pub mod cgroup;
+pub mod cni;
+pub mod container;
 pub mod containerd;
 pub mod cri;
+pub mod downward;
+pub mod env;
+pub mod events;
+pub mod handler;
+pub mod hooks;
 pub mod image;
+mod log_rotation;
+mod manager;
+mod node_loop;
+pub mod node_status;
+pub mod objects;
 pub mod pause;
+pub mod pleg;
 pub mod pod;
+pub mod probe;
+pub mod sandbox;
+pub mod services;
+pub mod volume;
+pub mod worker;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use anyhow::Context;
+use k8s_openapi::api::core::v1::Taint;
+use kube::Client;
+use parking_lot::RwLock;
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    cgroup::Cgroups, cri::Cri, downward::Allocatable, events::Recorder, node_status::Machine, objects::Watches,
+    pleg::Pleg, services::Services, worker::View,
+};
+
+/// Which container runtime the agent drives.
+#[derive(Clone, Debug)]
+pub enum Runtime {
+    /// A containerd of our own: started, configured and kept alive by the agent.
+    Supervised {},
+    /// One that is there already, at this Unix socket.
+    External {
+        /// The path of the CRI socket.
+        endpoint: PathBuf,
+    },
+}
+
+/// How a node is run.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// The Node object's name.
+    pub node_name: String,
+    /// The address that others reach this node at.
+    pub node_ip: IpAddr,
+    /// What survives a boot, e.g. `/var/lib/seawall/agent`.
+    pub data_dir: PathBuf,
+    /// What must not survive a boot, e.g. `/run/seawall`.
+    pub run_dir: PathBuf,
+    /// Pods' logs, `/var/log/pods` where log collectors look for them.
+    pub log_dir: PathBuf,
+    /// The container runtime.
+    pub runtime: Runtime,
+    /// The cluster's DNS servers, for `dnsPolicy: ClusterFirst`; none means that pods use the node's.
+    pub cluster_dns: Vec<IpAddr>,
+    /// The cluster's domain, e.g. `cluster.local`.
+    pub cluster_domain: String,
+    /// A CNI configuration directory that the user provides; ours is written if there is none.
+    pub cni_conf_dir: Option<PathBuf>,
+    /// The certificate of the agent's own API.
+    pub serving_cert_pem: String,
+    /// Its key.
+    pub serving_key_pem: String,
+    /// Who signs the certificates of those that may use it.
+    pub client_ca_pem: String,
+    /// The common names that may use it; members of `system:masters` always may.
+    pub api_users: Vec<String>,
+    /// The port of the agent's own API, 10250.
+    pub port: u16,
+    /// How many pods the node takes.
+    pub max_pods: u32,
+    /// Labels beside the well-known ones.
+    pub node_labels: BTreeMap<String, String>,
+    /// Taints that a new node is registered with.
+    pub taints: Vec<Taint>,
+}
+
+impl NodeConfig {
+    /// The defaults of a node with this name and address; certificates are left empty.
+    pub fn new(node_name: impl Into<String>, node_ip: IpAddr) -> Self {
+        Self {
+            node_name: node_name.into(),
+            node_ip,
+            data_dir: "/var/lib/seawall/agent".into(),
+            run_dir: "/run/seawall".into(),
+            log_dir: "/var/log/pods".into(),
+            runtime: Runtime::Supervised {},
+            cluster_dns: Vec::new(),
+            cluster_domain: "cluster.local".into(),
+            cni_conf_dir: None,
+            serving_cert_pem: String::new(),
+            serving_key_pem: String::new(),
+            client_ca_pem: String::new(),
+            api_users: Vec::new(),
+            port: 10250,
+            max_pods: 110,
+            node_labels: BTreeMap::new(),
+            taints: Vec::new(),
+        }
+    }
+
+    #[cfg(test)]
+    fn for_tests() -> Self {
+        Self::new("node-1", [192, 168, 0, 1].into())
+    }
+
+    /// Where a supervised containerd keeps things.
+    pub fn containerd(&self) -> containerd::Paths {
+        containerd::Paths {
+            root: self.data_dir.join("containerd"),
+            run: self.run_dir.join("containerd"),
+            cni_conf: self.cni_conf_dir.clone().unwrap_or_else(|| self.run_dir.join("cni/net.d")),
+        }
+    }
+
+    /// The CRI socket.
+    pub fn cri_socket(&self) -> PathBuf {
+        match &self.runtime {
+            Runtime::Supervised {} => self.containerd().socket(),
+            Runtime::External { endpoint } => endpoint.clone(),
+        }
+    }
+}
+
+/// What the parts of the agent share.
+pub struct Agent {
+    /// How it is run.
+    pub config: NodeConfig,
+    /// The API.
+    pub client: Client,
+    /// The runtime.
+    pub cri: Cri,
+    /// What the runtime says about pods.
+    pub pleg: Arc<Pleg>,
+    /// Where events go.
+    pub events: Recorder,
+    /// For variables.
+    pub services: Services,
+    /// For changes of config maps and secrets.
+    pub watches: Watches,
+    /// The host's cgroups.
+    pub cgroups: Cgroups,
+    /// What pods may use.
+    pub allocatable: Allocatable,
+    /// The node's memory in bytes.
+    pub memory: i64,
+    /// Bounds concurrent image pulls.
+    pub pulls: Semaphore,
+    /// Network and services are there: pods may start.
+    pub ready: watch::Sender<bool>,
+    /// The pods that have a worker, by uid.
+    pub pods: RwLock<HashMap<String, View>>,
+}
+
+/// Runs the agent until `shutdown`, or until a part of it fails for good. Pods are left running.
+pub async fn run(client: Client, config: NodeConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+    for directory in [&config.data_dir, &config.run_dir, &config.log_dir] {
+        std::fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
+    }
+    cni::enable_forwarding().context("enable IP forwarding")?;
+    let cgroups = Cgroups::detect();
+    cgroups.prepare_node().context("make the cgroups of pods under /sys/fs/cgroup (root is needed)")?;
+    let supervised = match &config.runtime {
+        Runtime::Supervised {} => Some(containerd::ensure_running(&config.containerd()).await?),
+        Runtime::External { .. } => None,
+    };
+    let cri = Cri::connect(&config.cri_socket())?;
+    let version =
+        cri.version().await.with_context(|| format!("no CRI runtime at {}", config.cri_socket().display()))?;
+    let machine = Machine::detect(&config.data_dir, &version);
+    let (events, writer) = Recorder::new(client.clone(), config.node_name.clone());
+    let agent = Arc::new(Agent {
+        pleg: Arc::new(Pleg::new(cri.clone())),
+        watches: Watches::new(client.clone(), shutdown.clone()),
+        services: Services::default(),
+        allocatable: machine.allocatable(),
+        memory: machine.memory,
+        pulls: Semaphore::new(4),
+        ready: watch::channel(false).0,
+        pods: RwLock::default(),
+        config,
+        client: client.clone(),
+        cri,
+        events,
+        cgroups,
+    });
+    agent.pleg.relist(None).await.map_err(|s| anyhow::anyhow!("list the runtime's containers: {}", s.message()))?;
+
+    // Whatever ends first ends the agent: its supervisor starts it again, and everything is picked up.
+    let stop = shutdown.child_token();
+    let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let _guard = stop.clone().drop_guard();
+    if let Some(running) = supervised {
+        let (paths, stop) = (agent.config.containerd(), stop.clone());
+        tasks.spawn(async move { Ok(containerd::supervise(paths, running, stop).await) });
+    }
+    tasks.spawn(part(events::run(writer, stop.clone())));
+    let (a, s) = (Arc::clone(&agent), stop.clone());
+    tasks.spawn(async move { Ok(a.pleg.run(s).await) });
+    let (a, s, c) = (Arc::clone(&agent), stop.clone(), client.clone());
+    tasks.spawn(async move { Ok(a.services.run(c, s).await) });
+    tasks.spawn(part(node_loop::run(Arc::clone(&agent), machine, stop.clone())));
+    tasks.spawn(part(node_loop::renew_lease(Arc::clone(&agent), stop.clone())));
+    tasks.spawn(part(manager::run(Arc::clone(&agent), stop.clone())));
+    tasks.spawn(part(log_rotation::run(Arc::clone(&agent), stop.clone())));
+    tasks.spawn(api::run(Arc::clone(&agent), stop.clone()));
+
+    let first = tasks.join_next().await;
+    stop.cancel();
+    while tasks.join_next().await.is_some() {}
+    match first {
+        _ if shutdown.is_cancelled() => Ok(()),
+        Some(Ok(Err(error))) => Err(error),
+        Some(Err(panic)) => Err(anyhow::anyhow!("a part of the node agent failed: {panic}")),
+        _ => Err(anyhow::anyhow!("a part of the node agent ended")),
+    }
+}
+
+async fn part(work: impl Future<Output = ()> + Send) -> anyhow::Result<()> {
+    work.await;
+    Ok(())
+}
+
+/// Takes everything of the agent away from this machine: pods, containerd, mounts, cgroups, files. The API is not told.
+pub async fn remove_all(config: &NodeConfig) -> anyhow::Result<()> {
+    if let Ok(cri) = Cri::connect(&config.cri_socket())
+        && cri.version().await.is_ok()
+    {
+        for sandbox in cri.sandboxes(None).await.map_err(|s| anyhow::anyhow!("{}", s.message()))? {
+            let result = async {
+                cri.stop_sandbox(&sandbox.id).await?;
+                cri.remove_sandbox(&sandbox.id).await
+            };
+            result.await.map_err(|s| anyhow::anyhow!("remove sandbox {}: {}", sandbox.id, s.message()))?;
+        }
+    }
+    if matches!(config.runtime, Runtime::Supervised {}) {
+        containerd::stop(&config.containerd()).await?;
+    }
+    let cgroups = Cgroups::detect();
+    cgroups.remove("/kubepods").context("remove the pods' cgroups")?;
+    let (data, run, logs) = (config.data_dir.clone(), config.run_dir.clone(), config.log_dir.clone());
+    tokio::task::spawn_blocking(move || {
+        [data, run, logs]
+            .iter()
+            .try_for_each(|d| volume::mount::remove_tree(d).with_context(|| format!("remove {}", d.display())))
+    })
+    .await?
+}

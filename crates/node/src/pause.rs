@@ -11,5 +11,8 @@ const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pause"));
 pub fn archive() -> anyhow::Result<Vec<u8>> {
     let mut layer = crate::image::Layer::new();
     layer.file("pause", 0o755, PROGRAM)?;
-    Archive::new(IMAGE).layer(layer)?.config(ImageConfig { entrypoint: vec!["/pause".into()], ..Default::default() }).finish()
+    Archive::new(IMAGE)
+        .layer(layer)?
+        .config(ImageConfig { entrypoint: vec!["/pause".into()], ..Default::default() })
+        .finish()
 }

@@ -12,8 +12,9 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Probe};
 
 use super::{
-    Class, container_hash, containers, ephemeral_as_container, init_class,
+    Class,
     backoff::Backoffs,
+    container_hash, containers, ephemeral_as_container, init_class,
     observed::{ContainerObs, Observed, State},
 };
 
@@ -54,6 +55,8 @@ pub struct Health {
     pub ready: Option<bool>,
     /// The liveness probe's verdict.
     pub live: Option<bool>,
+    /// postStart failed, which kills the container.
+    pub hook_failed: bool,
 }
 
 /// What the agent itself knows about a pod, beside the API's and the runtime's word.
@@ -254,7 +257,9 @@ pub fn outcome(pod: &Pod, observed: &Observed, facts: &Facts) -> Option<Outcome>
 /// Whether a running container counts as started: its postStart hook and startup probe are through.
 pub fn started(container: &Container, observed: &ContainerObs, facts: &Facts) -> bool {
     let health = facts.health.get(&observed.id).copied().unwrap_or_default();
-    observed.state == State::Running && health.post_start && (container.startup_probe.is_none() || health.startup == Some(true))
+    observed.state == State::Running
+        && health.post_start
+        && (container.startup_probe.is_none() || health.startup == Some(true))
 }
 
 /// When the pod's grace period ends, given when it began.
@@ -350,7 +355,8 @@ fn kill(c: &ContainerObs, grace: Duration, message: String, facts: &Facts, now: 
 /// Everything stops: the containers, then sidecars in reverse order, then the sandbox, then what was prepared.
 fn stop(pod: &Pod, spec: &PodSpec, observed: &Observed, facts: &Facts, now: Timestamp, plan: &mut Plan) {
     let grace = left(stop_deadline(pod, facts, now), now);
-    let sidecars: Vec<&str> = containers(spec).filter(|c| c.class == Class::Sidecar).map(|c| c.spec.name.as_str()).collect();
+    let sidecars: Vec<&str> =
+        containers(spec).filter(|c| c.class == Class::Sidecar).map(|c| c.spec.name.as_str()).collect();
     let (side, rest): (Vec<_>, Vec<_>) = observed.alive().partition(|c| sidecars.contains(&c.name.as_str()));
     for c in &rest {
         kill(c, grace, String::new(), facts, now, plan);
@@ -421,7 +427,15 @@ fn run(spec: &PodSpec, observed: &Observed, facts: &Facts, now: Timestamp, plan:
 }
 
 /// Moves one container forward.
-fn one(spec: &PodSpec, class: Class, container: &Container, observed: &Observed, facts: &Facts, now: Timestamp, plan: &mut Plan) {
+fn one(
+    spec: &PodSpec,
+    class: Class,
+    container: &Container,
+    observed: &Observed,
+    facts: &Facts,
+    now: Timestamp,
+    plan: &mut Plan,
+) {
     let name = container.name.as_str();
     let previous = observed.newest(name);
     let start = |restart_of: Option<Timestamp>, plan: &mut Plan| {
@@ -437,21 +451,37 @@ fn one(spec: &PodSpec, class: Class, container: &Container, observed: &Observed,
     match current.state {
         State::Created => start(None, plan),
         State::Unknown => {
-            kill(current, Duration::from_secs(2), format!("Container {name} is in unknown state, try killing it before restart"), facts, now, plan);
+            kill(
+                current,
+                Duration::from_secs(2),
+                format!("Container {name} is in unknown state, try killing it before restart"),
+                facts,
+                now,
+                plan,
+            );
         }
         State::Running if class == Class::Ephemeral => {}
         State::Running => {
             let health = facts.health.get(&current.id).copied().unwrap_or_default();
             let grace = |probe: Option<&Probe>| {
-                let own = probe.and_then(|p| p.termination_grace_period_seconds).or(spec.termination_grace_period_seconds);
+                let own =
+                    probe.and_then(|p| p.termination_grace_period_seconds).or(spec.termination_grace_period_seconds);
                 Duration::from_secs(own.unwrap_or(30).max(1).unsigned_abs())
             };
             let why = if !current.hash.is_empty() && current.hash != container_hash(container) {
                 Some((format!("Container {name} definition changed, will be restarted"), grace(None)))
+            } else if health.hook_failed {
+                Some((format!("FailedPostStartHook: container {name} will be restarted"), grace(None)))
             } else if health.startup == Some(false) {
-                Some((format!("Container {name} failed startup probe, will be restarted"), grace(container.startup_probe.as_ref())))
+                Some((
+                    format!("Container {name} failed startup probe, will be restarted"),
+                    grace(container.startup_probe.as_ref()),
+                ))
             } else if health.live == Some(false) {
-                Some((format!("Container {name} failed liveness probe, will be restarted"), grace(container.liveness_probe.as_ref())))
+                Some((
+                    format!("Container {name} failed liveness probe, will be restarted"),
+                    grace(container.liveness_probe.as_ref()),
+                ))
             } else {
                 None
             };

@@ -167,8 +167,10 @@ fn a_dead_sandbox_is_replaced() {
 
 #[test]
 fn deletion_stops_sidecars_last_and_cleans_up() {
-    let pod = pod(json!({"initContainers": [{"name": "s", "restartPolicy": "Always"}, {"name": "t", "restartPolicy": "Always"}],
-        "containers": [{"name": "a"}]}));
+    let pod = pod(
+        json!({"initContainers": [{"name": "s", "restartPolicy": "Always"}, {"name": "t", "restartPolicy": "Always"}],
+        "containers": [{"name": "a"}]}),
+    );
     let pod = deleted(pod, 30);
     let mut f = Facts { stop_began: Some(at(0)), ..facts() };
     let all = |a, t, s| observed(vec![container("a", a, 0), container("t", t, 0), container("s", s, 0)]);

@@ -59,7 +59,8 @@ pub fn oom_score_adj(qos: Qos, pod: &PodSpec, container: &Container, node_memory
         Qos::Guaranteed => -997,
         Qos::BestEffort => 1000,
         Qos::Burstable => {
-            let request = container.resources.as_ref().and_then(|r| get_units(r.requests.as_ref(), "memory")).unwrap_or(0);
+            let request =
+                container.resources.as_ref().and_then(|r| get_units(r.requests.as_ref(), "memory")).unwrap_or(0);
             let score = 1000 - (1000 * i128::from(request) / i128::from(node_memory.max(1))) as i64;
             // A burstable pod never counts as guaranteed, nor as best effort.
             score.clamp(3, 999)
@@ -107,7 +108,8 @@ pub fn pod_limits(pod: &Pod) -> Limits {
     let Some(spec) = &pod.spec else { return Limits { cpu_shares: 2, ..Default::default() } };
     let cpu_request = pod_request(spec, "cpu");
     let limit = |resource: &str| {
-        let all = containers(spec).all(|c| c.spec.resources.as_ref().and_then(|r| get_milli(r.limits.as_ref(), resource)).is_some());
+        let all = containers(spec)
+            .all(|c| c.spec.resources.as_ref().and_then(|r| get_milli(r.limits.as_ref(), resource)).is_some());
         if all { aggregate(spec, |c| limit_of(c, resource)) + overhead(spec, resource) } else { 0 }
     };
     Limits { cpu_shares: shares(cpu_request), cpu_quota: quota(limit("cpu")), memory: limit("memory").div_euclid(1000) }
@@ -119,7 +121,9 @@ fn limit_of(container: &Container, resource: &str) -> i64 {
 
 fn request_of(container: &Container, resource: &str) -> i64 {
     let resources = container.resources.as_ref();
-    resources.and_then(|r| get_milli(r.requests.as_ref(), resource).or_else(|| get_milli(r.limits.as_ref(), resource))).unwrap_or(0)
+    resources
+        .and_then(|r| get_milli(r.requests.as_ref(), resource).or_else(|| get_milli(r.limits.as_ref(), resource)))
+        .unwrap_or(0)
 }
 
 fn overhead(spec: &PodSpec, resource: &str) -> i64 {
@@ -162,8 +166,14 @@ mod tests {
         check(serde_json::json!({}), Qos::BestEffort);
         check(serde_json::json!({"requests": {"cpu": "1"}}), Qos::Burstable);
         check(serde_json::json!({"limits": {"cpu": "1", "memory": "1Gi"}}), Qos::Guaranteed);
-        check(serde_json::json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "1000m", "memory": "1024Mi"}}), Qos::Guaranteed);
-        check(serde_json::json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "500m"}}), Qos::Burstable);
+        check(
+            serde_json::json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "1000m", "memory": "1024Mi"}}),
+            Qos::Guaranteed,
+        );
+        check(
+            serde_json::json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "500m"}}),
+            Qos::Burstable,
+        );
     }
 
     #[test]

@@ -5,8 +5,8 @@
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
-        Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
-        HostIP, Pod, PodCondition, PodIP, PodSpec, PodStatus,
+        Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
+        ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodSpec, PodStatus,
     },
     apimachinery::pkg::apis::meta::v1::Time,
 };
@@ -45,11 +45,25 @@ pub fn status(pod: &Pod, observed: &Observed, facts: &Facts, node: &NodeFacts, n
         .map(|c| of(Class::Ephemeral, &ephemeral_as_container(c), &old.ephemeral_container_statuses))
         .collect();
 
-    let stopped = observed.alive().next().is_none() && !facts.busy.iter().any(|o| matches!(o, super::machine::Op::Container(_)));
+    let stopped =
+        observed.alive().next().is_none() && !facts.busy.iter().any(|o| matches!(o, super::machine::Op::Container(_)));
     let ended = outcome(pod, observed, facts).filter(|_| stopped);
+    let deleted = pod.metadata.deletion_timestamp.is_some() && stopped && facts.torn_down;
+    let all_zero = init.iter().chain(&main).all(|s| {
+        let state = s.state.as_ref();
+        state.and_then(|s| s.terminated.as_ref()).is_some_and(|t| t.exit_code == 0)
+    });
     let phase = match ended {
         Some(Outcome::Succeeded) => "Succeeded",
         Some(Outcome::Failed) => "Failed",
+        // The last word on a deleted pod is always a final phase (KEP-3329), so that nobody waits for it.
+        None if deleted => {
+            if all_zero {
+                "Succeeded"
+            } else {
+                "Failed"
+            }
+        }
         None => running_phase(spec, &init, &main),
     };
     let (reason, message) = match &facts.rejected {
@@ -91,7 +105,9 @@ fn running_phase(spec: &PodSpec, init: &[ContainerStatus], main: &[ContainerStat
     let state = |s: &ContainerStatus| s.state.clone().unwrap_or_default();
     let ever_ran = |s: &ContainerStatus| {
         let state = state(s);
-        state.running.is_some() || state.terminated.is_some() || s.last_state.as_ref().is_some_and(|l| l.terminated.is_some())
+        state.running.is_some()
+            || state.terminated.is_some()
+            || s.last_state.as_ref().is_some_and(|l| l.terminated.is_some())
     };
     let initialized = init.iter().zip(spec.init_containers.iter().flatten()).all(|(s, c)| match super::init_class(c) {
         Class::Sidecar => s.started == Some(true),
@@ -116,7 +132,10 @@ fn container_status(
     let mut of_name = observed.containers.iter().filter(|c| c.name == *name && c.state != State::Created);
     let newest = of_name.next();
     let before = of_name.find(|c| c.state == State::Exited);
-    let waiting = facts.waiting.get(name).map(|w| ContainerStateWaiting { reason: Some(w.reason.clone()), message: some(&w.message) });
+    let waiting = facts
+        .waiting
+        .get(name)
+        .map(|w| ContainerStateWaiting { reason: Some(w.reason.clone()), message: some(&w.message) });
     let mut last = before.map(|c| terminated(c));
     let mut status = ContainerStatus {
         name: name.clone(),
@@ -128,7 +147,8 @@ fn container_status(
     match newest {
         Some(c) => {
             status.container_id = Some(format!("containerd://{}", c.id));
-            status.image = if c.image.is_empty() { status.image } else { c.image.clone() };
+            status.image =
+                if c.image.is_empty() || c.image.starts_with("sha256:") { status.image } else { c.image.clone() };
             status.image_id = c.image_id.clone();
             status.restart_count = c.restart_count as i32;
             match c.state {
@@ -137,7 +157,8 @@ fn container_status(
                     let up = started(container, c, facts);
                     status.started = Some(up);
                     let ready = facts.health.get(&c.id).and_then(|h| h.ready);
-                    status.ready = up && (container.readiness_probe.is_none() || ready == Some(true)) && class != Class::Init;
+                    status.ready =
+                        up && (container.readiness_probe.is_none() || ready == Some(true)) && class != Class::Init;
                 }
                 _ => {
                     status.started = Some(false);
@@ -183,14 +204,18 @@ fn container_status(
             } else {
                 let has_init = spec.init_containers.as_ref().is_some_and(|i| !i.is_empty());
                 let reason = if has_init { "PodInitializing" } else { "ContainerCreating" };
-                state.waiting = Some(waiting.unwrap_or(ContainerStateWaiting { reason: Some(reason.to_owned()), message: None }));
+                state.waiting =
+                    Some(waiting.unwrap_or(ContainerStateWaiting { reason: Some(reason.to_owned()), message: None }));
             }
         }
     }
     status.last_state = match last {
         Some(t) => Some(ContainerState { terminated: Some(t), ..Default::default() }),
         // The runtime has forgotten it; the API has not.
-        None => old.and_then(|o| o.last_state.clone()).filter(|l| l.terminated.is_some()).or(Some(ContainerState::default())),
+        None => old
+            .and_then(|o| o.last_state.clone())
+            .filter(|l| l.terminated.is_some())
+            .or(Some(ContainerState::default())),
     };
     status.state = Some(state);
     if class == Class::Main || class == Class::Sidecar {
@@ -239,7 +264,14 @@ fn verdict(kind: &'static str, reason_if_not: Option<(&str, String)>) -> Verdict
 }
 
 /// The agent's conditions, beside those that others have put on the pod.
-fn conditions(pod: &Pod, spec: &PodSpec, status: &PodStatus, observed: &Observed, facts: &Facts, now: Timestamp) -> Vec<PodCondition> {
+fn conditions(
+    pod: &Pod,
+    spec: &PodSpec,
+    status: &PodStatus,
+    observed: &Observed,
+    facts: &Facts,
+    now: Timestamp,
+) -> Vec<PodCondition> {
     let old = pod.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default();
     let phase = status.phase.as_deref();
     let ended = match phase {
@@ -247,7 +279,8 @@ fn conditions(pod: &Pod, spec: &PodSpec, status: &PodStatus, observed: &Observed
         Some("Failed") => Some(("PodFailed", String::new())),
         _ => None,
     };
-    let sandbox_ready = observed.sandbox().is_some_and(|s| s.ready && (spec.host_network == Some(true) || !s.ips.is_empty()));
+    let sandbox_ready =
+        observed.sandbox().is_some_and(|s| s.ready && (spec.host_network == Some(true) || !s.ips.is_empty()));
 
     let incomplete: Vec<&str> = status
         .init_container_statuses
@@ -264,10 +297,17 @@ fn conditions(pod: &Pod, spec: &PodSpec, status: &PodStatus, observed: &Observed
     let initialized = if phase == Some("Succeeded") || incomplete.is_empty() || main_ran {
         verdict("Initialized", None)
     } else {
-        verdict("Initialized", Some(("ContainersNotInitialized", format!("containers with incomplete status: [{}]", incomplete.join(" ")))))
+        verdict(
+            "Initialized",
+            Some((
+                "ContainersNotInitialized",
+                format!("containers with incomplete status: [{}]", incomplete.join(" ")),
+            )),
+        )
     };
 
-    let sidecars: Vec<&str> = containers(spec).filter(|c| c.class == Class::Sidecar).map(|c| c.spec.name.as_str()).collect();
+    let sidecars: Vec<&str> =
+        containers(spec).filter(|c| c.class == Class::Sidecar).map(|c| c.spec.name.as_str()).collect();
     let unready: Vec<&str> = status
         .init_container_statuses
         .iter()
@@ -278,17 +318,21 @@ fn conditions(pod: &Pod, spec: &PodSpec, status: &PodStatus, observed: &Observed
         .map(|s| s.name.as_str())
         .collect();
     let containers_why = ended.clone().or_else(|| {
-        (!unready.is_empty()).then(|| ("ContainersNotReady", format!("containers with unready status: [{}]", unready.join(" "))))
+        (!unready.is_empty())
+            .then(|| ("ContainersNotReady", format!("containers with unready status: [{}]", unready.join(" "))))
     });
     let gates: Vec<String> = spec
         .readiness_gates
         .iter()
         .flatten()
         .filter_map(|gate| match old.iter().find(|c| c.type_ == gate.condition_type) {
-            None => Some(format!("corresponding condition of pod readiness gate {:?} does not exist.", gate.condition_type)),
-            Some(c) if c.status != "True" => {
-                Some(format!("the status of pod readiness gate {:?} is not \"True\", but {}", gate.condition_type, c.status))
+            None => {
+                Some(format!("corresponding condition of pod readiness gate {:?} does not exist.", gate.condition_type))
             }
+            Some(c) if c.status != "True" => Some(format!(
+                "the status of pod readiness gate {:?} is not \"True\", but {}",
+                gate.condition_type, c.status
+            )),
             Some(_) => None,
         })
         .collect();
@@ -323,7 +367,8 @@ fn conditions(pod: &Pod, spec: &PodSpec, status: &PodStatus, observed: &Observed
 }
 
 /// The conditions that the agent writes.
-const OWN_CONDITIONS: [&str; 5] = ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+const OWN_CONDITIONS: [&str; 5] =
+    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
 
 /// The fields of the status that the agent writes; the rest is others'.
 const OWN_FIELDS: [&str; 13] = [

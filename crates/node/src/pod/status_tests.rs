@@ -8,7 +8,10 @@ fn at(second: i64) -> Timestamp {
 }
 
 fn pod(spec: Value) -> Pod {
-    serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "d", "uid": "u", "generation": 3}, "spec": spec})).unwrap()
+    serde_json::from_value(
+        json!({"metadata": {"name": "p", "namespace": "d", "uid": "u", "generation": 3}, "spec": spec}),
+    )
+    .unwrap()
 }
 
 fn container(name: &str, id: &str, state: State, exit_code: i32) -> ContainerObs {
@@ -74,7 +77,10 @@ fn pending_then_running_then_ready() {
     let s = status(&pod, &o, &f, &node(), at(6));
     assert_eq!(condition(&s, "Ready").0, "True");
     let c = &s.container_statuses.unwrap()[0];
-    assert_eq!((c.ready, c.started, c.restart_count, c.container_id.as_deref()), (true, Some(true), 1, Some("containerd://1")));
+    assert_eq!(
+        (c.ready, c.started, c.restart_count, c.container_id.as_deref()),
+        (true, Some(true), 1, Some("containerd://1"))
+    );
 }
 
 #[test]
@@ -93,9 +99,11 @@ fn crash_loop_shows_the_last_exit() {
 
 #[test]
 fn endings() {
-    for (policy, code, phase, reason) in
-        [("Never", 0, "Succeeded", "PodCompleted"), ("Never", 1, "Failed", "PodFailed"), ("OnFailure", 0, "Succeeded", "PodCompleted")]
-    {
+    for (policy, code, phase, reason) in [
+        ("Never", 0, "Succeeded", "PodCompleted"),
+        ("Never", 1, "Failed", "PodFailed"),
+        ("OnFailure", 0, "Succeeded", "PodCompleted"),
+    ] {
         let pod = pod(json!({"restartPolicy": policy, "containers": [{"name": "a"}]}));
         let s = status(&pod, &observed(vec![container("a", "1", State::Exited, code)]), &healthy(&[]), &node(), at(3));
         assert_eq!(s.phase.as_deref(), Some(phase));

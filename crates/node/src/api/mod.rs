@@ -1,0 +1,230 @@
+//! The agent's own HTTPS API, which the API server forwards logs, exec, attach and port-forward to. Only a client with
+//! a certificate of the cluster's CA and an allowed name gets anything.
+
+pub mod exec;
+pub mod logs;
+pub mod portforward;
+pub mod spdy;
+pub mod ws;
+
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full, combinators::BoxBody};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
+use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use crate::{Agent, NodeConfig, pod};
+
+/// What handlers answer with.
+pub type Body = BoxBody<Bytes, std::io::Error>;
+
+/// A whole body.
+pub fn full(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed()
+}
+
+/// An error as plain text, as upstream's kubelet answers.
+pub fn refuse(code: StatusCode, message: impl Into<String>) -> Response<Body> {
+    let mut response = Response::new(full(message.into()));
+    *response.status_mut() = code;
+    response
+}
+
+fn tls(config: &NodeConfig) -> anyhow::Result<ServerConfig> {
+    let mut roots = RootCertStore::empty();
+    for cert in CertificateDer::pem_slice_iter(config.client_ca_pem.as_bytes()) {
+        roots.add(cert.context("client_ca_pem")?).context("client_ca_pem")?;
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+        .build()
+        .context("client_ca_pem")?;
+    let chain = CertificateDer::pem_slice_iter(config.serving_cert_pem.as_bytes())
+        .collect::<Result<Vec<_>, _>>()
+        .context("serving_cert_pem")?;
+    let key = PrivateKeyDer::from_pem_slice(config.serving_key_pem.as_bytes()).context("serving_key_pem")?;
+    let mut tls = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)
+        .context("the serving certificate and its key")?;
+    // Upgrades need HTTP/1.1.
+    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(tls)
+}
+
+/// Whether the certificate's subject may use the API.
+fn allowed(der: &[u8], users: &[String]) -> bool {
+    let Ok((_, cert)) = x509_parser::parse_x509_certificate(der) else { return false };
+    let subject = cert.subject();
+    let masters = subject.iter_organization().any(|o| o.as_str().is_ok_and(|o| o == "system:masters"));
+    masters || subject.iter_common_name().any(|n| n.as_str().is_ok_and(|n| users.iter().any(|u| u == n)))
+}
+
+/// Serves until shutdown.
+pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let acceptor = TlsAcceptor::from(Arc::new(tls(&agent.config)?));
+    let address = SocketAddr::new(agent.config.node_ip, agent.config.port);
+    let listener =
+        TcpListener::bind(address).await.with_context(|| format!("listen on {address} for the node agent's API"))?;
+    let mut connections = JoinSet::new();
+    loop {
+        let stream = tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            Some(_) = connections.join_next() => continue,
+            accepted = listener.accept(), if connections.len() < 1000 => match accepted {
+                Ok((stream, _)) => stream,
+                // Out of files, most likely: do not spin.
+                Err(error) => {
+                    tracing::warn!("accept: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        let _ = stream.set_nodelay(true);
+        let (agent, acceptor) = (Arc::clone(&agent), acceptor.clone());
+        connections.spawn(async move {
+            let Ok(Ok(stream)) = tokio::time::timeout(Duration::from_secs(10), acceptor.accept(stream)).await else {
+                return;
+            };
+            let peer = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
+            let allowed = peer.is_some_and(|cert| allowed(cert, &agent.config.api_users));
+            let service = hyper::service::service_fn(move |request| {
+                let agent = Arc::clone(&agent);
+                async move {
+                    let answer =
+                        if allowed { handle(agent, request).await } else { refuse(StatusCode::FORBIDDEN, "Forbidden") };
+                    Ok::<_, Infallible>(answer)
+                }
+            });
+            let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            let _ = connection.with_upgrades().await;
+        });
+    }
+}
+
+/// Query parameters, in order; a name may come several times.
+#[derive(Clone, Debug, Default)]
+pub struct Query(Vec<(String, String)>);
+
+impl Query {
+    /// From a request's query string.
+    pub fn parse(query: &str) -> Self {
+        let decode =
+            |text: &str| percent_encoding::percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned();
+        let pairs = query.split('&').filter(|p| !p.is_empty());
+        Self(
+            pairs
+                .map(|pair| {
+                    pair.split_once('=').map_or_else(|| (decode(pair), String::new()), |(k, v)| (decode(k), decode(v)))
+                })
+                .collect(),
+        )
+    }
+
+    /// The first value of a name.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(k, _)| k == name).map(|(_, v)| v.as_str())
+    }
+
+    /// All values of a name.
+    pub fn all(&self, name: &str) -> Vec<String> {
+        self.0.iter().filter(|(k, _)| k == name).map(|(_, v)| v.clone()).collect()
+    }
+
+    /// Whether one of these names is set to a true value.
+    pub fn flag(&self, names: &[&str]) -> bool {
+        names.iter().any(|n| self.get(n).is_some_and(|v| matches!(v, "1" | "true" | "True" | "t")))
+    }
+}
+
+/// A pod of this node with the status that its worker computed last.
+pub fn find_pod(agent: &Agent, namespace: &str, name: &str) -> Option<(Arc<Pod>, PodStatus)> {
+    let pods = agent.pods.read();
+    let mut found =
+        pods.values().map(|v| v.read().clone()).filter(|(p, _)| pod::namespace(p) == namespace && pod::name(p) == name);
+    let first = found.next()?;
+    // A successor of the same name counts, not the one that is being cleaned up.
+    found.find(|(p, _)| p.metadata.deletion_timestamp.is_none()).or(Some(first))
+}
+
+/// A container's status in a pod's, whatever its kind.
+pub fn find_status<'a>(status: &'a PodStatus, container: &str) -> Option<&'a ContainerStatus> {
+    let lists = [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses];
+    lists.into_iter().flatten().flatten().find(|s| s.name == container)
+}
+
+/// The runtime's id of a running container, or the answer to give instead.
+pub fn running_id(agent: &Agent, namespace: &str, name: &str, container: &str) -> Result<String, Box<Response<Body>>> {
+    let Some((_, status)) = find_pod(agent, namespace, name) else {
+        return Err(Box::new(refuse(
+            StatusCode::NOT_FOUND,
+            format!("pod {name:?} in namespace {namespace:?} is not on this node"),
+        )));
+    };
+    let found = find_status(&status, container).filter(|s| s.state.as_ref().is_some_and(|s| s.running.is_some()));
+    let id =
+        found.and_then(|s| s.container_id.as_deref()).and_then(|id| id.split_once("://")).map(|(_, id)| id.to_owned());
+    id.ok_or_else(|| Box::new(refuse(StatusCode::NOT_FOUND, format!("container not found ({container:?})"))))
+}
+
+async fn handle(agent: Arc<Agent>, request: Request<Incoming>) -> Response<Body> {
+    let path = request.uri().path().to_owned();
+    let query = Query::parse(request.uri().query().unwrap_or_default());
+    let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+    let read = *request.method() == Method::GET;
+    match parts.as_slice() {
+        ["healthz"] if read => Response::new(full("ok")),
+        ["pods"] if read => {
+            let items: Vec<Pod> = agent
+                .pods
+                .read()
+                .values()
+                .map(|view| {
+                    let (pod, status) = view.read().clone();
+                    Pod { status: Some(status), ..(*pod).clone() }
+                })
+                .collect();
+            let list = serde_json::json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items});
+            let mut response = Response::new(full(list.to_string()));
+            response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
+            response
+        }
+        ["containerLogs", namespace, pod, container] if read => {
+            logs::handle(agent, namespace, pod, container, &query).await
+        }
+        ["exec", namespace, pod, container] | ["exec", namespace, pod, _, container] => {
+            exec::handle(agent, exec::What::Exec, namespace, pod, container, &query, request).await
+        }
+        ["attach", namespace, pod, container] | ["attach", namespace, pod, _, container] => {
+            exec::handle(agent, exec::What::Attach, namespace, pod, container, &query, request).await
+        }
+        ["portForward", namespace, pod] | ["portForward", namespace, pod, _] => {
+            portforward::handle(agent, namespace, pod, &query, request).await
+        }
+        _ => refuse(StatusCode::NOT_FOUND, "404 page not found"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries() {
+        let query = Query::parse("command=sh&command=-c&command=echo%20a%2Bb+c&stdin=true&tty=0&x");
+        assert_eq!(query.all("command"), ["sh", "-c", "echo a+b c"]);
+        assert!(query.flag(&["input", "stdin"]) && !query.flag(&["tty"]));
+        assert_eq!(query.get("x"), Some(""));
+    }
+}

@@ -1,0 +1,176 @@
+//! Pods' cgroups: `/kubepods[/burstable|/besteffort]/pod<uid>`, in cgroup v1's hierarchies or in v2's.
+//!
+//! <https://kubernetes.io/docs/concepts/architecture/cgroups/>
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use crate::pod::qos::{CPU_PERIOD, Limits, Qos};
+
+/// The host's cgroups, v1 or v2.
+#[derive(Clone, Debug)]
+pub struct Cgroups {
+    root: PathBuf,
+    v2: bool,
+}
+
+/// The v1 controllers in which the agent makes groups itself; runc makes the rest.
+const V1: [&str; 3] = ["cpu", "memory", "pids"];
+
+impl Cgroups {
+    /// Looks at this host. Hybrid hosts (v1 controllers beside an empty v2) count as v1, as they do for runc.
+    pub fn detect() -> Self {
+        let root = PathBuf::from("/sys/fs/cgroup");
+        let v2 = root.join("cgroup.controllers").exists();
+        Self { root, v2 }
+    }
+
+    /// Whether this is cgroup v2.
+    pub fn is_v2(&self) -> bool {
+        self.v2
+    }
+
+    /// The pod's group, as CRI's `cgroup_parent` wants it.
+    pub fn pod_path(qos: Qos, uid: &str) -> String {
+        match qos {
+            Qos::Guaranteed => format!("/kubepods/pod{uid}"),
+            Qos::Burstable => format!("/kubepods/burstable/pod{uid}"),
+            Qos::BestEffort => format!("/kubepods/besteffort/pod{uid}"),
+        }
+    }
+
+    fn directories(&self, path: &str) -> Vec<PathBuf> {
+        let path = path.trim_start_matches('/');
+        if self.v2 {
+            return vec![self.root.join(path)];
+        }
+        let present = V1.iter().map(|c| self.root.join(c)).filter(|d| d.exists());
+        present.map(|d| d.join(path)).collect()
+    }
+
+    /// Makes the groups above all pods. Best-effort pods together weigh as little as one.
+    pub fn prepare_node(&self) -> io::Result<()> {
+        for path in ["/kubepods", "/kubepods/burstable", "/kubepods/besteffort"] {
+            for directory in self.directories(path) {
+                self.make(&directory)?;
+            }
+        }
+        self.apply("/kubepods/besteffort", Limits { cpu_shares: 2, ..Default::default() })
+    }
+
+    fn make(&self, directory: &Path) -> io::Result<()> {
+        fs::create_dir_all(directory)?;
+        if self.v2 {
+            // A controller works in a group only if each group above hands it down.
+            for above in directory.ancestors().skip(1).take_while(|a| a.starts_with(&self.root)) {
+                for controller in ["cpu", "memory", "pids", "cpuset", "io"] {
+                    let _ = fs::write(above.join("cgroup.subtree_control"), format!("+{controller}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a pod's group with its limits.
+    pub fn create(&self, path: &str, limits: Limits) -> io::Result<()> {
+        for directory in self.directories(path) {
+            self.make(&directory)?;
+        }
+        self.apply(path, limits)
+    }
+
+    fn apply(&self, path: &str, limits: Limits) -> io::Result<()> {
+        let write = |controller: &str, file: &str, value: String| {
+            let base = if self.v2 { self.root.clone() } else { self.root.join(controller) };
+            let directory = base.join(path.trim_start_matches('/'));
+            if directory.exists() { fs::write(directory.join(file), value) } else { Ok(()) }
+        };
+        if self.v2 {
+            write("", "cpu.weight", v2_weight(limits.cpu_shares).to_string())?;
+            if limits.cpu_quota > 0 {
+                write("", "cpu.max", format!("{} {CPU_PERIOD}", limits.cpu_quota))?;
+            }
+            if limits.memory > 0 {
+                write("", "memory.max", limits.memory.to_string())?;
+            }
+        } else {
+            write("cpu", "cpu.shares", limits.cpu_shares.to_string())?;
+            if limits.cpu_quota > 0 {
+                write("cpu", "cpu.cfs_period_us", CPU_PERIOD.to_string())?;
+                write("cpu", "cpu.cfs_quota_us", limits.cpu_quota.to_string())?;
+            }
+            if limits.memory > 0 {
+                write("memory", "memory.limit_in_bytes", limits.memory.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a group and those below it, in every hierarchy. Fails while a process is in one of them.
+    pub fn remove(&self, path: &str) -> io::Result<()> {
+        let path = path.trim_start_matches('/');
+        if self.v2 {
+            return remove_tree(&self.root.join(path));
+        }
+        for controller in fs::read_dir(&self.root)? {
+            remove_tree(&controller?.path().join(path))?;
+        }
+        Ok(())
+    }
+
+    /// The uids of pods that have a group here.
+    pub fn pods(&self) -> Vec<(Qos, String)> {
+        let base = if self.v2 { self.root.clone() } else { self.root.join("cpu") };
+        let mut found = Vec::new();
+        for (qos, path) in [
+            (Qos::Guaranteed, "kubepods"),
+            (Qos::Burstable, "kubepods/burstable"),
+            (Qos::BestEffort, "kubepods/besteffort"),
+        ] {
+            for entry in fs::read_dir(base.join(path)).into_iter().flatten().flatten() {
+                if let Some(uid) = entry.file_name().to_str().and_then(|n| n.strip_prefix("pod")) {
+                    found.push((qos, uid.to_owned()));
+                }
+            }
+        }
+        found
+    }
+}
+
+/// v1's shares (2..262144) on v2's scale (1..10000), as runc converts them.
+fn v2_weight(shares: i64) -> i64 {
+    1 + ((shares.clamp(2, 262_144) - 2) * 9999) / 262_142
+}
+
+fn remove_tree(directory: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    match fs::remove_dir(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_and_weights() {
+        assert_eq!(Cgroups::pod_path(Qos::Guaranteed, "u"), "/kubepods/podu");
+        assert_eq!(Cgroups::pod_path(Qos::BestEffort, "u"), "/kubepods/besteffort/podu");
+        assert_eq!((v2_weight(2), v2_weight(1024), v2_weight(262_144)), (1, 39, 10000));
+    }
+}
