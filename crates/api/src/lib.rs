@@ -4,6 +4,7 @@ pub mod cell;
 pub mod field;
 pub mod names;
 pub mod patch;
+pub mod proto;
 pub mod quantity;
 pub mod resources;
 pub mod row;

@@ -21,7 +21,13 @@ const TOKEN_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 impl Server {
     /// Admits a create or an update.
-    pub(crate) async fn admit(&self, context: &Context<'_>, operation: Operation, object: &mut Value, _old: Option<&Value>) -> Result<()> {
+    pub(crate) async fn admit(
+        &self,
+        context: &Context<'_>,
+        operation: Operation,
+        object: &mut Value,
+        _old: Option<&Value>,
+    ) -> Result<()> {
         if operation != Operation::Create {
             return Ok(());
         }
@@ -46,13 +52,26 @@ impl Server {
     }
 
     /// An object by group, plural, namespace and name, of which a slightly old state will do.
-    pub(crate) fn lookup(&self, snapshot: &Snapshot, group: &str, plural: &str, namespace: &str, name: &str) -> Option<Arc<Object>> {
+    pub(crate) fn lookup(
+        &self,
+        snapshot: &Snapshot,
+        group: &str,
+        plural: &str,
+        namespace: &str,
+        name: &str,
+    ) -> Option<Arc<Object>> {
         let (id, row) = self.registry.by_name(group, plural)?;
         snapshot.get(id, &row.key(namespace, name)).cloned()
     }
 
     /// The same, asking for the newest state before saying that there is none.
-    pub(crate) async fn find(&self, group: &str, plural: &str, namespace: &str, name: &str) -> Result<Option<Arc<Object>>> {
+    pub(crate) async fn find(
+        &self,
+        group: &str,
+        plural: &str,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Option<Arc<Object>>> {
         match self.lookup(&self.cache.snapshot(), group, plural, namespace, name) {
             Some(object) => Ok(Some(object)),
             None => Ok(self.lookup(&*self.consistent().await?, group, plural, namespace, name)),
@@ -99,11 +118,13 @@ impl Server {
         if spec["imagePullSecrets"].as_array().is_none_or(|s| s.is_empty()) && !account["imagePullSecrets"].is_null() {
             spec["imagePullSecrets"] = account["imagePullSecrets"].clone();
         }
-        let wanted = spec["automountServiceAccountToken"].as_bool().or(account["automountServiceAccountToken"].as_bool());
+        let wanted =
+            spec["automountServiceAccountToken"].as_bool().or(account["automountServiceAccountToken"].as_bool());
         if wanted == Some(false) {
             return Ok(());
         }
-        let mounted = |c: &Value| c["volumeMounts"].as_array().into_iter().flatten().any(|m| m["mountPath"] == TOKEN_PATH);
+        let mounted =
+            |c: &Value| c["volumeMounts"].as_array().into_iter().flatten().any(|m| m["mountPath"] == TOKEN_PATH);
         let lists = ["initContainers", "containers"];
         let all_have = lists.iter().flat_map(|l| spec[*l].as_array().into_iter().flatten()).all(mounted);
         if all_have {
@@ -140,7 +161,11 @@ impl Server {
                 let Some(class) = found else {
                     let name = name.to_owned();
                     let pod_name = pod["metadata"]["name"].as_str().unwrap_or_default();
-                    return Err(ApiError::forbidden(&context.row, pod_name, format!("no PriorityClass with name {name} was found")));
+                    return Err(ApiError::forbidden(
+                        &context.row,
+                        pod_name,
+                        format!("no PriorityClass with name {name} was found"),
+                    ));
                 };
                 Some(class.value())
             }
@@ -194,7 +219,11 @@ fn default_tolerations(pod: &mut Value) {
             (any_key || t["key"] == key) && (effect.is_empty() || effect == "NoExecute")
         };
         if !spec["tolerations"].as_array().into_iter().flatten().any(covers) {
-            push(spec, "tolerations", json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": SECONDS}));
+            push(
+                spec,
+                "tolerations",
+                json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": SECONDS}),
+            );
         }
     }
 }

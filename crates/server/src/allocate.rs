@@ -47,7 +47,13 @@ fn claims(server: &Server, service: &Value) -> Vec<String> {
 
 impl Server {
     /// Gives a new or changed Service what it lacks. Returns what was newly taken, to be released if it is not stored.
-    pub(crate) async fn allocate(&self, row: &Row, service: &mut Value, old: Option<&Value>, dry: bool) -> Result<Vec<String>> {
+    pub(crate) async fn allocate(
+        &self,
+        row: &Row,
+        service: &mut Value,
+        old: Option<&Value>,
+        dry: bool,
+    ) -> Result<Vec<String>> {
         let mut taken = Vec::new();
         if !is_service(row) {
             return Ok(taken);
@@ -61,7 +67,14 @@ impl Server {
         }
     }
 
-    async fn allocate_all(&self, row: &Row, service: &mut Value, old: Option<&Value>, dry: bool, taken: &mut Vec<String>) -> Result<()> {
+    async fn allocate_all(
+        &self,
+        row: &Row,
+        service: &mut Value,
+        old: Option<&Value>,
+        dry: bool,
+        taken: &mut Vec<String>,
+    ) -> Result<()> {
         let kind = service["spec"]["type"].as_str().unwrap_or("ClusterIP").to_owned();
         let name = service["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         let namespace = service["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
@@ -91,17 +104,28 @@ impl Server {
                 spec["clusterIPs"] = json!([ip.to_string()]);
             }
             text => {
-                let ip: IpAddr = text.parse().map_err(|_| ApiError::bad_request(format!("spec.clusterIP: Invalid value: {text:?}: must be a valid IP address")))?;
+                let ip: IpAddr = text.parse().map_err(|_| {
+                    ApiError::bad_request(format!(
+                        "spec.clusterIP: Invalid value: {text:?}: must be a valid IP address"
+                    ))
+                })?;
                 let invalid = |why: String| {
                     let mut errors = Errors::default();
                     let path = Path::Root.at("spec");
-                    errors.invalid(path.at("clusterIPs"), json!([text]), format!("failed to allocate IP {text}: {why}"));
+                    errors.invalid(
+                        path.at("clusterIPs"),
+                        json!([text]),
+                        format!("failed to allocate IP {text}: {why}"),
+                    );
                     ApiError::invalid(row, &name, &errors)
                 };
                 let key = self.address_key(ip);
                 if !held.contains(&key) {
                     if !self.config.service_cidr.contains(&ip) {
-                        return Err(invalid(format!("the provided IP ({text}) is not in the valid range. The range of valid IPs is {}", self.config.service_cidr)));
+                        return Err(invalid(format!(
+                            "the provided IP ({text}) is not in the valid range. The range of valid IPs is {}",
+                            self.config.service_cidr
+                        )));
                     }
                     if !dry && !self.claim_address(ip, &namespace, &name, taken).await? {
                         return Err(invalid("provided IP is already allocated".into()));
@@ -118,7 +142,8 @@ impl Server {
                 spec["ipFamilyPolicy"] = "SingleStack".into();
             }
         }
-        let with_ports = kind == "NodePort" || (kind == "LoadBalancer" && spec["allocateLoadBalancerNodePorts"] != false);
+        let with_ports =
+            kind == "NodePort" || (kind == "LoadBalancer" && spec["allocateLoadBalancerNodePorts"] != false);
         let old_ports = old.map(|o| o["spec"]["ports"].clone()).unwrap_or_default();
         for (index, port) in spec["ports"].as_array_mut().into_iter().flatten().enumerate() {
             let protocol = port["protocol"].as_str().unwrap_or("TCP").to_owned();
@@ -155,7 +180,11 @@ impl Server {
             };
             let range = &self.config.node_ports;
             if !u16::try_from(number).is_ok_and(|n| range.contains(&n)) {
-                return Err(invalid(format!("provided port is not in the valid range. The range of valid ports is {}-{}", range.start(), range.end())));
+                return Err(invalid(format!(
+                    "provided port is not in the valid range. The range of valid ports is {}-{}",
+                    range.start(),
+                    range.end()
+                )));
             }
             if !dry && !self.claim(&key, port_owner(&namespace, &name), taken).await? {
                 return Err(invalid("provided port is already allocated".into()));
@@ -166,7 +195,10 @@ impl Server {
 
     fn address_key(&self, ip: IpAddr) -> String {
         // The resource is in the table.
-        self.registry.by_name("networking.k8s.io", "ipaddresses").map(|(_, row)| row.key("", &ip.to_string())).unwrap_or_default()
+        self.registry
+            .by_name("networking.k8s.io", "ipaddresses")
+            .map(|(_, row)| row.key("", &ip.to_string()))
+            .unwrap_or_default()
     }
 
     async fn claim(&self, key: &str, value: Bytes, taken: &mut Vec<String>) -> Result<bool> {
@@ -204,7 +236,9 @@ impl Server {
             let offset = low + (start + step) % count;
             let ip = IpAddr::V4(Ipv4Addr::from_bits(network.to_bits() + offset as u32));
             let free = match dry {
-                true => self.lookup(&self.cache.snapshot(), "networking.k8s.io", "ipaddresses", "", &ip.to_string()).is_none(),
+                true => self
+                    .lookup(&self.cache.snapshot(), "networking.k8s.io", "ipaddresses", "", &ip.to_string())
+                    .is_none(),
                 false => self.claim_address(ip, namespace, name, taken).await?,
             };
             if free {
@@ -214,7 +248,14 @@ impl Server {
         Err(ApiError::unavailable(format!("no free address was found in the range of Services {cidr}")))
     }
 
-    async fn free_port(&self, protocol: &str, namespace: &str, name: &str, dry: bool, taken: &mut Vec<String>) -> Result<i64> {
+    async fn free_port(
+        &self,
+        protocol: &str,
+        namespace: &str,
+        name: &str,
+        dry: bool,
+        taken: &mut Vec<String>,
+    ) -> Result<i64> {
         let (low, high) = (i64::from(*self.config.node_ports.start()), i64::from(*self.config.node_ports.end()));
         let count = high - low + 1;
         let start = rand::rng().random_range(0..count);

@@ -21,8 +21,16 @@ impl Server {
             self.ensure("", "namespaces", json!({"metadata": {"name": name}}), false).await?;
         }
         for (name, value, description) in [
-            ("system-node-critical", 2_000_001_000, "Used for system critical pods that must not be moved from their current node."),
-            ("system-cluster-critical", 2_000_000_000, "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary."),
+            (
+                "system-node-critical",
+                2_000_001_000,
+                "Used for system critical pods that must not be moved from their current node.",
+            ),
+            (
+                "system-cluster-critical",
+                2_000_000_000,
+                "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary.",
+            ),
         ] {
             let class = json!({"metadata": {"name": name}, "value": value, "description": description});
             self.ensure("scheduling.k8s.io", "priorityclasses", class, false).await?;
@@ -53,7 +61,13 @@ impl Server {
     }
 
     /// Creates an object if it is not there; `update` makes it as given if it is.
-    async fn ensure(self: &Arc<Self>, group: &'static str, plural: &str, mut object: Value, update: bool) -> Result<()> {
+    async fn ensure(
+        self: &Arc<Self>,
+        group: &'static str,
+        plural: &str,
+        mut object: Value,
+        update: bool,
+    ) -> Result<()> {
         let (id, row) = self.registry.by_name(group, plural).ok_or_else(ApiError::no_route)?;
         let served = self.registry.find(row.group, row.version, row.plural).ok_or_else(ApiError::no_route)?;
         debug_assert_eq!(served.id, id);
@@ -63,7 +77,13 @@ impl Server {
         let (name, namespace) = (text(&object["metadata"]["name"]), text(&object["metadata"]["namespace"]));
         let mut context = Context {
             user: UserInfo::new("system:apiserver", &[MASTERS]),
-            path: ResourcePath { group: group.into(), version: row.version.into(), resource: plural.into(), namespace, ..Default::default() },
+            path: ResourcePath {
+                group: group.into(),
+                version: row.version.into(),
+                resource: plural.into(),
+                namespace,
+                ..Default::default()
+            },
             row: row.clone(),
             served,
             query: Query::default(),

@@ -357,7 +357,10 @@ impl Subscription {
         let newest = self.cache.snapshot.load().revision;
         let changes = self.cache.logs[self.id.0].changes.read();
         if self.after < changes.complete_after {
-            return Err(ApiError::expired(format!("too old resource version: {} ({})", self.after, changes.complete_after)));
+            return Err(ApiError::expired(format!(
+                "too old resource version: {} ({})",
+                self.after, changes.complete_after
+            )));
         }
         let start = changes.ring.partition_point(|c| c.revision <= self.after);
         let taken: Vec<Arc<Change>> = changes.ring.range(start..).take(limit).cloned().collect();

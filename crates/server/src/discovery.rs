@@ -21,7 +21,9 @@ impl Server {
             && accept.contains("v=v2");
         let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
         let document = match parts[..] {
-            [] => json!({"paths": ["/api", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/readyz", "/version"]}),
+            [] => {
+                json!({"paths": ["/api", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/readyz", "/version"]})
+            }
             ["api"] if aggregated => return Ok(aggregate(self.groups(true))),
             ["apis"] if aggregated => return Ok(aggregate(self.groups(false))),
             ["api"] => json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}),
@@ -62,8 +64,11 @@ impl Server {
     }
 
     fn group(&self, group: &str) -> Value {
-        let versions: Vec<Value> =
-            self.versions(group).iter().map(|v| json!({"groupVersion": format!("{group}/{v}"), "version": v})).collect();
+        let versions: Vec<Value> = self
+            .versions(group)
+            .iter()
+            .map(|v| json!({"groupVersion": format!("{group}/{v}"), "version": v}))
+            .collect();
         json!({"name": group, "versions": versions, "preferredVersion": versions.first()})
     }
 
@@ -115,7 +120,11 @@ impl Server {
                     json!({"version": version, "freshness": "Current", "resources": resources})
                 })
                 .collect();
-            let meta = if name.is_empty() { json!({"creationTimestamp": null}) } else { json!({"name": name, "creationTimestamp": null}) };
+            let meta = if name.is_empty() {
+                json!({"creationTimestamp": null})
+            } else {
+                json!({"name": name, "creationTimestamp": null})
+            };
             json!({"metadata": meta, "versions": versions})
         };
         names.iter().map(group).collect()

@@ -51,7 +51,8 @@ pub struct Form {
 /// Reads the `Accept` header. The first entry that can be served wins.
 pub fn negotiate(headers: &HeaderMap) -> Result<Form> {
     let json = Form { shape: Shape::Full, yaml: false };
-    let Some(accept) = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).filter(|v| !v.trim().is_empty()) else {
+    let Some(accept) = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).filter(|v| !v.trim().is_empty())
+    else {
         return Ok(json);
     };
     for entry in accept.split(',') {
@@ -203,7 +204,13 @@ impl Encoder<'_> {
         const SLICE: usize = 128 << 10;
         let mut out = BytesMut::with_capacity(SLICE + (8 << 10));
         let kind = self.row.kind;
-        out.put_slice(format!("{{\"kind\":\"{kind}List\",\"apiVersion\":\"{}\",\"metadata\":{meta},\"items\":[", self.served.api_version()).as_bytes());
+        out.put_slice(
+            format!(
+                "{{\"kind\":\"{kind}List\",\"apiVersion\":\"{}\",\"metadata\":{meta},\"items\":[",
+                self.served.api_version()
+            )
+            .as_bytes(),
+        );
         let total: usize = objects.iter().map(|o| o.bytes.len() + 40).sum();
         if total < SLICE {
             for (index, object) in objects.iter().enumerate() {
@@ -280,7 +287,9 @@ impl Encoder<'_> {
         }
         let object = match self.form.shape {
             Shape::Full => json!({"kind": self.row.kind, "apiVersion": self.served.api_version(), "metadata": meta}),
-            Shape::Metadata => json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": meta}),
+            Shape::Metadata => {
+                json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": meta})
+            }
             Shape::Table => {
                 let row = json!({"cells": [], "object": {"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": meta}});
                 self.table(vec![row], json!({"resourceVersion": revision.to_string()}), false)

@@ -61,12 +61,14 @@ impl ApiError {
 
     /// 404: no such object.
     pub fn not_found(row: &Row, name: &str) -> ApiError {
-        ApiError::new(StatusCode::NOT_FOUND, "NotFound", format!("{} {name:?} not found", row.qualified())).about(row, name)
+        ApiError::new(StatusCode::NOT_FOUND, "NotFound", format!("{} {name:?} not found", row.qualified()))
+            .about(row, name)
     }
 
     /// 404: no such path.
     pub fn no_route() -> ApiError {
-        let mut error = ApiError::new(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource");
+        let mut error =
+            ApiError::new(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource");
         error.details = json!({});
         error
     }
@@ -85,7 +87,9 @@ impl ApiError {
         ApiError::new(
             StatusCode::NOT_ACCEPTABLE,
             "NotAcceptable",
-            format!("only the following media types are accepted: application/json, application/yaml (asked for {accept:?})"),
+            format!(
+                "only the following media types are accepted: application/json, application/yaml (asked for {accept:?})"
+            ),
         )
     }
 
@@ -142,11 +146,8 @@ impl ApiError {
             "" => row.kind.to_owned(),
             group => format!("{}.{group}", row.kind),
         };
-        let mut error = ApiError::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "Invalid",
-            format!("{kind} {name:?} is invalid: {errors}"),
-        );
+        let mut error =
+            ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", format!("{kind} {name:?} is invalid: {errors}"));
         let causes: Vec<Value> = errors
             .0
             .iter()

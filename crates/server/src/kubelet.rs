@@ -52,7 +52,12 @@ impl Client {
     }
 
     /// Sends a request without a body and returns the answer, whose connection is driven in the background.
-    async fn send(&self, address: IpAddr, port: u16, request: Request<Empty<Bytes>>) -> Result<Response<hyper::body::Incoming>, String> {
+    async fn send(
+        &self,
+        address: IpAddr,
+        port: u16,
+        request: Request<Empty<Bytes>>,
+    ) -> Result<Response<hyper::body::Incoming>, String> {
         let stream = self.connect(address, port).await.map_err(|e| e.to_string())?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
@@ -81,13 +86,20 @@ impl Server {
             return Err(ApiError::bad_request(format!("pod {name} does not have a host assigned")));
         }
         let (_, nodes) = self.registry.by_name("", "nodes").ok_or_else(ApiError::no_route)?;
-        let node = self.find("", "nodes", "", &node_name).await?.ok_or_else(|| ApiError::not_found(nodes, &node_name))?.value();
+        let node = self
+            .find("", "nodes", "", &node_name)
+            .await?
+            .ok_or_else(|| ApiError::not_found(nodes, &node_name))?
+            .value();
         let addresses = node["status"]["addresses"].as_array().into_iter().flatten();
         let address = addresses.filter(|a| a["type"] == "InternalIP").find_map(|a| a["address"].as_str()?.parse().ok());
         let Some(address) = address else {
             return Err(ApiError::bad_gateway(format!("node {node_name} has no InternalIP address")));
         };
-        let port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64().and_then(|p| u16::try_from(p).ok()).unwrap_or(10250);
+        let port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"]
+            .as_u64()
+            .and_then(|p| u16::try_from(p).ok())
+            .unwrap_or(10250);
         Ok((pod, Agent { node: node_name, address, port }))
     }
 
@@ -115,19 +127,29 @@ impl Server {
 
     async fn ask(&self, agent: &Agent, request: Request<Empty<Bytes>>) -> Result<Response<hyper::body::Incoming>> {
         self.kubelet.send(agent.address, agent.port, request).await.map_err(|why| {
-            ApiError::bad_gateway(format!("error dialing backend: the agent of node {} at {}:{} does not answer: {why}", agent.node, agent.address, agent.port))
+            ApiError::bad_gateway(format!(
+                "error dialing backend: the agent of node {} at {}:{} does not answer: {why}",
+                agent.node, agent.address, agent.port
+            ))
         })
     }
 
     /// Exec, attach, port-forward: the connection is passed on to the agent.
-    pub(crate) async fn stream_to_pod(self: &Arc<Self>, parts: &mut Parts, target: &ResourcePath, query: &Query) -> Result<Response<Body>> {
+    pub(crate) async fn stream_to_pod(
+        self: &Arc<Self>,
+        parts: &mut Parts,
+        target: &ResourcePath,
+        query: &Query,
+    ) -> Result<Response<Body>> {
         let name = target.name.as_deref().unwrap_or_default();
         let namespace = target.namespace.as_deref().unwrap_or_default();
         let (pod, agent) = self.pod_and_agent(namespace, name).await?;
         let sub = target.subresource.as_deref().unwrap_or_default();
         let uid = pod["metadata"]["uid"].as_str().unwrap_or_default();
         let path = match sub {
-            "portforward" => format!("/portForward/{namespace}/{name}?uid={uid}&{}", encode_query(query.pairs().iter())),
+            "portforward" => {
+                format!("/portForward/{namespace}/{name}?uid={uid}&{}", encode_query(query.pairs().iter()))
+            }
             _ => {
                 let container = container_of(&pod, name, query.text("container"))?;
                 let pairs = query.pairs().iter().filter(|(k, _)| k != "container");
@@ -173,7 +195,8 @@ impl Server {
 }
 
 fn request(method: Method, path: &str, agent: &Agent) -> Result<Request<Empty<Bytes>>> {
-    let uri: Uri = path.parse().map_err(|_| ApiError::bad_request(format!("the parameters make no valid URL: {path:?}")))?;
+    let uri: Uri =
+        path.parse().map_err(|_| ApiError::bad_request(format!("the parameters make no valid URL: {path:?}")))?;
     Request::builder()
         .method(method)
         .uri(uri)
@@ -183,7 +206,8 @@ fn request(method: Method, path: &str, agent: &Agent) -> Result<Request<Empty<By
 }
 
 fn encode_query<'a>(pairs: impl Iterator<Item = &'a (String, String)>) -> String {
-    let encode = |text: &str| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string();
+    let encode =
+        |text: &str| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string();
     pairs.map(|(k, v)| format!("{}={}", encode(k), encode(v))).collect::<Vec<_>>().join("&")
 }
 
@@ -209,7 +233,9 @@ async fn refusal(response: Response<hyper::body::Incoming>) -> ApiError {
 
 /// The container that is meant: the one named, the annotated default, or the only one.
 fn container_of(pod: &Value, name: &str, wanted: Option<&str>) -> Result<String> {
-    let names = |list: &str| -> Vec<&str> { pod["spec"][list].as_array().into_iter().flatten().filter_map(|c| c["name"].as_str()).collect() };
+    let names = |list: &str| -> Vec<&str> {
+        pod["spec"][list].as_array().into_iter().flatten().filter_map(|c| c["name"].as_str()).collect()
+    };
     let (init, main, debug) = (names("initContainers"), names("containers"), names("ephemeralContainers"));
     if let Some(wanted) = wanted {
         return match init.iter().chain(&main).chain(&debug).any(|n| *n == wanted) {
@@ -222,7 +248,8 @@ fn container_of(pod: &Value, name: &str, wanted: Option<&str>) -> Result<String>
         (Some(chosen), _) => Ok(chosen.to_owned()),
         (None, [only]) => Ok((*only).to_owned()),
         (None, many) => {
-            let mut message = format!("a container name must be specified for pod {name}, choose one of: [{}]", many.join(" "));
+            let mut message =
+                format!("a container name must be specified for pod {name}, choose one of: [{}]", many.join(" "));
             if !init.is_empty() {
                 message.push_str(&format!(" or one of the init containers: [{}]", init.join(" ")));
             }

@@ -148,7 +148,11 @@ impl Context<'_> {
 
 impl Server {
     /// Reads the store and makes sure that what every cluster has is there.
-    pub async fn start(config: Config, store: Arc<dyn Store>, stop: CancellationToken) -> Result<Arc<Server>, StartError> {
+    pub async fn start(
+        config: Config,
+        store: Arc<dyn Store>,
+        stop: CancellationToken,
+    ) -> Result<Arc<Server>, StartError> {
         let registry = Arc::new(Registry::new()?);
         let key = |e: &dyn std::fmt::Display| StartError::Key(e.to_string());
         let (private, public) = &config.service_account_key;
@@ -234,7 +238,8 @@ impl Server {
         if let Err(why) = self.authorizer.authorize(&user, &attributes) {
             return Err(denied(&user, &attributes, &why));
         }
-        let served = self.registry.find(&target.group, &target.version, &target.resource).ok_or_else(ApiError::no_route)?;
+        let served =
+            self.registry.find(&target.group, &target.version, &target.resource).ok_or_else(ApiError::no_route)?;
         let row = self.registry.row(served.id).clone();
         if let Some(sub) = &target.subresource
             && row.has(seawall_api::Subresource::Exec)
@@ -321,7 +326,13 @@ impl Server {
     }
 
     /// Paths that are no resources.
-    async fn plain(self: &Arc<Self>, method: &Method, path: &str, query: &Query, headers: &HeaderMap) -> Result<Response<Body>> {
+    async fn plain(
+        self: &Arc<Self>,
+        method: &Method,
+        path: &str,
+        query: &Query,
+        headers: &HeaderMap,
+    ) -> Result<Response<Body>> {
         if method != Method::GET && method != Method::HEAD {
             return Err(ApiError::method_not_allowed());
         }
@@ -351,8 +362,13 @@ impl Server {
 }
 
 fn denied(user: &UserInfo, a: &Attributes<'_>, why: &str) -> ApiError {
-    let resource = if a.subresource.is_empty() { a.resource.to_owned() } else { format!("{}/{}", a.resource, a.subresource) };
-    let place = if a.namespace.is_empty() { "at the cluster scope".to_owned() } else { format!("in the namespace {:?}", a.namespace) };
+    let resource =
+        if a.subresource.is_empty() { a.resource.to_owned() } else { format!("{}/{}", a.resource, a.subresource) };
+    let place = if a.namespace.is_empty() {
+        "at the cluster scope".to_owned()
+    } else {
+        format!("in the namespace {:?}", a.namespace)
+    };
     let why = if why.is_empty() { String::new() } else { format!(": {why}") };
     let qualified = if a.group.is_empty() { a.resource.to_owned() } else { format!("{}.{}", a.resource, a.group) };
     let name = if a.name.is_empty() { String::new() } else { format!(" {:?}", a.name) };

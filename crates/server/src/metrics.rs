@@ -75,7 +75,11 @@ impl Default for Metrics {
         };
         let mut registry = Registry::default();
         registry.register("apiserver_request", "Requests by verb, resource and status code", metrics.requests.clone());
-        registry.register("apiserver_request_duration_seconds", "Time until the answer began", metrics.durations.clone());
+        registry.register(
+            "apiserver_request_duration_seconds",
+            "Time until the answer began",
+            metrics.durations.clone(),
+        );
         registry.register("apiserver_storage_objects", "Objects by resource", metrics.objects.clone());
         Metrics { registry, ..metrics }
     }
@@ -147,7 +151,8 @@ impl Server {
             "livez" => {}
             _ => checks.extend([("store", store), ("poststarthook/bootstrap", started), ("shutdown", draining)]),
         }
-        let excluded: Vec<&str> = query.pairs().iter().filter(|(k, _)| k == "exclude").map(|(_, v)| v.as_str()).collect();
+        let excluded: Vec<&str> =
+            query.pairs().iter().filter(|(k, _)| k == "exclude").map(|(_, v)| v.as_str()).collect();
         if let Some(single) = single {
             let name = if single == "etcd" { "store" } else { single };
             checks.retain(|(check, _)| *check == name);

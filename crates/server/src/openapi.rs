@@ -175,7 +175,9 @@ fn describe(row: &Row, served: &Served, ty: &str, paths: &mut Map<String, Value>
     };
     let path_parameters = |one: bool| {
         let mut all = Vec::new();
-        let mut add = |name: &str| all.push(json!({"name": name, "in": "path", "required": true, "schema": {"type": "string", "uniqueItems": true}}));
+        let mut add = |name: &str| {
+            all.push(json!({"name": name, "in": "path", "required": true, "schema": {"type": "string", "uniqueItems": true}}))
+        };
         if row.scope == Scope::Namespaced {
             add("namespace");
         }
@@ -185,7 +187,10 @@ fn describe(row: &Row, served: &Served, ty: &str, paths: &mut Map<String, Value>
         all
     };
     if !row.stored {
-        paths.insert(url(row, served, false), json!({"post": operation("post", "create"), "parameters": path_parameters(false)}));
+        paths.insert(
+            url(row, served, false),
+            json!({"post": operation("post", "create"), "parameters": path_parameters(false)}),
+        );
         return;
     }
     paths.insert(

@@ -72,7 +72,8 @@ impl Authority {
         let pair = KeyPair::generate().map_err(bad("the key of the authority"))?;
         let mut params = params("seawall-ca", "", CA_DAYS);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+        params.key_usages =
+            vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
         let pem = params.self_signed(&pair).map_err(bad("the authority"))?.pem();
         std::fs::create_dir_all(dir).map_err(|source| PkiError::Io { path: dir.display().to_string(), source })?;
         // The key first: a certificate without its key would be kept for good.

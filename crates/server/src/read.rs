@@ -34,7 +34,8 @@ pub struct Selection {
 impl Selection {
     /// Reads `labelSelector` and `fieldSelector`.
     pub fn parse(row: &Row, query: &Query, name: Option<&str>) -> Result<Selection> {
-        let labels = LabelSelector::parse(query.get("labelSelector").unwrap_or_default()).map_err(ApiError::bad_request)?;
+        let labels =
+            LabelSelector::parse(query.get("labelSelector").unwrap_or_default()).map_err(ApiError::bad_request)?;
         let mut fields = parse_fields(query.get("fieldSelector").unwrap_or_default()).map_err(ApiError::bad_request)?;
         for requirement in &fields {
             let known = ["metadata.name", "metadata.namespace"].contains(&requirement.field.as_str())
@@ -129,14 +130,20 @@ impl Server {
         let exact = match (query.text("resourceVersionMatch"), requested) {
             (None, _) | (Some("NotOlderThan"), Some(_)) => None,
             (Some("Exact"), Some(Revision(0))) => {
-                return Err(ApiError::bad_request("resourceVersionMatch: Forbidden: resourceVersionMatch \"Exact\" is forbidden for resourceVersion \"0\""));
+                return Err(ApiError::bad_request(
+                    "resourceVersionMatch: Forbidden: resourceVersionMatch \"Exact\" is forbidden for resourceVersion \"0\"",
+                ));
             }
             (Some("Exact"), Some(revision)) => Some(revision),
             (Some("Exact" | "NotOlderThan"), None) => {
-                return Err(ApiError::bad_request("resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden unless resourceVersion is provided"));
+                return Err(ApiError::bad_request(
+                    "resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden unless resourceVersion is provided",
+                ));
             }
             (Some(other), _) => {
-                return Err(ApiError::bad_request(format!("resourceVersionMatch: Unsupported value: {other:?}: supported values: \"Exact\", \"NotOlderThan\", \"\"")));
+                return Err(ApiError::bad_request(format!(
+                    "resourceVersionMatch: Unsupported value: {other:?}: supported values: \"Exact\", \"NotOlderThan\", \"\""
+                )));
             }
         };
         if token.is_some() && requested.is_some_and(|r| r.0 != 0) {
@@ -161,10 +168,15 @@ impl Server {
         let mut found = Vec::new();
         let mut more = false;
         // A name leads straight to its object.
-        if let (Some(name), Some(namespace)) = (selection.equal("metadata.name"), context.path.namespace.as_deref().or((row.scope == seawall_api::Scope::Cluster).then_some(""))) {
+        if let (Some(name), Some(namespace)) = (
+            selection.equal("metadata.name"),
+            context.path.namespace.as_deref().or((row.scope == seawall_api::Scope::Cluster).then_some("")),
+        ) {
             found.extend(objects.get(row.key(namespace, name).as_str()).filter(|o| selection.picks(row, o)).cloned());
         } else {
-            for object in range(&objects, &prefix, after).filter(|o| selection.is_everything() || selection.picks(row, o)) {
+            for object in
+                range(&objects, &prefix, after).filter(|o| selection.is_everything() || selection.picks(row, o))
+            {
                 if limit > 0 && found.len() == limit {
                     more = true;
                     break;

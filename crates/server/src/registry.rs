@@ -135,7 +135,8 @@ pub fn roots(rows: &[Arc<Row>]) -> Vec<fn(&mut schemars::SchemaGenerator)> {
         apimachinery::pkg::apis::meta::v1::{DeleteOptions, Status},
     };
     use seawall_api::row::schema_of;
-    let own = rows.iter().flat_map(|row| std::iter::once(row.schema).chain(row.aliases.iter().map(|a| a.conversion.schema)));
+    let own =
+        rows.iter().flat_map(|row| std::iter::once(row.schema).chain(row.aliases.iter().map(|a| a.conversion.schema)));
     let extra: [fn(&mut schemars::SchemaGenerator); 6] = [
         schema_of::<Scale>,
         schema_of::<Binding>,

@@ -100,7 +100,11 @@ impl Query {
     /// A number.
     pub fn number<T: std::str::FromStr>(&self, key: &str) -> Result<Option<T>> {
         self.text(key)
-            .map(|v| v.parse().map_err(|_| ApiError::bad_request(format!("{key}: Invalid value: {v:?}: must be a non-negative integer"))))
+            .map(|v| {
+                v.parse().map_err(|_| {
+                    ApiError::bad_request(format!("{key}: Invalid value: {v:?}: must be a non-negative integer"))
+                })
+            })
             .transpose()
     }
 
@@ -133,7 +137,14 @@ mod tests {
         let check = |path: &str, expect: Option<(&str, &str, Option<&str>, &str, Option<&str>, Option<&str>)>| {
             let found = ResourcePath::parse(path);
             let found = found.as_ref().map(|p| {
-                (p.group.as_str(), p.version.as_str(), p.namespace.as_deref(), p.resource.as_str(), p.name.as_deref(), p.subresource.as_deref())
+                (
+                    p.group.as_str(),
+                    p.version.as_str(),
+                    p.namespace.as_deref(),
+                    p.resource.as_str(),
+                    p.name.as_deref(),
+                    p.subresource.as_deref(),
+                )
             });
             assert_eq!(found, expect, "{path}");
         };
@@ -142,8 +153,14 @@ mod tests {
         check("/api/v1/namespaces/a", Some(("", "v1", None, "namespaces", Some("a"), None)));
         check("/api/v1/namespaces/a/finalize", Some(("", "v1", None, "namespaces", Some("a"), Some("finalize"))));
         check("/api/v1/namespaces/a/pods/b/log", Some(("", "v1", Some("a"), "pods", Some("b"), Some("log"))));
-        check("/apis/apps/v1/namespaces/a/deployments/b", Some(("apps", "v1", Some("a"), "deployments", Some("b"), None)));
-        check("/apis/rbac.authorization.k8s.io/v1/clusterroles/system%3Anode", Some(("rbac.authorization.k8s.io", "v1", None, "clusterroles", Some("system:node"), None)));
+        check(
+            "/apis/apps/v1/namespaces/a/deployments/b",
+            Some(("apps", "v1", Some("a"), "deployments", Some("b"), None)),
+        );
+        check(
+            "/apis/rbac.authorization.k8s.io/v1/clusterroles/system%3Anode",
+            Some(("rbac.authorization.k8s.io", "v1", None, "clusterroles", Some("system:node"), None)),
+        );
         check("/apis/apps/v1", None);
         check("/healthz", None);
     }

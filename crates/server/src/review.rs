@@ -16,9 +16,10 @@ use crate::{
 impl Server {
     /// POST of a review.
     pub(crate) async fn review(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
-        let (mut review, _) = context.body()?;
-        conform(&self.registry.schemas, context.served.ty, &mut review)
-            .map_err(|e| ApiError::bad_request(format!("{0} in version \"v1\" cannot be handled as a {0}: {e}", context.row.kind)))?;
+        let (mut review, _) = context.body(self, context.served.ty)?;
+        conform(&self.registry.schemas, context.served.ty, &mut review).map_err(|e| {
+            ApiError::bad_request(format!("{0} in version \"v1\" cannot be handled as a {0}: {e}", context.row.kind))
+        })?;
         review["kind"] = context.row.kind.into();
         review["apiVersion"] = context.row.api_version().into();
         if review["metadata"].is_null() {
@@ -31,16 +32,28 @@ impl Server {
                 "evaluationError": "rules are not enumerated: ask with a SelfSubjectAccessReview"}),
             "SubjectAccessReview" | "LocalSubjectAccessReview" => {
                 let spec = &review["spec"];
-                let groups: Vec<String> = spec["groups"].as_array().into_iter().flatten().filter_map(|g| g.as_str().map(str::to_owned)).collect();
-                let user = UserInfo { username: spec["user"].as_str().unwrap_or_default().to_owned(), groups, ..Default::default() };
+                let groups: Vec<String> = spec["groups"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|g| g.as_str().map(str::to_owned))
+                    .collect();
+                let user = UserInfo {
+                    username: spec["user"].as_str().unwrap_or_default().to_owned(),
+                    groups,
+                    ..Default::default()
+                };
                 if user.username.is_empty() && user.groups.is_empty() {
-                    return Err(ApiError::bad_request("spec.user: Required value: at least one of user or group must be specified"));
+                    return Err(ApiError::bad_request(
+                        "spec.user: Required value: at least one of user or group must be specified",
+                    ));
                 }
                 self.access(&user, spec)
             }
             "TokenReview" => {
                 let token = review["spec"]["token"].as_str().unwrap_or_default();
-                let asked: Vec<&str> = review["spec"]["audiences"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+                let asked: Vec<&str> =
+                    review["spec"]["audiences"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
                 let audiences = if asked.is_empty() { vec![self.config.issuer.as_str()] } else { asked };
                 match self.user_of_token(token, &audiences) {
                     Ok(user) => json!({"authenticated": true, "user": user, "audiences": audiences}),

@@ -25,7 +25,11 @@ const TOKEN_MIN: i64 = 600;
 
 impl Server {
     /// Routes to a special verb.
-    pub(crate) async fn subresource(self: &Arc<Self>, context: &Context<'_>, method: &Method) -> Result<Response<Body>> {
+    pub(crate) async fn subresource(
+        self: &Arc<Self>,
+        context: &Context<'_>,
+        method: &Method,
+    ) -> Result<Response<Body>> {
         let name = context.path.subresource.as_deref().unwrap_or_default();
         let sub = subresource(&context.row, name).ok_or_else(ApiError::no_route)?;
         match (sub, method.as_str()) {
@@ -34,9 +38,15 @@ impl Server {
             (Subresource::Binding, "POST") => self.bind(context).await,
             (Subresource::Eviction, "POST") => self.evict(context).await,
             (Subresource::Token, "POST") => self.token(context).await,
-            (Subresource::Proxy, _) => Err(ApiError::bad_gateway("the proxy subresource is not served yet; use port-forward")),
+            (Subresource::Proxy, _) => {
+                Err(ApiError::bad_gateway("the proxy subresource is not served yet; use port-forward"))
+            }
             (
-                Subresource::Status | Subresource::EphemeralContainers | Subresource::Resize | Subresource::Approval | Subresource::Finalize,
+                Subresource::Status
+                | Subresource::EphemeralContainers
+                | Subresource::Resize
+                | Subresource::Approval
+                | Subresource::Finalize,
                 method,
             ) => match method {
                 "GET" => self.get(context).await,
@@ -69,9 +79,13 @@ impl Server {
             let object = object.ok_or_else(|| ApiError::not_found(&context.row, name))?;
             return Ok(value(StatusCode::OK, &form(object.value(), object.revision), context.form.yaml));
         }
-        let kind = context.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
-        let body = context.body_any()?;
-        let ty = self.registry.schemas.by_name("io.k8s.api.autoscaling.v1.Scale").ok_or_else(ApiError::no_route)?;
+        let kind =
+            context.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let ty = self.type_named("io.k8s.api.autoscaling.v1.Scale")?;
+        let body = match *method {
+            Method::PUT => context.body(self, ty)?.0,
+            _ => context.patch_body()?,
+        };
         let make = |current: Value, revision: Revision| -> Result<(i64, Option<Revision>)> {
             let mut scale = match *method {
                 Method::PUT => body.clone(),
@@ -80,17 +94,29 @@ impl Server {
             match (method, kind.as_str()) {
                 (&Method::PUT, _) => {}
                 (_, "application/json-patch+json") => {
-                    let patch: json_patch::Patch = serde_json::from_value(body.clone()).map_err(|e| ApiError::bad_request(format!("error decoding patch: {e}")))?;
+                    let patch: json_patch::Patch = serde_json::from_value(body.clone())
+                        .map_err(|e| ApiError::bad_request(format!("error decoding patch: {e}")))?;
                     json_patch::patch(&mut scale, &patch).map_err(|e| ApiError::bad_request(e.to_string()))?;
                 }
                 (_, "application/merge-patch+json") => json_patch::merge(&mut scale, &body),
-                (_, "application/strategic-merge-patch+json") => patch::strategic(&self.registry.schemas, ty, &mut scale, body.clone())
-                    .map_err(|e| ApiError::bad_request(e.to_string()))?,
+                (_, "application/strategic-merge-patch+json") => {
+                    patch::strategic(&self.registry.schemas, ty, &mut scale, body.clone())
+                        .map_err(|e| ApiError::bad_request(e.to_string()))?
+                }
                 (_, other) => {
-                    return Err(ApiError::unsupported_media_type(other, &["application/json-patch+json", "application/merge-patch+json", "application/strategic-merge-patch+json"]));
+                    return Err(ApiError::unsupported_media_type(
+                        other,
+                        &[
+                            "application/json-patch+json",
+                            "application/merge-patch+json",
+                            "application/strategic-merge-patch+json",
+                        ],
+                    ));
                 }
             }
-            conform(&self.registry.schemas, ty, &mut scale).map_err(|e| ApiError::bad_request(format!("Scale in version \"v1\" cannot be handled as a Scale: {e}")))?;
+            conform(&self.registry.schemas, ty, &mut scale).map_err(|e| {
+                ApiError::bad_request(format!("Scale in version \"v1\" cannot be handled as a Scale: {e}"))
+            })?;
             let replicas = scale["spec"]["replicas"].as_i64().unwrap_or_default();
             let version = scale["metadata"]["resourceVersion"].as_str().and_then(|v| v.parse().ok()).map(Revision);
             Ok((replicas, version))
@@ -116,7 +142,14 @@ impl Server {
     }
 
     /// Changes an object without the pipeline: for what the server itself decides.
-    async fn modify(&self, context: &Context<'_>, row: &Row, key: &str, name: &str, change: impl Fn(&mut Value) -> Result<()>) -> Result<(Value, Revision)> {
+    async fn modify(
+        &self,
+        context: &Context<'_>,
+        row: &Row,
+        key: &str,
+        name: &str,
+        change: impl Fn(&mut Value) -> Result<()>,
+    ) -> Result<(Value, Revision)> {
         let (id, _) = self.registry.by_name(row.group, row.plural).ok_or_else(ApiError::no_route)?;
         let dry = context.dry_run()?;
         for _ in 0..8 {
@@ -142,7 +175,7 @@ impl Server {
 
     /// `/binding`: the scheduler gives a pod its node.
     async fn bind(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
-        let (binding, _) = context.body()?;
+        let (binding, _) = context.body(self, self.type_named("io.k8s.api.core.v1.Binding")?)?;
         let (row, name) = (&context.row, context.name()?);
         let node = binding["target"]["name"].as_str().unwrap_or_default().to_owned();
         if node.is_empty() {
@@ -158,7 +191,11 @@ impl Server {
                 return Err(ApiError::conflict(row, name, "the uid of the binding is not that of the pod"));
             }
             if pod["metadata"]["deletionTimestamp"].is_string() {
-                return Err(ApiError::conflict(row, name, format!("pod {name} is being deleted, cannot be assigned to a host")));
+                return Err(ApiError::conflict(
+                    row,
+                    name,
+                    format!("pod {name} is being deleted, cannot be assigned to a host"),
+                ));
             }
             if let Some(taken) = pod["spec"]["nodeName"].as_str().filter(|n| !n.is_empty()) {
                 return Err(ApiError::conflict(row, name, format!("pod {name} is already assigned to node {taken:?}")));
@@ -170,7 +207,8 @@ impl Server {
             for (k, v) in binding["metadata"]["annotations"].as_object().into_iter().flatten() {
                 pod["metadata"]["annotations"][k] = v.clone();
             }
-            let scheduled = json!({"type": "PodScheduled", "status": "True", "lastProbeTime": null, "lastTransitionTime": now});
+            let scheduled =
+                json!({"type": "PodScheduled", "status": "True", "lastProbeTime": null, "lastTransitionTime": now});
             set_condition(&mut pod["status"], scheduled);
             Ok(())
         })
@@ -184,11 +222,13 @@ impl Server {
     async fn evict(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
         let (eviction, _) = match context.body.is_empty() {
             true => (json!({}), Vec::new()),
-            false => context.body()?,
+            false => context.body(self, self.type_named("io.k8s.api.policy.v1.Eviction")?)?,
         };
         let (row, name) = (&context.row, context.name()?);
         let snapshot = self.consistent().await?;
-        let pod = snapshot.get(context.served.id, &row.key(context.namespace(), name)).ok_or_else(|| ApiError::not_found(row, name))?;
+        let pod = snapshot
+            .get(context.served.id, &row.key(context.namespace(), name))
+            .ok_or_else(|| ApiError::not_found(row, name))?;
         let pod = pod.value();
         let asked = &eviction["deleteOptions"];
         let options = DeleteOptions {
@@ -198,23 +238,33 @@ impl Server {
             ..Default::default()
         };
         let phase = pod["status"]["phase"].as_str().unwrap_or_default();
-        let disposable = matches!(phase, "Succeeded" | "Failed" | "Pending") || pod["metadata"]["deletionTimestamp"].is_string();
+        let disposable =
+            matches!(phase, "Succeeded" | "Failed" | "Pending") || pod["metadata"]["deletionTimestamp"].is_string();
         if !disposable {
-            let (id, budget_row) = self.registry.by_name("policy", "poddisruptionbudgets").ok_or_else(ApiError::no_route)?;
+            let (id, budget_row) =
+                self.registry.by_name("policy", "poddisruptionbudgets").ok_or_else(ApiError::no_route)?;
             let prefix = format!("{}{}/", budget_row.prefix(), context.namespace());
             let picks = |budget: &Value| {
-                LabelSelector::from_value(&budget["spec"]["selector"]).is_some_and(|s| s.matches_labels(&pod["metadata"]["labels"]))
+                LabelSelector::from_value(&budget["spec"]["selector"])
+                    .is_some_and(|s| s.matches_labels(&pod["metadata"]["labels"]))
             };
             let budgets: Vec<Value> = snapshot.range(id, &prefix, None).map(|o| o.value()).filter(picks).collect();
             drop(snapshot);
             if budgets.len() > 1 {
-                return Err(ApiError::internal("This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.", name));
+                return Err(ApiError::internal(
+                    "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.",
+                    name,
+                ));
             }
             if let Some(budget) = budgets.first() {
                 let budget_name = budget["metadata"]["name"].as_str().unwrap_or_default();
                 let key = budget_row.key(context.namespace(), budget_name);
                 let now = timestamp(Timestamp::now());
-                let ready = pod["status"]["conditions"].as_array().into_iter().flatten().any(|c| c["type"] == "Ready" && c["status"] == "True");
+                let ready = pod["status"]["conditions"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .any(|c| c["type"] == "Ready" && c["status"] == "True");
                 let unhealthy_may_go = budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
                     || budget["status"]["currentHealthy"].as_i64() >= budget["status"]["desiredHealthy"].as_i64();
                 if ready || !unhealthy_may_go {
@@ -228,7 +278,10 @@ impl Server {
                             let needs = status["desiredHealthy"].as_i64().unwrap_or_default();
                             let has = status["currentHealthy"].as_i64().unwrap_or_default();
                             let cause = json!([{"reason": "DisruptionBudget", "message": format!("The disruption budget {budget_name} needs {needs} healthy pods and has {has} currently")}]);
-                            return Err(ApiError::too_many_requests("Cannot evict pod as it would violate the pod's disruption budget.", cause));
+                            return Err(ApiError::too_many_requests(
+                                "Cannot evict pod as it would violate the pod's disruption budget.",
+                                cause,
+                            ));
                         }
                         status["disruptionsAllowed"] = (allowed - 1).into();
                         status["disruptedPods"][name] = now.clone();
@@ -250,10 +303,13 @@ impl Server {
     /// `/token`: a token for a service account, bound to a pod or secret
     /// (<https://kubernetes.io/docs/reference/kubernetes-api/authentication-resources/token-request-v1/>).
     async fn token(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
-        let (mut request, _) = context.body()?;
+        let (mut request, _) = context.body(self, self.type_named("io.k8s.api.authentication.v1.TokenRequest")?)?;
         let name = context.name()?;
         let namespace = context.namespace();
-        let account = self.find("", "serviceaccounts", namespace, name).await?.ok_or_else(|| ApiError::not_found(&context.row, name))?;
+        let account = self
+            .find("", "serviceaccounts", namespace, name)
+            .await?
+            .ok_or_else(|| ApiError::not_found(&context.row, name))?;
         let account = account.value();
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
         let seconds = request["spec"]["expirationSeconds"].as_i64().unwrap_or(3600);
@@ -266,7 +322,8 @@ impl Server {
             return Err(ApiError::invalid(&row, name, &errors));
         }
         let seconds = seconds.min(TOKEN_MAX);
-        let mut audiences: Vec<String> = request["spec"]["audiences"].as_array().into_iter().flatten().map(text).filter(|a| !a.is_empty()).collect();
+        let mut audiences: Vec<String> =
+            request["spec"]["audiences"].as_array().into_iter().flatten().map(text).filter(|a| !a.is_empty()).collect();
         if audiences.is_empty() {
             audiences.push(self.config.issuer.clone());
         }
@@ -281,25 +338,46 @@ impl Server {
             let plural = match kind.as_str() {
                 "Pod" => "pods",
                 "Secret" => "secrets",
-                other => return Err(ApiError::bad_request(format!("spec.boundObjectRef.kind: Unsupported value: {other:?}: supported values: \"Pod\", \"Secret\""))),
+                other => {
+                    return Err(ApiError::bad_request(format!(
+                        "spec.boundObjectRef.kind: Unsupported value: {other:?}: supported values: \"Pod\", \"Secret\""
+                    )));
+                }
             };
             let object_name = text(&wanted["name"]);
             let (_, row) = self.registry.by_name("", plural).ok_or_else(ApiError::no_route)?;
-            let object = self.find("", plural, namespace, &object_name).await?.ok_or_else(|| ApiError::not_found(row, &object_name))?.value();
+            let object = self
+                .find("", plural, namespace, &object_name)
+                .await?
+                .ok_or_else(|| ApiError::not_found(row, &object_name))?
+                .value();
             let uid = text(&object["metadata"]["uid"]);
             let wanted_uid = text(&wanted["uid"]);
             if !wanted_uid.is_empty() && wanted_uid != uid {
-                return Err(ApiError::conflict(row, &object_name, format!("the UID in the bound object reference ({wanted_uid}) does not match the UID in record. The object might have been deleted and then recreated")));
+                return Err(ApiError::conflict(
+                    row,
+                    &object_name,
+                    format!(
+                        "the UID in the bound object reference ({wanted_uid}) does not match the UID in record. The object might have been deleted and then recreated"
+                    ),
+                ));
             }
             let reference = Some(Reference { name: object_name.clone(), uid });
             if kind == "Pod" {
                 if object["spec"]["serviceAccountName"] != name {
-                    return Err(ApiError::forbidden(row, &object_name, format!("cannot bind token for serviceaccount {name:?} to pod running with different serviceaccount name.")));
+                    return Err(ApiError::forbidden(
+                        row,
+                        &object_name,
+                        format!(
+                            "cannot bind token for serviceaccount {name:?} to pod running with different serviceaccount name."
+                        ),
+                    ));
                 }
                 bound.pod = reference;
                 let node = text(&object["spec"]["nodeName"]);
                 if let Some(node) = self.find("", "nodes", "", &node).await? {
-                    bound.node = Some(Reference { name: node.name().to_owned(), uid: text(&node.value()["metadata"]["uid"]) });
+                    bound.node =
+                        Some(Reference { name: node.name().to_owned(), uid: text(&node.value()["metadata"]["uid"]) });
                 }
             } else {
                 bound.secret = reference;
@@ -332,7 +410,13 @@ impl Server {
         let claims = self.tokens.verify(token, audiences).map_err(|e| e.to_string())?;
         let snapshot = self.cache.snapshot();
         let bound = &claims.kubernetes;
-        let there = |plural: &str, reference: &Reference| match self.lookup(&snapshot, "", plural, &bound.namespace, &reference.name) {
+        let there = |plural: &str, reference: &Reference| match self.lookup(
+            &snapshot,
+            "",
+            plural,
+            &bound.namespace,
+            &reference.name,
+        ) {
             Some(object) if object.value()["metadata"]["uid"] == reference.uid.as_str() => Ok(()),
             _ => Err(format!("the token is bound to {plural} {:?}, which is gone", reference.name)),
         };
@@ -348,8 +432,8 @@ impl Server {
 }
 
 impl Context<'_> {
-    /// The body as JSON, whatever the content type says (patches have types of their own).
-    fn body_any(&self) -> Result<Value> {
+    /// The body of a patch, whatever its kind.
+    fn patch_body(&self) -> Result<Value> {
         serde_json::from_slice(&self.body)
             .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}")))
     }

@@ -8,10 +8,13 @@ use rand::Rng;
 use seawall_api::{
     Row, Scope, Subresource,
     field::Errors,
-    patch,
+    patch, proto,
     resources::validate_metadata,
     row::Validation,
-    schema::check::{conform, parse},
+    schema::{
+        TypeId,
+        check::{conform, parse},
+    },
 };
 use seawall_store::{self as store, Expect, Revision};
 use serde_json::{Map, Value, json};
@@ -72,16 +75,23 @@ impl Context<'_> {
     }
 
     /// The body as a value, from JSON or YAML, with the paths of keys that stand twice.
-    pub fn body(&self) -> Result<(Value, Vec<String>)> {
+    ///
+    /// A protobuf message is decoded as one of type `ty`.
+    pub fn body(&self, server: &Server, ty: TypeId) -> Result<(Value, Vec<String>)> {
         let kind = self.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("application/json");
         match kind.split(';').next().unwrap_or_default().trim() {
-            "application/json" | "" | "*/*" => parse(&self.body).map_err(|e| {
-                ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}"))
-            }),
+            "application/json" | "" | "*/*" => parse(&self.body)
+                .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}"))),
             "application/yaml" | "application/x-yaml" => serde_yaml_ng::from_slice(&self.body)
                 .map(|v| (v, Vec::new()))
                 .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; yaml parse error: {e}"))),
-            other => Err(ApiError::unsupported_media_type(other, &["application/json", "application/yaml"])),
+            "application/vnd.kubernetes.protobuf" => proto::decode(&server.registry.schemas, ty, &self.body)
+                .map(|v| (v, Vec::new()))
+                .map_err(|e| ApiError::bad_request(e.to_string())),
+            other => {
+                let known = ["application/json", "application/yaml", "application/vnd.kubernetes.protobuf"];
+                Err(ApiError::unsupported_media_type(other, &known))
+            }
         }
     }
 
@@ -89,16 +99,22 @@ impl Context<'_> {
     fn conform(&self, server: &Server, mut value: Value, duplicates: Vec<String>) -> Result<Value> {
         let (kind, version) = (self.row.kind, self.served.api_version());
         if !value.is_object() {
-            return Err(ApiError::bad_request(format!("the body is not an object of kind {kind}: expected {{\"kind\":{kind:?}, …}}")));
+            return Err(ApiError::bad_request(format!(
+                "the body is not an object of kind {kind}: expected {{\"kind\":{kind:?}, …}}"
+            )));
         }
-        let (found_kind, found_version) = (value["kind"].as_str().unwrap_or(kind), value["apiVersion"].as_str().unwrap_or(&version));
+        let (found_kind, found_version) =
+            (value["kind"].as_str().unwrap_or(kind), value["apiVersion"].as_str().unwrap_or(&version));
         if found_kind != kind || found_version != version {
             return Err(ApiError::bad_request(format!(
                 "{found_kind} in version {found_version:?} cannot be handled as a {kind}: the API version and kind in the data ({found_version}, Kind={found_kind}) do not match the expected ones ({version}, Kind={kind})"
             )));
         }
         let unknown = conform(&server.registry.schemas, self.served.ty, &mut value).map_err(|e| {
-            ApiError::bad_request(format!("{kind} in version {:?} cannot be handled as a {kind}: {e}", self.served.version))
+            ApiError::bad_request(format!(
+                "{kind} in version {:?} cannot be handled as a {kind}: {e}",
+                self.served.version
+            ))
         })?;
         let complaints: Vec<String> = duplicates
             .iter()
@@ -158,13 +174,19 @@ fn generate(prefix: &str) -> String {
 impl Server {
     /// POST of a new object.
     pub(crate) async fn create(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
-        let (value, duplicates) = context.body()?;
+        let (value, duplicates) = context.body(self, context.served.ty)?;
         let object = context.conform(self, value, duplicates)?;
         let (object, revision) = self.create_object(context, object).await?;
         Ok(self.answer(context, object, revision, StatusCode::CREATED)?)
     }
 
-    fn answer(&self, context: &Context<'_>, mut object: Value, revision: Revision, status: StatusCode) -> Result<Response<Body>> {
+    fn answer(
+        &self,
+        context: &Context<'_>,
+        mut object: Value,
+        revision: Revision,
+        status: StatusCode,
+    ) -> Result<Response<Body>> {
         if revision.0 > 0 {
             object["metadata"]["resourceVersion"] = revision.to_string().into();
         }
@@ -172,7 +194,11 @@ impl Server {
     }
 
     /// Takes a decoded object through the pipeline and stores it.
-    pub(crate) async fn create_object(self: &Arc<Self>, context: &Context<'_>, mut object: Value) -> Result<(Value, Revision)> {
+    pub(crate) async fn create_object(
+        self: &Arc<Self>,
+        context: &Context<'_>,
+        mut object: Value,
+    ) -> Result<(Value, Revision)> {
         let row = context.row.clone();
         if object["metadata"]["resourceVersion"].as_str().is_some_and(|v| !v.is_empty()) {
             return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
@@ -189,7 +215,11 @@ impl Server {
                 Err(error) if generated && error.reason == "AlreadyExists" && attempt < NAMES => {}
                 Err(error) if generated && error.reason == "AlreadyExists" => {
                     let prefix = prefix.unwrap_or_default();
-                    return Err(ApiError::conflict(&row, &prefix, "no free name was found for generateName; try again"));
+                    return Err(ApiError::conflict(
+                        &row,
+                        &prefix,
+                        "no free name was found for generateName; try again",
+                    ));
                 }
                 other => return other,
             }
@@ -202,7 +232,9 @@ impl Server {
         let now = Timestamp::now();
         {
             let meta = meta(&mut object);
-            for key in ["resourceVersion", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "managedFields"] {
+            for key in
+                ["resourceVersion", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "managedFields"]
+            {
                 meta.remove(key);
             }
             meta.insert("uid".into(), uuid::Uuid::new_v4().to_string().into());
@@ -221,7 +253,8 @@ impl Server {
         validate_metadata(row, &object, None, &mut errors);
         (row.validate)(&Validation { new: &object, old: None, subresource: "" }, &mut errors);
         if !errors.is_empty() {
-            let shown = if name.is_empty() { object["metadata"]["generateName"].as_str().unwrap_or_default() } else { &name };
+            let shown =
+                if name.is_empty() { object["metadata"]["generateName"].as_str().unwrap_or_default() } else { &name };
             return Err(ApiError::invalid(row, shown, &errors));
         }
         let dry = context.dry_run()?;
@@ -250,7 +283,9 @@ impl Server {
             match name_of(object) {
                 "" => object["metadata"]["name"] = name.into(),
                 found if found != name => {
-                    return Err(ApiError::bad_request(format!("the name of the object ({found}) does not match the name on the URL ({name})")));
+                    return Err(ApiError::bad_request(format!(
+                        "the name of the object ({found}) does not match the name on the URL ({name})"
+                    )));
                 }
                 _ => {}
             }
@@ -262,12 +297,17 @@ impl Server {
             return Ok(());
         }
         let Some(namespace) = context.path.namespace.as_deref() else {
-            return Err(ApiError::bad_request(format!("a {} lives in a namespace: use /namespaces/NAMESPACE/{}", row.kind, row.plural)));
+            return Err(ApiError::bad_request(format!(
+                "a {} lives in a namespace: use /namespaces/NAMESPACE/{}",
+                row.kind, row.plural
+            )));
         };
         match object["metadata"]["namespace"].as_str().unwrap_or_default() {
             "" => object["metadata"]["namespace"] = namespace.into(),
             found if found != namespace => {
-                return Err(ApiError::bad_request(format!("the namespace of the provided object does not match the namespace sent on the request: {found} is not {namespace}")));
+                return Err(ApiError::bad_request(format!(
+                    "the namespace of the provided object does not match the namespace sent on the request: {found} is not {namespace}"
+                )));
             }
             _ => {}
         }
@@ -276,7 +316,7 @@ impl Server {
 
     /// PUT of an object or of one of its parts.
     pub(crate) async fn update(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
-        let (value, duplicates) = context.body()?;
+        let (value, duplicates) = context.body(self, context.served.ty)?;
         let mut object = context.conform(self, value, duplicates)?;
         self.place(context, &mut object)?;
         let version = object["metadata"]["resourceVersion"].as_str().filter(|v| !v.is_empty()).map(str::to_owned);
@@ -329,7 +369,11 @@ impl Server {
             other => {
                 return Err(ApiError::unsupported_media_type(
                     other,
-                    &["application/json-patch+json", "application/merge-patch+json", "application/strategic-merge-patch+json"],
+                    &[
+                        "application/json-patch+json",
+                        "application/merge-patch+json",
+                        "application/strategic-merge-patch+json",
+                    ],
                 ));
             }
         };
@@ -379,14 +423,23 @@ impl Server {
         Err(ApiError::modified(row, name))
     }
 
-    async fn replace(self: &Arc<Self>, context: &Context<'_>, key: &str, current: &Object, mut new: Value) -> Result<(Value, Revision), Replace> {
+    async fn replace(
+        self: &Arc<Self>,
+        context: &Context<'_>,
+        key: &str,
+        current: &Object,
+        mut new: Value,
+    ) -> Result<(Value, Revision), Replace> {
         let row = &context.row;
         let sub = context.path.subresource.as_deref().unwrap_or_default();
         let old: Value = current.value();
         if let Some(uid) = new["metadata"]["uid"].as_str().filter(|u| !u.is_empty())
             && old["metadata"]["uid"] != uid
         {
-            let why = format!("Precondition failed: UID in precondition: {uid}, UID in object meta: {}", old["metadata"]["uid"].as_str().unwrap_or_default());
+            let why = format!(
+                "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+                old["metadata"]["uid"].as_str().unwrap_or_default()
+            );
             return Err(ApiError::conflict(row, current.name(), why).into());
         }
         carry_over(row, sub, &mut new, &old);
@@ -442,7 +495,8 @@ impl Server {
         // What is gone is answered with a Status, what is still going with the object.
         if gone && context.row.plural != "pods" && context.row.plural != "namespaces" {
             let details = json!({"name": name_of(&object), "group": context.row.group, "kind": context.row.plural, "uid": object["metadata"]["uid"]});
-            let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
+            let status =
+                json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
             return Ok(crate::encode::value(StatusCode::OK, &status, context.form.yaml));
         }
         self.answer(context, object, revision, StatusCode::OK)
@@ -474,19 +528,25 @@ impl Server {
         Ok(context.encoder()?.list(picked, json!({"resourceVersion": revision.to_string()})))
     }
 
+    /// A type that is in the table for certain.
+    pub(crate) fn type_named(&self, name: &str) -> Result<TypeId> {
+        let found = self.registry.schemas.by_name(name);
+        found.ok_or_else(|| ApiError::internal("a type has no schema", name))
+    }
+
     fn delete_options(&self, context: &Context<'_>) -> Result<DeleteOptions> {
+        let ty = self.type_named("io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions")?;
         let mut value = match context.body.is_empty() {
             true => json!({}),
-            false => context.body()?.0,
+            false => context.body(self, ty)?.0,
         };
-        let ty = self.registry.schemas.by_name("io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions");
-        if let Some(ty) = ty {
-            conform(&self.registry.schemas, ty, &mut value).map_err(|e| ApiError::bad_request(e.to_string()))?;
-        }
+        conform(&self.registry.schemas, ty, &mut value).map_err(|e| ApiError::bad_request(e.to_string()))?;
         let policy = value["propagationPolicy"].as_str().or(context.query.text("propagationPolicy"));
         let orphan = match (policy, value["orphanDependents"].as_bool()) {
             (Some(_), Some(_)) => {
-                return Err(ApiError::bad_request("propagationPolicy and orphanDependents may not be set at the same time"));
+                return Err(ApiError::bad_request(
+                    "propagationPolicy and orphanDependents may not be set at the same time",
+                ));
             }
             (Some("Orphan"), _) | (None, Some(true)) => Some(ORPHAN),
             (Some("Foreground"), _) => Some(FOREGROUND),
@@ -516,7 +576,12 @@ impl Server {
 
     /// Deletes an object, or begins to: with a grace period, or finalizers that somebody has to work through. Says
     /// whether it is gone.
-    pub(crate) async fn delete_object(self: &Arc<Self>, context: &Context<'_>, name: &str, options: &DeleteOptions) -> Result<(Value, Revision, bool)> {
+    pub(crate) async fn delete_object(
+        self: &Arc<Self>,
+        context: &Context<'_>,
+        name: &str,
+        options: &DeleteOptions,
+    ) -> Result<(Value, Revision, bool)> {
         let row = &context.row;
         let key = row.key(context.namespace(), name);
         for _ in 0..ATTEMPTS {
@@ -534,7 +599,10 @@ impl Server {
             if let Some(wanted) = options.version
                 && wanted != current.revision
             {
-                let why = format!("Precondition failed: ResourceVersion in precondition: {wanted}, ResourceVersion in object meta: {}", current.revision);
+                let why = format!(
+                    "Precondition failed: ResourceVersion in precondition: {wanted}, ResourceVersion in object meta: {}",
+                    current.revision
+                );
                 return Err(ApiError::conflict(row, name, why));
             }
             self.admit_delete(context, &old)?;
@@ -593,7 +661,9 @@ pub struct DeleteOptions {
 
 fn expected_version(text: &str) -> Result<Revision> {
     text.parse().map(Revision).map_err(|_| {
-        ApiError::bad_request(format!("metadata.resourceVersion: Invalid value: {text:?}: must be the version of an object as the server gave it"))
+        ApiError::bad_request(format!(
+            "metadata.resourceVersion: Invalid value: {text:?}: must be the version of an object as the server gave it"
+        ))
     })
 }
 
@@ -657,7 +727,9 @@ fn carry_over(row: &Row, sub: &str, new: &mut Value, old: &Value) {
     meta.remove("resourceVersion");
     meta.remove("managedFields");
     meta.remove("selfLink");
-    for key in ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "generation", "generateName"] {
+    for key in
+        ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "generation", "generateName"]
+    {
         match old["metadata"].get(key) {
             Some(value) => meta.insert(key.to_owned(), value.clone()),
             None => meta.remove(key),
@@ -681,7 +753,8 @@ fn without_meta_and_status(object: &Value) -> Value {
 
 fn has_finalizers(row: &Row, object: &Value) -> bool {
     let listed = |v: &Value| v.as_array().is_some_and(|f| !f.is_empty());
-    listed(&object["metadata"]["finalizers"]) || (row.plural == "namespaces" && row.group.is_empty() && listed(&object["spec"]["finalizers"]))
+    listed(&object["metadata"]["finalizers"])
+        || (row.plural == "namespaces" && row.group.is_empty() && listed(&object["spec"]["finalizers"]))
 }
 
 /// Whether the last finalizer of an object that is being deleted has gone, and its grace period with it.
@@ -698,7 +771,8 @@ fn begin_deletion(row: &Row, mut object: Value, options: &DeleteOptions, now: Ti
     let grace = match pod {
         false => 0,
         true => {
-            let asked = options.grace.unwrap_or_else(|| object["spec"]["terminationGracePeriodSeconds"].as_i64().unwrap_or(30));
+            let asked =
+                options.grace.unwrap_or_else(|| object["spec"]["terminationGracePeriodSeconds"].as_i64().unwrap_or(30));
             // Nothing runs, so there is nothing to wait for.
             let unscheduled = object["spec"]["nodeName"].as_str().unwrap_or_default().is_empty();
             let over = matches!(object["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
@@ -716,7 +790,10 @@ fn begin_deletion(row: &Row, mut object: Value, options: &DeleteOptions, now: Ti
     let left = object["metadata"]["deletionGracePeriodSeconds"].as_i64();
     // A grace period can be shortened, never extended.
     if !deleting || left.is_some_and(|left| grace < left) {
-        let start = match (deleting, object["metadata"]["deletionTimestamp"].as_str().and_then(|t| t.parse::<Timestamp>().ok())) {
+        let start = match (
+            deleting,
+            object["metadata"]["deletionTimestamp"].as_str().and_then(|t| t.parse::<Timestamp>().ok()),
+        ) {
             (true, Some(end)) => end.as_second() - left.unwrap_or_default(),
             _ => now.as_second(),
         };

@@ -74,7 +74,9 @@ fn node_may(user: &UserInfo, a: &Attributes<'_>) -> bool {
     let read = matches!(a.verb, "get" | "list" | "watch");
     match (a.group, a.resource) {
         ("", "nodes") => read || a.verb == "create" || (a.name == node && matches!(a.verb, "update" | "patch")),
-        ("", "pods") => read || a.verb == "delete" || (a.subresource == "status" && matches!(a.verb, "update" | "patch")),
+        ("", "pods") => {
+            read || a.verb == "delete" || (a.subresource == "status" && matches!(a.verb, "update" | "patch"))
+        }
         ("", "services" | "endpoints" | "persistentvolumes" | "persistentvolumeclaims") => read,
         ("", "configmaps" | "secrets") => read,
         ("", "serviceaccounts") => a.subresource == "token" && a.verb == "create" || a.verb == "get",
@@ -83,7 +85,9 @@ fn node_may(user: &UserInfo, a: &Attributes<'_>) -> bool {
         ("coordination.k8s.io", "leases") => a.namespace == "kube-node-lease" && a.verb != "list",
         ("storage.k8s.io", "csidrivers" | "csinodes" | "volumeattachments") => read || a.resource == "csinodes",
         ("certificates.k8s.io", "certificatesigningrequests") => matches!(a.verb, "create" | "get" | "list" | "watch"),
-        ("authentication.k8s.io", "tokenreviews") | ("authorization.k8s.io", "subjectaccessreviews") => a.verb == "create",
+        ("authentication.k8s.io", "tokenreviews") | ("authorization.k8s.io", "subjectaccessreviews") => {
+            a.verb == "create"
+        }
         _ => false,
     }
 }
@@ -98,7 +102,12 @@ mod tests {
         let someone = UserInfo::new("system:serviceaccount:default:default", &["system:serviceaccounts"]);
         let check = |user: &UserInfo, verb: &str, resource: &str, name: &str, expect: bool| {
             let attributes = Attributes { verb, resource, name, ..Default::default() };
-            assert_eq!(BuiltIn.authorize(user, &attributes).is_ok(), expect, "{} {verb} {resource} {name}", user.username);
+            assert_eq!(
+                BuiltIn.authorize(user, &attributes).is_ok(),
+                expect,
+                "{} {verb} {resource} {name}",
+                user.username
+            );
         };
         check(&UserInfo::new("admin", &[MASTERS]), "delete", "nodes", "x", true);
         check(&node, "patch", "nodes", "n1", true);
@@ -107,7 +116,9 @@ mod tests {
         check(&node, "create", "pods", "", false);
         check(&someone, "list", "secrets", "", false);
         check(&UserInfo::anonymous(), "list", "pods", "", false);
-        let path = |user: &UserInfo, path: &str| BuiltIn.authorize(user, &Attributes { verb: "get", path, ..Default::default() }).is_ok();
+        let path = |user: &UserInfo, path: &str| {
+            BuiltIn.authorize(user, &Attributes { verb: "get", path, ..Default::default() }).is_ok()
+        };
         assert!(path(&UserInfo::anonymous(), "/readyz"));
         assert!(!path(&UserInfo::anonymous(), "/apis"));
         assert!(!path(&UserInfo::anonymous(), "/metrics"));
