@@ -14,17 +14,21 @@ use crate::pod::qos::{CPU_PERIOD, Limits, Qos};
 pub struct Cgroups {
     root: PathBuf,
     v2: bool,
+    base: String,
 }
+
+const CLASSES: [Qos; 3] = [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort];
 
 /// The v1 controllers in which the agent makes groups itself; runc makes the rest.
 const V1: [&str; 3] = ["cpu", "memory", "pids"];
 
 impl Cgroups {
     /// Looks at this host. Hybrid hosts (v1 controllers beside an empty v2) count as v1, as they do for runc.
-    pub fn detect() -> Self {
+    /// All pods go below `base`, e.g. `/kubepods`.
+    pub fn detect(base: &str) -> Self {
         let root = PathBuf::from("/sys/fs/cgroup");
         let v2 = root.join("cgroup.controllers").exists();
-        Self { root, v2 }
+        Self { root, v2, base: format!("/{}", base.trim_matches('/')) }
     }
 
     /// Whether this is cgroup v2.
@@ -33,11 +37,15 @@ impl Cgroups {
     }
 
     /// The pod's group, as CRI's `cgroup_parent` wants it.
-    pub fn pod_path(qos: Qos, uid: &str) -> String {
+    pub fn pod_path(&self, qos: Qos, uid: &str) -> String {
+        format!("{}/pod{uid}", self.class_path(qos))
+    }
+
+    fn class_path(&self, qos: Qos) -> String {
         match qos {
-            Qos::Guaranteed => format!("/kubepods/pod{uid}"),
-            Qos::Burstable => format!("/kubepods/burstable/pod{uid}"),
-            Qos::BestEffort => format!("/kubepods/besteffort/pod{uid}"),
+            Qos::Guaranteed => self.base.clone(),
+            Qos::Burstable => format!("{}/burstable", self.base),
+            Qos::BestEffort => format!("{}/besteffort", self.base),
         }
     }
 
@@ -52,12 +60,12 @@ impl Cgroups {
 
     /// Makes the groups above all pods. Best-effort pods together weigh as little as one.
     pub fn prepare_node(&self) -> io::Result<()> {
-        for path in ["/kubepods", "/kubepods/burstable", "/kubepods/besteffort"] {
-            for directory in self.directories(path) {
+        for qos in CLASSES {
+            for directory in self.directories(&self.class_path(qos)) {
                 self.make(&directory)?;
             }
         }
-        self.apply("/kubepods/besteffort", Limits { cpu_shares: 2, ..Default::default() })
+        self.apply(&self.class_path(Qos::BestEffort), Limits { cpu_shares: 2, ..Default::default() })
     }
 
     fn make(&self, directory: &Path) -> io::Result<()> {
@@ -108,6 +116,11 @@ impl Cgroups {
         Ok(())
     }
 
+    /// Removes every pod's group.
+    pub fn remove_all(&self) -> io::Result<()> {
+        self.remove(&self.base)
+    }
+
     /// Removes a group and those below it, in every hierarchy. Fails while a process is in one of them.
     pub fn remove(&self, path: &str) -> io::Result<()> {
         let path = path.trim_start_matches('/');
@@ -124,12 +137,9 @@ impl Cgroups {
     pub fn pods(&self) -> Vec<(Qos, String)> {
         let base = if self.v2 { self.root.clone() } else { self.root.join("cpu") };
         let mut found = Vec::new();
-        for (qos, path) in [
-            (Qos::Guaranteed, "kubepods"),
-            (Qos::Burstable, "kubepods/burstable"),
-            (Qos::BestEffort, "kubepods/besteffort"),
-        ] {
-            for entry in fs::read_dir(base.join(path)).into_iter().flatten().flatten() {
+        for qos in CLASSES {
+            let path = self.class_path(qos);
+            for entry in fs::read_dir(base.join(path.trim_start_matches('/'))).into_iter().flatten().flatten() {
                 if let Some(uid) = entry.file_name().to_str().and_then(|n| n.strip_prefix("pod")) {
                     found.push((qos, uid.to_owned()));
                 }
@@ -169,8 +179,9 @@ mod tests {
 
     #[test]
     fn paths_and_weights() {
-        assert_eq!(Cgroups::pod_path(Qos::Guaranteed, "u"), "/kubepods/podu");
-        assert_eq!(Cgroups::pod_path(Qos::BestEffort, "u"), "/kubepods/besteffort/podu");
+        let cgroups = Cgroups::detect("kubepods");
+        assert_eq!(cgroups.pod_path(Qos::Guaranteed, "u"), "/kubepods/podu");
+        assert_eq!(cgroups.pod_path(Qos::BestEffort, "u"), "/kubepods/besteffort/podu");
         assert_eq!((v2_weight(2), v2_weight(1024), v2_weight(262_144)), (1, 39, 10000));
     }
 }

@@ -144,6 +144,22 @@ impl Layer {
         Ok(())
     }
 
+    /// Adds the host's static busybox with its applets in /bin, and the directories that programs expect.
+    pub fn busybox(&mut self) -> anyhow::Result<()> {
+        let program = ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(Path::new).find(|p| p.exists());
+        let Some(program) = program else { bail!("busybox is not installed: apt-get install busybox-static") };
+        self.program(program, Path::new("bin/busybox"))?;
+        let applets = std::process::Command::new(program).arg("--list").output().context("run busybox --list")?;
+        for applet in String::from_utf8_lossy(&applets.stdout).lines().filter(|a| *a != "busybox") {
+            self.symlink(Path::new("bin").join(applet), "busybox")?;
+        }
+        for (path, mode) in [("tmp", 0o1777), ("root", 0o700), ("var/www", 0o755), ("etc", 0o755)] {
+            self.directory(path, mode)?;
+        }
+        self.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")?;
+        self.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")
+    }
+
     /// Adds the content of a Debian package file, and the libraries of the programs in it.
     pub fn debian_package(&mut self, package: &Path) -> anyhow::Result<()> {
         let directory = tempfile::tempdir()?;
@@ -248,26 +264,18 @@ pub fn architecture() -> &'static str {
     }
 }
 
+/// The path on which an image finds its programs.
+pub const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// An image of busybox with its applets in /bin, from the host's static busybox.
 pub fn busybox(name: &str) -> anyhow::Result<Vec<u8>> {
-    let program = ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(Path::new).find(|p| p.exists());
-    let Some(program) = program else { bail!("busybox is not installed: apt-get install busybox-static") };
     let mut layer = Layer::new();
-    layer.program(program, Path::new("bin/busybox"))?;
-    let applets = std::process::Command::new(program).arg("--list").output().context("run busybox --list")?;
-    for applet in String::from_utf8_lossy(&applets.stdout).lines().filter(|a| *a != "busybox") {
-        layer.symlink(Path::new("bin").join(applet), "busybox")?;
-    }
-    for (path, mode) in [("tmp", 0o1777), ("root", 0o700), ("var/www", 0o755), ("etc", 0o755)] {
-        layer.directory(path, mode)?;
-    }
-    layer.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")?;
-    layer.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
+    layer.busybox()?;
     Archive::new(name)
         .layer(layer)?
         .config(ImageConfig {
             cmd: vec!["sh".into()],
-            env: vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into()],
+            env: vec![PATH.into()],
             ..Default::default()
         })
         .finish()

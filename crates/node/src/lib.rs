@@ -82,6 +82,8 @@ pub struct NodeConfig {
     pub cluster_dns: Vec<IpAddr>,
     /// The cluster's domain, e.g. `cluster.local`.
     pub cluster_domain: String,
+    /// The cgroup that all pods go below, `/kubepods`.
+    pub cgroup_root: String,
     /// A CNI configuration directory that the user provides; ours is written if there is none.
     pub cni_conf_dir: Option<PathBuf>,
     /// The certificate of the agent's own API.
@@ -114,6 +116,7 @@ impl NodeConfig {
             runtime: Runtime::Supervised {},
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".into(),
+            cgroup_root: "/kubepods".into(),
             cni_conf_dir: None,
             serving_cert_pem: String::new(),
             serving_key_pem: String::new(),
@@ -185,7 +188,7 @@ pub async fn run(client: Client, config: NodeConfig, shutdown: CancellationToken
         std::fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
     }
     cni::enable_forwarding().context("enable IP forwarding")?;
-    let cgroups = Cgroups::detect();
+    let cgroups = Cgroups::detect(&config.cgroup_root);
     cgroups.prepare_node().context("make the cgroups of pods under /sys/fs/cgroup (root is needed)")?;
     let supervised = match &config.runtime {
         Runtime::Supervised {} => Some(containerd::ensure_running(&config.containerd()).await?),
@@ -264,8 +267,7 @@ pub async fn remove_all(config: &NodeConfig) -> anyhow::Result<()> {
     if matches!(config.runtime, Runtime::Supervised {}) {
         containerd::stop(&config.containerd()).await?;
     }
-    let cgroups = Cgroups::detect();
-    cgroups.remove("/kubepods").context("remove the pods' cgroups")?;
+    Cgroups::detect(&config.cgroup_root).remove_all().context("remove the pods' cgroups")?;
     let (data, run, logs) = (config.data_dir.clone(), config.run_dir.clone(), config.log_dir.clone());
     tokio::task::spawn_blocking(move || {
         [data, run, logs]

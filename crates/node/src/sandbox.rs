@@ -83,7 +83,7 @@ pub fn config(pod: &Pod, spec: &PodSpec, node: &NodeConfig, attempt: u32) -> cri
         labels: labels(pod),
         annotations: pod.metadata.annotations.clone().unwrap_or_default().into_iter().collect(),
         linux: Some(cri::LinuxPodSandboxConfig {
-            cgroup_parent: Cgroups::pod_path(qos::class(pod), uid),
+            cgroup_parent: Cgroups::detect(&node.cgroup_root).pod_path(qos::class(pod), uid),
             security_context: Some(cri::LinuxSandboxSecurityContext {
                 namespace_options: Some(namespaces(spec)),
                 // The pause program needs no user, but files made for the sandbox (shm) follow it.

@@ -25,7 +25,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Agent,
-    cgroup::Cgroups,
     container::{self, Failure, Start},
     events::Kind,
     hooks,
@@ -416,6 +415,7 @@ impl Worker {
                 (self.paths, self.renew) = (made.paths, made.renew);
             }
             Done::Prepared(Err(error)) => {
+                tracing::info!(pod = pod::name(&pod), "{error}");
                 events.pod(&pod, Kind::Warning, "FailedMount", error.to_string());
                 self.mount_failures += 1;
                 retry(&mut self.facts, (1 << self.mount_failures.min(7)) - 1);
@@ -668,7 +668,7 @@ async fn prepare(agent: &Agent, pod: &Pod, ips: &[String], volumes: &Mutex<Volum
     let failed = |what: &str, e: std::io::Error| volume::Error { volume: what.to_owned(), message: e.to_string() };
     let directory = volume::pod_directory(&agent.config.data_dir, pod::uid(pod));
     tokio::fs::create_dir_all(&directory).await.map_err(|e| failed("pod directory", e))?;
-    let path = Cgroups::pod_path(qos::class(pod), pod::uid(pod));
+    let path = agent.cgroups.pod_path(qos::class(pod), pod::uid(pod));
     agent.cgroups.create(&path, qos::pod_limits(pod)).map_err(|e| failed("pod cgroup", e))?;
     make_volumes(agent, pod, ips, volumes).await
 }
@@ -687,7 +687,7 @@ async fn teardown(agent: &Agent, uid: &str) -> Result<(), String> {
     volume::remove(&agent.config.data_dir, uid).await.map_err(|e| format!("volumes: {e}"))?;
     // An orphan's class is not known; there is at most one.
     for qos in [qos::Qos::Guaranteed, qos::Qos::Burstable, qos::Qos::BestEffort] {
-        agent.cgroups.remove(&Cgroups::pod_path(qos, uid)).map_err(|e| format!("cgroup: {e}"))?;
+        agent.cgroups.remove(&agent.cgroups.pod_path(qos, uid)).map_err(|e| format!("cgroup: {e}"))?;
     }
     Ok(())
 }

@@ -330,7 +330,7 @@ async fn bridge(socket: ws::Socket, mut runtime: Runtime, can_close: bool) {
             verdict
         };
         let _ = out.send(message(ERROR, &verdict)).await;
-        let _ = out.send(Message::Close(None)).await;
+        let _ = out.send(ws::goodbye()).await;
     };
     let write = async {
         while let Some(message) = messages.recv().await {

@@ -8,7 +8,11 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{Message, handshake::derive_accept_key, protocol::Role},
+    tungstenite::{
+        Message,
+        handshake::derive_accept_key,
+        protocol::{CloseFrame, Role, frame::coding::CloseCode},
+    },
 };
 
 use super::{Body, full};
@@ -50,6 +54,11 @@ pub async fn upgrade(request: Request<Incoming>) -> Result<Socket, hyper::Error>
     Ok(WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, None).await)
 }
 
+/// Ends a connection as planned: clients take a close without a code for an accident.
+pub fn goodbye() -> Message {
+    Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: "".into() }))
+}
+
 /// Carries bytes between a socket's binary messages and one end of a pipe, until either side ends.
 pub async fn tunnel(socket: Socket, pipe: DuplexStream) {
     let (mut sink, mut source) = socket.split();
@@ -75,7 +84,7 @@ pub async fn tunnel(socket: Socket, pipe: DuplexStream) {
                 return;
             }
         }
-        let _ = sink.send(Message::Close(None)).await;
+        let _ = sink.send(goodbye()).await;
     };
     tokio::select! {
         () = inward => {}
