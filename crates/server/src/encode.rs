@@ -307,18 +307,24 @@ impl Encoder<'_> {
     }
 
     fn columns(&self) -> Value {
-        let name = json!({"name": "Name", "type": "string", "format": "name", "priority": 0,
-            "description": "The name, unique within a namespace."});
+        let name = self.named_first().then(|| {
+            json!({"name": "Name", "type": "string", "format": "name", "priority": 0, "description": "The name, unique within a namespace."})
+        });
         let rest = self.row.columns.iter().map(|c| {
             // An age is computed here, so that it is a text and not a date.
             let ty = if c.ty == "date" { "string" } else { c.ty };
             json!({"name": c.name, "type": ty, "format": "", "priority": c.priority, "description": c.name})
         });
-        std::iter::once(name).chain(rest).collect()
+        name.into_iter().chain(rest).collect()
+    }
+
+    /// Whether a table starts with the name; a row may place it elsewhere, as events do.
+    fn named_first(&self) -> bool {
+        !self.row.columns.iter().any(|c| c.name == "Name")
     }
 
     fn table_row(&self, object: Value) -> Value {
-        let mut cells = vec![object["metadata"]["name"].clone()];
+        let mut cells: Vec<Value> = self.named_first().then(|| object["metadata"]["name"].clone()).into_iter().collect();
         cells.extend((self.row.cells)(&object, self.now));
         let carried = match self.include {
             Include::Nothing => Value::Null,
