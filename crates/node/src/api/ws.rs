@@ -48,11 +48,6 @@ pub fn accept(headers: &HeaderMap, protocol: &str) -> Option<Response<Body>> {
         .ok()
 }
 
-/// The end of a connection that went well. Without a status code kubectl takes it for an error.
-pub fn goodbye() -> Message {
-    Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: "".into() }))
-}
-
 /// The socket, once the answer is out.
 pub async fn upgrade(request: Request<Incoming>) -> Result<Socket, hyper::Error> {
     let upgraded = hyper::upgrade::on(request).await?;
