@@ -76,8 +76,14 @@ async fn a_pod_serves_and_kubectl_gets_at_it() {
     until("the volume follows the config map", async || kubectl(&["exec", "web", "--", "cat", "/www/index.html"], None).await.1 == "changed\n").await;
 
     // The main process dies: a new container takes its place.
-    let killed = kubectl(&["exec", "web", "--", "sh", "-c", "kill -9 -1; kill 1"], None).await;
-    println!("kill: {killed:?}");
+    let id = status["containerStatuses"][0]["containerID"].as_str().unwrap().trim_start_matches("containerd://");
+    let killed = tokio::process::Command::new("ctr")
+        .arg("--address")
+        .arg(cluster.config.cri_socket())
+        .args(["--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", id])
+        .status()
+        .await;
+    assert!(killed.unwrap().success());
     cluster.wait("web", "restarted", |p| p["status"]["containerStatuses"][0]["restartCount"] == 1 && condition(p, "Ready") == "True").await;
     let (code, out, err) = kubectl(&["logs", "web", "--previous"], None).await;
     assert_eq!((code, out.lines().next()), (0, Some("started hi-web")), "{err}");
