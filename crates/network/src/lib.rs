@@ -1,1 +1,3 @@
 //! The service proxy on nftables; later gossip, relay, DNS, balancer and virtual addresses.
+
+pub mod proxy;

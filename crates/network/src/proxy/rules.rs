@@ -1,0 +1,136 @@
+//! A table of nftables as a value, and the script that turns one into another.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
+
+/// Our table.
+pub const TABLE: &str = "inet seawall";
+
+/// The maps from addresses and ports to chains: name and key type.
+pub const MAPS: [(&str, &str); 4] = [
+    ("services", "ipv4_addr . inet_proto . inet_service : verdict"),
+    ("nodeports", "inet_proto . inet_service : verdict"),
+    ("dead_services", "ipv4_addr . inet_proto . inet_service : verdict"),
+    ("dead_nodeports", "inet_proto . inet_service : verdict"),
+];
+
+/// What does not depend on any Service. The mark 0x4000 says that the source address is to be replaced.
+const BASE: &str = "\
+chain mark_masquerade {
+    meta mark set meta mark | 0x4000
+}
+chain refuse {
+    meta l4proto tcp reject with tcp reset
+    reject with icmpx port-unreachable
+}
+chain dispatch {
+    ip daddr . meta l4proto . th dport vmap @services
+    fib daddr type local ip daddr != 127.0.0.0/8 meta l4proto . th dport vmap @nodeports
+}
+chain refuse_dead {
+    ip daddr . meta l4proto . th dport vmap @dead_services
+    fib daddr type local ip daddr != 127.0.0.0/8 meta l4proto . th dport vmap @dead_nodeports
+}
+chain nat_prerouting {
+    type nat hook prerouting priority dstnat; policy accept;
+    jump dispatch
+}
+chain nat_output {
+    type nat hook output priority -100; policy accept;
+    jump dispatch
+}
+chain nat_postrouting {
+    type nat hook postrouting priority srcnat; policy accept;
+    meta mark & 0x4000 == 0 return
+    meta mark set meta mark ^ 0x4000
+    masquerade fully-random
+}
+chain filter_input {
+    type filter hook input priority filter; policy accept;
+    ct state new jump refuse_dead
+}
+chain filter_forward {
+    type filter hook forward priority filter; policy accept;
+    ct state new jump refuse_dead
+}
+chain filter_output {
+    type filter hook output priority filter; policy accept;
+    ct state new jump refuse_dead
+}
+";
+
+/// What the table holds besides the base.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ruleset {
+    /// Chains by name, with their rules.
+    pub chains: BTreeMap<String, Vec<String>>,
+    /// Elements of maps: map and key, with the verdict.
+    pub elements: BTreeMap<(&'static str, String), String>,
+    /// Sets of client addresses by name, with how long an address stays, in seconds.
+    pub affinities: BTreeMap<String, u32>,
+    /// Datagram endpoints in use: service address, port, endpoint address.
+    pub datagrams: BTreeSet<(String, u16, String)>,
+}
+
+impl Ruleset {
+    /// The script that brings the kernel from `old` to this, as one transaction. Without `old` the table is made anew,
+    /// whatever the kernel holds; the old one serves until the moment of the change.
+    pub fn script(&self, old: Option<&Ruleset>) -> String {
+        let mut out = String::new();
+        let empty = Ruleset::default();
+        let old = match old {
+            Some(old) => old,
+            None => {
+                let _ = writeln!(out, "add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{");
+                for (map, ty) in MAPS {
+                    let _ = writeln!(out, "map {map} {{ type {ty}; }}");
+                }
+                let _ = writeln!(out, "{BASE}}}");
+                &empty
+            }
+        };
+        // Sets, then chains, then rules, then elements: each refers only to what stands before.
+        for (set, seconds) in &self.affinities {
+            if old.affinities.get(set) != Some(seconds) {
+                let _ = writeln!(
+                    out,
+                    "add set {TABLE} {set} {{ type ipv4_addr; flags dynamic,timeout; timeout {seconds}s; }}"
+                );
+            }
+        }
+        for chain in self.chains.keys().filter(|c| !old.chains.contains_key(*c)) {
+            let _ = writeln!(out, "add chain {TABLE} {chain}");
+        }
+        for (chain, rules) in self.chains.iter().filter(|(chain, rules)| old.chains.get(*chain) != Some(rules)) {
+            if old.chains.contains_key(chain) {
+                let _ = writeln!(out, "flush chain {TABLE} {chain}");
+            }
+            for rule in rules {
+                let _ = writeln!(out, "add rule {TABLE} {chain} {rule}");
+            }
+        }
+        for ((map, key), verdict) in &old.elements {
+            if self.elements.get(&(*map, key.clone())) != Some(verdict) {
+                let _ = writeln!(out, "delete element {TABLE} {map} {{ {key} }}");
+            }
+        }
+        for ((map, key), verdict) in &self.elements {
+            if old.elements.get(&(*map, key.clone())) != Some(verdict) {
+                let _ = writeln!(out, "add element {TABLE} {map} {{ {key} : {verdict} }}");
+            }
+        }
+        let gone: Vec<&String> = old.chains.keys().filter(|c| !self.chains.contains_key(*c)).collect();
+        for chain in &gone {
+            let _ = writeln!(out, "flush chain {TABLE} {chain}");
+        }
+        for chain in &gone {
+            let _ = writeln!(out, "delete chain {TABLE} {chain}");
+        }
+        for set in old.affinities.keys().filter(|s| !self.affinities.contains_key(*s)) {
+            let _ = writeln!(out, "delete set {TABLE} {set}");
+        }
+        out
+    }
+}
