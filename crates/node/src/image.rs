@@ -106,8 +106,13 @@ impl Layer {
         Ok(())
     }
 
-    /// Adds everything under `source`, at `at` in the image.
+    /// Adds a file, or everything under a directory, at `at` in the image.
     pub fn tree(&mut self, source: &Path, at: &Path) -> anyhow::Result<()> {
+        let meta = fs::metadata(source).with_context(|| format!("read {}", source.display()))?;
+        if meta.is_file() {
+            let content = fs::read(source).with_context(|| format!("read {}", source.display()))?;
+            return self.file(at, meta.mode() & 0o7777, &content);
+        }
         let mut entries: Vec<_> =
             fs::read_dir(source).with_context(|| format!("read {}", source.display()))?.collect::<Result<_, _>>()?;
         entries.sort_by_key(fs::DirEntry::file_name);
@@ -271,14 +276,8 @@ pub const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/
 pub fn busybox(name: &str) -> anyhow::Result<Vec<u8>> {
     let mut layer = Layer::new();
     layer.busybox()?;
-    Archive::new(name)
-        .layer(layer)?
-        .config(ImageConfig {
-            cmd: vec!["sh".into()],
-            env: vec![PATH.into()],
-            ..Default::default()
-        })
-        .finish()
+    let config = ImageConfig { cmd: vec!["sh".into()], env: vec![PATH.into()], ..Default::default() };
+    Archive::new(name).layer(layer)?.config(config).finish()
 }
 
 /// Imports a docker-archive into the containerd that listens on `socket`, for Kubernetes' namespace.

@@ -20,11 +20,13 @@ mod manager;
 mod node_loop;
 pub mod node_status;
 pub mod objects;
+mod operations;
 pub mod pause;
 pub mod pleg;
 pub mod pod;
 pub mod probe;
 pub mod sandbox;
+pub mod security;
 pub mod services;
 pub mod volume;
 pub mod worker;
@@ -222,13 +224,13 @@ pub async fn run(client: Client, config: NodeConfig, shutdown: CancellationToken
     let _guard = stop.clone().drop_guard();
     if let Some(running) = supervised {
         let (paths, stop) = (agent.config.containerd(), stop.clone());
-        tasks.spawn(async move { Ok(containerd::supervise(paths, running, stop).await) });
+        tasks.spawn(part(containerd::supervise(paths, running, stop)));
     }
     tasks.spawn(part(events::run(writer, stop.clone())));
     let (a, s) = (Arc::clone(&agent), stop.clone());
-    tasks.spawn(async move { Ok(a.pleg.run(s).await) });
+    tasks.spawn(part(async move { a.pleg.run(s).await }));
     let (a, s, c) = (Arc::clone(&agent), stop.clone(), client.clone());
-    tasks.spawn(async move { Ok(a.services.run(c, s).await) });
+    tasks.spawn(part(async move { a.services.run(c, s).await }));
     tasks.spawn(part(node_loop::run(Arc::clone(&agent), machine, stop.clone())));
     tasks.spawn(part(node_loop::renew_lease(Arc::clone(&agent), stop.clone())));
     tasks.spawn(part(manager::run(Arc::clone(&agent), stop.clone())));

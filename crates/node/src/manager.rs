@@ -19,7 +19,8 @@ use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Agent, pod,
+    Agent,
+    pod::{self, observed::Observed},
     worker::{Input, Worker},
 };
 
@@ -91,17 +92,17 @@ impl Manager {
     fn reconcile(&mut self, listed: &HashSet<String>) {
         let missing: Vec<String> = self.inputs.keys().filter(|uid| !listed.contains(*uid)).cloned().collect();
         missing.iter().for_each(|uid| self.gone(uid));
-        let mut orphans: HashMap<String, (String, String)> =
-            self.agent.pleg.pods().iter().map(|(uid, pod)| (uid.clone(), pod.owner.clone())).collect();
+        let mut orphans: HashMap<String, Arc<Observed>> = self.agent.pleg.pods();
         let directories = std::fs::read_dir(self.agent.config.data_dir.join("pods")).into_iter().flatten().flatten();
         let left = directories.filter_map(|d| d.file_name().into_string().ok());
         for uid in left.chain(self.agent.cgroups.pods().into_iter().map(|(_, uid)| uid)) {
             orphans.entry(uid).or_default();
         }
-        for (uid, (namespace, name)) in orphans {
+        for (uid, left) in orphans {
             if self.inputs.contains_key(&uid) {
                 continue;
             }
+            let (namespace, name) = left.owner.clone();
             tracing::info!(uid, namespace, name, "removing what is left of a pod that the API does not know");
             let pod = Pod {
                 metadata: ObjectMeta {
@@ -110,7 +111,7 @@ impl Manager {
                     name: Some(name),
                     ..Default::default()
                 },
-                spec: Some(PodSpec::default()),
+                spec: Some(PodSpec { termination_grace_period_seconds: left.grace, ..Default::default() }),
                 status: None,
             };
             self.start(uid, Input { pod: Arc::new(pod), gone: true });

@@ -95,11 +95,9 @@ impl Watches {
         let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
         tokio::spawn(cancel.run_until_cancelled_owned(async move {
             let mut events = watcher(api, config).default_backoff().into_stream().boxed();
-            let mut first = true;
             loop {
                 match events.try_next().await {
-                    // The initial listing tells nothing new: the subscriber has just fetched it.
-                    Ok(Some(watcher::Event::InitDone)) if first => first = false,
+                    // The first listing counts too: the object may have come between the subscriber's look and ours.
                     Ok(Some(watcher::Event::Apply(_) | watcher::Event::Delete(_) | watcher::Event::InitDone)) => {
                         subscribers.lock().values().for_each(|n| n.notify_one());
                     }

@@ -111,7 +111,9 @@ impl Pleg {
                 cache.containers.insert(key.clone(), observed);
             }
             if let Some(observed) = cache.containers.get(&key) {
-                pods.entry(pod_uid).or_default().containers.push(observed.clone());
+                let pod = pods.entry(pod_uid).or_default();
+                pod.grace = pod.grace.or(observed.grace);
+                pod.containers.push(observed.clone());
             }
             alive.insert(key);
         }

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::{
     Api,
-    api::{DeleteParams, Patch, PatchParams, Preconditions},
+    api::{Patch, PatchParams},
 };
 use parking_lot::RwLock;
 use tokio::{
@@ -27,12 +27,11 @@ use crate::{
     Agent,
     container::{self, Failure, Start},
     events::Kind,
-    hooks,
+    hooks, operations,
     pod::{
         self, Class,
         machine::{self, Action, Facts, Health, Op, Waiting},
         observed::{Observed, State},
-        qos,
         status::{self, NodeFacts},
     },
     probe, sandbox,
@@ -299,10 +298,9 @@ impl Worker {
                 self.agent.watches.subscribe(&self.uid, &self.changed, &volume::watched(&self.pod));
                 let volumes = Arc::clone(&self.volumes);
                 let ips = self.observed.sandbox().map(|s| s.ips.clone()).unwrap_or_default();
-                self.spawn(
-                    Some(Op::Prepare),
-                    async move { Done::Prepared(prepare(&agent, &pod, &ips, &volumes).await) },
-                );
+                self.spawn(Some(Op::Prepare), async move {
+                    Done::Prepared(operations::prepare(&agent, &pod, &ips, &volumes).await)
+                });
             }
             Action::CreateSandbox { previous, attempt } => {
                 if previous.is_some() {
@@ -310,7 +308,7 @@ impl Worker {
                     agent.events.pod(&pod, Kind::Normal, "SandboxChanged", message);
                 }
                 self.spawn(Some(Op::Sandbox), async move {
-                    Done::Sandbox(create_sandbox(&agent, &pod, previous, attempt).await)
+                    Done::Sandbox(operations::create_sandbox(&agent, &pod, previous, attempt).await)
                 });
             }
             Action::Start { name, restart_count, restart_of } => {
@@ -335,7 +333,7 @@ impl Worker {
                 };
                 let cancel = self.stopping.clone();
                 self.spawn(Some(Op::Container(name.clone())), async move {
-                    let result = start.run(&cancel).await;
+                    let result = Box::pin(start.run(&cancel)).await;
                     Done::Started(name, result)
                 });
             }
@@ -374,12 +372,14 @@ impl Worker {
                 self.changed.notify_one();
             }
             Action::Teardown => {
-                self.spawn(Some(Op::Teardown), async move { Done::TornDown(teardown(&agent, &uid).await) })
+                self.spawn(Some(Op::Teardown), async move { Done::TornDown(operations::teardown(&agent, &uid).await) })
             }
             Action::Finalize => {
                 let last = status::status(&self.pod, &self.observed, &self.facts, &self.node_facts(), now);
                 let patch = status::patch(&self.uid, self.pod.status.as_ref(), &last);
-                self.spawn(Some(Op::Finalize), async move { Done::Finalized(finalize(&agent, &pod, patch).await) });
+                self.spawn(Some(Op::Finalize), async move {
+                    Done::Finalized(operations::finalize(&agent, &pod, patch).await)
+                });
             }
             Action::Exit => {}
         }
@@ -640,7 +640,7 @@ impl Worker {
         self.renew = None;
         let (agent, pod, volumes) = (Arc::clone(&self.agent), Arc::clone(&self.pod), Arc::clone(&self.volumes));
         let ips = self.observed.sandbox().map(|s| s.ips.clone()).unwrap_or_default();
-        self.spawn(None, async move { Done::Refreshed(make_volumes(&agent, &pod, &ips, &volumes).await) });
+        self.spawn(None, async move { Done::Refreshed(operations::make_volumes(&agent, &pod, &ips, &volumes).await) });
     }
 
     /// The pod is gone: so are its logs and our traces of it.
@@ -650,66 +650,5 @@ impl Worker {
         let logs =
             sandbox::log_directory(&self.agent.config, pod::namespace(&self.pod), pod::name(&self.pod), &self.uid);
         let _ = tokio::fs::remove_dir_all(logs).await;
-    }
-}
-
-async fn make_volumes(
-    agent: &Agent,
-    pod: &Pod,
-    ips: &[String],
-    volumes: &Mutex<Volumes>,
-) -> Result<Made, volume::Error> {
-    let spec = pod.spec.clone().unwrap_or_default();
-    let pod = container::with_addresses(pod, &spec, ips, agent.config.node_ip);
-    volumes.lock().await.make(&pod, &agent.allocatable).await
-}
-
-async fn prepare(agent: &Agent, pod: &Pod, ips: &[String], volumes: &Mutex<Volumes>) -> Result<Made, volume::Error> {
-    let failed = |what: &str, e: std::io::Error| volume::Error { volume: what.to_owned(), message: e.to_string() };
-    let directory = volume::pod_directory(&agent.config.data_dir, pod::uid(pod));
-    tokio::fs::create_dir_all(&directory).await.map_err(|e| failed("pod directory", e))?;
-    let path = agent.cgroups.pod_path(qos::class(pod), pod::uid(pod));
-    agent.cgroups.create(&path, qos::pod_limits(pod)).map_err(|e| failed("pod cgroup", e))?;
-    make_volumes(agent, pod, ips, volumes).await
-}
-
-async fn create_sandbox(agent: &Agent, pod: &Pod, previous: Option<String>, attempt: u32) -> Result<(), String> {
-    if let Some(id) = previous {
-        agent.cri.stop_sandbox(&id).await.map_err(|s| s.message().to_owned())?;
-    }
-    let spec = pod.spec.as_ref().ok_or("the pod has no spec")?;
-    let config = sandbox::config(pod, spec, &agent.config, attempt);
-    std::fs::create_dir_all(&config.log_directory).map_err(|e| format!("make the log directory: {e}"))?;
-    agent.cri.run_sandbox(config, "").await.map(drop).map_err(|s| s.message().to_owned())
-}
-
-async fn teardown(agent: &Agent, uid: &str) -> Result<(), String> {
-    volume::remove(&agent.config.data_dir, uid).await.map_err(|e| format!("volumes: {e}"))?;
-    // An orphan's class is not known; there is at most one.
-    for qos in [qos::Qos::Guaranteed, qos::Qos::Burstable, qos::Qos::BestEffort] {
-        agent.cgroups.remove(&agent.cgroups.pod_path(qos, uid)).map_err(|e| format!("cgroup: {e}"))?;
-    }
-    Ok(())
-}
-
-/// The last status, then the deletion: of this very pod, not of a successor with its name.
-async fn finalize(agent: &Agent, pod: &Pod, patch: Option<serde_json::Value>) -> Result<(), kube::Error> {
-    let api: Api<Pod> = Api::namespaced(agent.client.clone(), pod::namespace(pod));
-    let name = pod::name(pod);
-    let gone = |error: &kube::Error| matches!(error, kube::Error::Api(s) if s.code == 404 || s.code == 409);
-    if let Some(patch) = patch {
-        match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)).await {
-            Err(error) if gone(&error) => return Ok(()),
-            other => drop(other?),
-        }
-    }
-    let params = DeleteParams {
-        grace_period_seconds: Some(0),
-        preconditions: Some(Preconditions { uid: pod.metadata.uid.clone(), resource_version: None }),
-        ..Default::default()
-    };
-    match api.delete(name, &params).await {
-        Err(error) if gone(&error) => Ok(()),
-        other => other.map(drop),
     }
 }

@@ -1,4 +1,5 @@
 //! Pods in real containers, from a real API server, looked at with real kubectl.
+#![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
 
@@ -48,7 +49,10 @@ async fn a_pod_serves_and_kubectl_gets_at_it() {
     }
 
     let kubectl = async |args: &[&str], stdin: Option<&str>| cluster.kubectl(args, stdin).await;
-    assert_eq!(kubectl(&["exec", "web", "--", "sh", "-c", "echo out; echo err >&2; exit 7"], None).await, (7, "out\n".into(), "err\ncommand terminated with exit code 7\n".into()));
+    assert_eq!(
+        kubectl(&["exec", "web", "--", "sh", "-c", "echo out; echo err >&2; exit 7"], None).await,
+        (7, "out\n".into(), "err\ncommand terminated with exit code 7\n".into())
+    );
     // The end of stdin reaches the process, else cat would never end.
     let big = "line of input\n".repeat(20_000);
     assert_eq!(kubectl(&["exec", "-i", "web", "--", "wc", "-c"], Some(&big)).await.1.trim(), big.len().to_string());
@@ -73,7 +77,10 @@ async fn a_pod_serves_and_kubectl_gets_at_it() {
     // A changed config map reaches the running container.
     let patch = json!({"data": {"index.html": "changed\n"}});
     maps.patch("page", &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
-    until("the volume follows the config map", async || kubectl(&["exec", "web", "--", "cat", "/www/index.html"], None).await.1 == "changed\n").await;
+    until("the volume follows the config map", async || {
+        kubectl(&["exec", "web", "--", "cat", "/www/index.html"], None).await.1 == "changed\n"
+    })
+    .await;
 
     // The main process dies: a new container takes its place.
     let id = status["containerStatuses"][0]["containerID"].as_str().unwrap().trim_start_matches("containerd://");
@@ -84,7 +91,11 @@ async fn a_pod_serves_and_kubectl_gets_at_it() {
         .status()
         .await;
     assert!(killed.unwrap().success());
-    cluster.wait("web", "restarted", |p| p["status"]["containerStatuses"][0]["restartCount"] == 1 && condition(p, "Ready") == "True").await;
+    cluster
+        .wait("web", "restarted", |p| {
+            p["status"]["containerStatuses"][0]["restartCount"] == 1 && condition(p, "Ready") == "True"
+        })
+        .await;
     let (code, out, err) = kubectl(&["logs", "web", "--previous"], None).await;
     assert_eq!((code, out.lines().next()), (0, Some("started hi-web")), "{err}");
 
@@ -114,7 +125,8 @@ async fn port_forward(cluster: &Cluster) {
         .unwrap();
     let mut lines = tokio::io::BufReader::new(child.stdout.take().unwrap()).lines();
     let line = tokio::time::timeout(Duration::from_secs(30), lines.next_line()).await.unwrap().unwrap().unwrap();
-    let port: u16 = line.split("127.0.0.1:").nth(1).and_then(|r| r.split(' ').next()).and_then(|p| p.parse().ok()).unwrap();
+    let port: u16 =
+        line.split("127.0.0.1:").nth(1).and_then(|r| r.split(' ').next()).and_then(|p| p.parse().ok()).unwrap();
     for _ in 0..3 {
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         stream.write_all(b"GET /index.html HTTP/1.0\r\n\r\n").await.unwrap();
@@ -138,11 +150,13 @@ async fn containers_outlive_the_agent_and_containerd() {
     let id = |pod: &Value| pod["status"]["containerStatuses"][0]["containerID"].clone();
 
     cluster.stop_agent().await;
-    let pid: i32 = std::fs::read_to_string(cluster.config.containerd().run.join("containerd.pid")).unwrap().parse().unwrap();
+    let pid: i32 =
+        std::fs::read_to_string(cluster.config.containerd().run.join("containerd.pid")).unwrap().parse().unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
     cluster.start_agent();
     until("a new containerd", async || {
-        std::fs::read_to_string(cluster.config.containerd().run.join("containerd.pid")).is_ok_and(|p| p.parse() != Ok(pid))
+        std::fs::read_to_string(cluster.config.containerd().run.join("containerd.pid"))
+            .is_ok_and(|p| p.parse() != Ok(pid))
     })
     .await;
     // Two seconds in which a wrong agent would restart it or call it unready: each look must find it as it was.
@@ -154,14 +168,22 @@ async fn containers_outlive_the_agent_and_containerd() {
     // The new agent's probes work: liveness fails, the container is restarted.
     let (code, _, err) = cluster.kubectl(&["exec", "steady", "--", "rm", "/tmp/live"], None).await;
     assert_eq!(code, 0, "{err}");
-    cluster.wait("steady", "restarted by liveness", |p| p["status"]["containerStatuses"][0]["restartCount"] == 1 && condition(p, "Ready") == "True").await;
+    cluster
+        .wait("steady", "restarted by liveness", |p| {
+            p["status"]["containerStatuses"][0]["restartCount"] == 1 && condition(p, "Ready") == "True"
+        })
+        .await;
     let messages = cluster.kubectl(&["get", "events", "-o", "jsonpath={.items[*].message}"], None).await.1;
     assert!(messages.contains("Container c failed liveness probe, will be restarted"), "{messages}");
 
     // A pod that leaves the API while nobody looks is cleaned up afterwards.
     cluster.stop_agent().await;
     let uid = before["metadata"]["uid"].as_str().unwrap().to_owned();
-    cluster.pods().delete("steady", &DeleteParams { grace_period_seconds: Some(0), ..Default::default() }).await.unwrap();
+    cluster
+        .pods()
+        .delete("steady", &DeleteParams { grace_period_seconds: Some(0), ..Default::default() })
+        .await
+        .unwrap();
     cluster.start_agent();
     let cri = seawall_node::cri::Cri::connect(&cluster.config.cri_socket()).unwrap();
     until("the orphan is removed", async || cri.sandboxes(Some(&uid)).await.is_ok_and(|s| s.is_empty())).await;
@@ -194,7 +216,8 @@ async fn init_containers_sidecars_completion_and_what_is_missing() {
         .create("held", json!({"containers": [{"name": "c", "command": script("echo $A; sleep 1000"), "env": [
             {"name": "A", "valueFrom": {"configMapKeyRef": {"name": "late", "key": "a"}}}]}], "terminationGracePeriodSeconds": 0}))
         .await;
-    let held = |p: &Value| p["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CreateContainerConfigError";
+    let held =
+        |p: &Value| p["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CreateContainerConfigError";
     let pod = cluster.wait("held", "CreateContainerConfigError", held).await;
     assert_eq!(pod["status"]["containerStatuses"][0]["state"]["waiting"]["message"], "configmap \"late\" not found");
     let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), "default");
@@ -210,7 +233,11 @@ async fn init_containers_sidecars_completion_and_what_is_missing() {
     let never = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "never"}, "spec": {"nodeName": "node-under-test",
         "containers": [{"name": "c", "image": "seawall.test/none:1", "imagePullPolicy": "Never"}]}});
     cluster.pods().create(&PostParams::default(), &serde_json::from_value(never).unwrap()).await.unwrap();
-    cluster.wait("never", "ErrImageNeverPull", |p| p["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "ErrImageNeverPull").await;
+    cluster
+        .wait("never", "ErrImageNeverPull", |p| {
+            p["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "ErrImageNeverPull"
+        })
+        .await;
 
     // A process that ignores SIGTERM is killed when the grace period, shortened meanwhile, is over.
     cluster.create("stubborn", json!({"terminationGracePeriodSeconds": 300, "containers": [{"name": "c", "command": script("trap '' TERM; while :; do sleep 1; done")}]})).await;
@@ -220,5 +247,91 @@ async fn init_containers_sidecars_completion_and_what_is_missing() {
     let shorter = DeleteParams { grace_period_seconds: Some(1), ..Default::default() };
     cluster.pods().delete("stubborn", &shorter).await.unwrap();
     cluster.wait("stubborn", "gone", Value::is_null).await;
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_reach_the_container() {
+    let cluster = Cluster::start().await;
+    let script = |text: &str| json!(["sh", "-c", text]);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    cluster
+        .create("zoo", json!({
+            "hostname": "beast", "terminationGracePeriodSeconds": 20, "shareProcessNamespace": true,
+            "dnsPolicy": "None", "dnsConfig": {"nameservers": ["192.0.2.53"], "searches": ["zoo.test"], "options": [{"name": "ndots", "value": "3"}]},
+            "hostAliases": [{"ip": "192.0.2.7", "hostnames": ["alias.test"]}],
+            "securityContext": {"runAsUser": 1234, "runAsGroup": 2345, "fsGroup": 3456, "supplementalGroups": [4567], "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [
+                {"name": "main", "command": script("trap 'echo term; exit 0' TERM; echo up; httpd -p 8080 -h /; while :; do sleep 0.1; done"),
+                    "securityContext": {"readOnlyRootFilesystem": true, "allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+                    "resources": {"limits": {"cpu": "500m", "memory": "48Mi"}},
+                    "env": [{"name": "LIMIT", "valueFrom": {"resourceFieldRef": {"resource": "limits.memory", "divisor": "1Mi"}}}],
+                    "ports": [{"containerPort": 8080, "hostPort": port}],
+                    "lifecycle": {"postStart": {"exec": {"command": ["sh", "-c", "echo post > /scratch/post"]}},
+                        "preStop": {"exec": {"command": ["sh", "-c", "echo pre > /host/pre; sleep 0.3"]}}},
+                    "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}, {"name": "host", "mountPath": "/host"}]},
+                {"name": "privileged", "command": script("while :; do sleep 1; done"), "securityContext": {"privileged": true, "runAsUser": 0}}],
+            "volumes": [{"name": "scratch", "emptyDir": {}},
+                {"name": "host", "hostPath": {"path": cluster.config.data_dir.join("shared"), "type": "DirectoryOrCreate"}}]}))
+        .await;
+    std::fs::create_dir_all(cluster.config.data_dir.join("shared")).unwrap();
+    std::os::unix::fs::chown(cluster.config.data_dir.join("shared"), Some(1234), None).unwrap();
+    let pod = cluster.ready("zoo").await;
+    let run = async |container: &str, text: &str| {
+        cluster.kubectl(&["exec", "zoo", "-c", container, "--", "sh", "-c", text], None).await.1
+    };
+    assert_eq!(
+        run("main", "id -u; id -g; id -G; hostname; echo $LIMIT").await,
+        "1234\n2345\n2345 3456 4567\nbeast\n48\n"
+    );
+    assert_eq!(run("main", "cat /etc/resolv.conf").await, "search zoo.test\nnameserver 192.0.2.53\noptions ndots:3\n");
+    assert!(run("main", "cat /etc/hosts").await.contains("192.0.2.7\talias.test\n"));
+    assert_eq!(
+        run("main", "touch /x 2>/dev/null || echo readonly; cat /scratch/post; stat -c %g /scratch").await,
+        "readonly\npost\n3456\n"
+    );
+    let status = run("main", "grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status").await;
+    assert_eq!(
+        status.split_whitespace().collect::<Vec<_>>(),
+        ["CapEff:", "0000000000000000", "NoNewPrivs:", "1", "Seccomp:", "2"]
+    );
+    assert!(run("privileged", "grep CapEff /proc/self/status").await.trim_end() != "CapEff:\t00000000a80425fb");
+    // One process namespace: the sandbox's pause program is its first process, and reaps orphans.
+    assert!(run("privileged", "cat /proc/1/cmdline").await.starts_with("/pause"));
+    run("privileged", "(sleep 0.1 &) ; exit 0").await;
+    until("orphans are reaped", async || !run("privileged", "ps -o stat,comm").await.contains("Z ")).await;
+
+    // The host port leads into the pod.
+    let address = pod["status"]["podIP"].as_str().unwrap();
+    for target in [format!("{address}:8080"), format!("127.0.0.1:{port}")] {
+        let connected = tokio::time::timeout(Duration::from_secs(5), tokio::net::TcpStream::connect(&target)).await;
+        assert!(matches!(connected, Ok(Ok(_))), "{target}: {connected:?}");
+    }
+
+    // Limits hold in the pod's cgroup too, whatever the version of cgroups.
+    let uid = pod["metadata"]["uid"].as_str().unwrap();
+    let cgroups = seawall_node::cgroup::Cgroups::detect(&cluster.config.cgroup_root);
+    assert!(cgroups.pods().iter().any(|(_, u)| u == uid));
+    assert_eq!(pod["status"]["qosClass"], "Burstable");
+
+    // preStop, then SIGTERM, within the grace period; followed by a client that reads the log to its end.
+    let log = cluster.kubectl(&["logs", "-f", "zoo", "-c", "main"], None);
+    let delete = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let began = tokio::time::Instant::now();
+        cluster.pods().delete("zoo", &DeleteParams::default()).await.unwrap();
+        began
+    };
+    let ((_, log, _), began) = tokio::join!(log, delete);
+    assert_eq!(log, "up\nterm\n");
+    cluster.wait("zoo", "gone", Value::is_null).await;
+    println!("delete to gone: {:?}", began.elapsed());
+    assert_eq!(std::fs::read_to_string(cluster.config.data_dir.join("shared/pre")).unwrap(), "pre\n");
+    until("its cgroup goes", async || !cgroups.pods().iter().any(|(_, u)| u == uid)).await;
+
+    // On the host's network: the node's name and address.
+    cluster.create("host", json!({"hostNetwork": true, "terminationGracePeriodSeconds": 0, "containers": [{"name": "c", "command": script("sleep 1000")}]})).await;
+    let pod = cluster.ready("host").await;
+    assert_eq!(pod["status"]["podIP"], "127.0.0.1");
     cluster.end().await;
 }

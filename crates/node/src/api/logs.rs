@@ -191,10 +191,9 @@ pub async fn read(
         if read > 0 && line.ends_with(b"\n") {
             let more = printer.print(&line, &mut text);
             line.clear();
-            if !more || text.len() >= 32 << 10 {
-                if out.send(Bytes::from(std::mem::take(&mut text))).await.is_err() || !more {
-                    return Ok(());
-                }
+            let full = !more || text.len() >= 32 << 10;
+            if full && (out.send(Bytes::from(std::mem::take(&mut text))).await.is_err() || !more) {
+                return Ok(());
             }
             continue;
         }

@@ -65,14 +65,13 @@ pub async fn tunnel(socket: Socket, pipe: DuplexStream) {
     let (mut reader, mut writer) = tokio::io::split(pipe);
     let inward = async {
         while let Some(Ok(message)) = source.next().await {
-            match message {
-                Message::Binary(bytes) => {
-                    if writer.write_all(&bytes).await.is_err() {
-                        return;
-                    }
-                }
+            let bytes = match message {
+                Message::Binary(bytes) => bytes,
                 Message::Close(_) => break,
-                _ => {}
+                _ => continue,
+            };
+            if writer.write_all(&bytes).await.is_err() {
+                return;
             }
         }
         let _ = writer.shutdown().await;

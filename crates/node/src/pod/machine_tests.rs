@@ -42,6 +42,7 @@ fn container(name: &str, state: State, exit_code: i32) -> ContainerObs {
         image: String::new(),
         image_id: String::new(),
         log_path: String::new(),
+        grace: None,
     }
 }
 

@@ -10,6 +10,8 @@ use crate::cri::{annotation, label};
 pub struct Observed {
     /// The namespace and name that the sandbox is labelled with.
     pub owner: (String, String),
+    /// The grace period that the containers were made with, for when the API no longer knows it.
+    pub grace: Option<i64>,
     /// Newest first.
     pub sandboxes: Vec<SandboxObs>,
     /// Newest first.
@@ -77,6 +79,8 @@ pub struct ContainerObs {
     pub image_id: String,
     /// The log file.
     pub log_path: String,
+    /// The pod's grace period when it was made.
+    pub grace: Option<i64>,
 }
 
 impl Observed {
@@ -134,6 +138,7 @@ impl ContainerObs {
             image: status.image.as_ref().map(|i| i.image.clone()).unwrap_or_default(),
             image_id: status.image_ref.clone(),
             log_path: status.log_path.clone(),
+            grace: annotation(annotation::GRACE_PERIOD).parse().ok(),
         }
     }
 }

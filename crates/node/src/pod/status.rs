@@ -136,7 +136,7 @@ fn container_status(
         .waiting
         .get(name)
         .map(|w| ContainerStateWaiting { reason: Some(w.reason.clone()), message: some(&w.message) });
-    let mut last = before.map(|c| terminated(c));
+    let mut last = before.map(terminated);
     let mut status = ContainerStatus {
         name: name.clone(),
         image: container.image.clone().unwrap_or_default(),

@@ -31,6 +31,7 @@ fn container(name: &str, id: &str, state: State, exit_code: i32) -> ContainerObs
         image: "x:1".into(),
         image_id: "sha256:1".into(),
         log_path: String::new(),
+        grace: None,
     }
 }
 

@@ -69,7 +69,8 @@ impl Cluster {
             let found = std::process::Command::new("which").arg(program).output().is_ok_and(|o| o.status.success());
             assert!(found, "{program} is not installed: `make test` installs it");
         }
-        let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn,seawall_node=debug".into());
+        let filter =
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn,seawall_node=debug".into());
         let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
         let _ = rustls::crypto::ring::default_provider().install_default();
         let directory = tempfile::Builder::new().prefix("seawall-node-").tempdir().unwrap();
@@ -226,8 +227,14 @@ impl Cluster {
         let program = std::env::var("KUBECTL").unwrap_or_else(|_| "kubectl".into());
         let mut command = tokio::process::Command::new(&program);
         command.arg("--kubeconfig").arg(&self.kubeconfig).args(args).env("HOME", self.directory.path());
-        command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
-        let mut child = command.kill_on_drop(true).spawn().unwrap_or_else(|e| panic!("{program}: {e}: `make test` installs kubectl and sets KUBECTL"));
+        command
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped());
+        let mut child = command
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap_or_else(|e| panic!("{program}: {e}: `make test` installs kubectl and sets KUBECTL"));
         let mut input = child.stdin.take().unwrap();
         input.write_all(stdin.unwrap_or_default().as_bytes()).await.unwrap();
         drop(input);

@@ -1,0 +1,85 @@
+//! What a pod's worker has done: the steps of a pod's life that are not a container's.
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    Api,
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
+};
+use tokio::sync::Mutex;
+
+use crate::{
+    Agent, container,
+    pod::{self, qos},
+    sandbox,
+    volume::{self, Made, Volumes},
+};
+
+/// Makes the pod's volumes, or brings them up to date.
+pub async fn make_volumes(
+    agent: &Agent,
+    pod: &Pod,
+    ips: &[String],
+    volumes: &Mutex<Volumes>,
+) -> Result<Made, volume::Error> {
+    let spec = pod.spec.clone().unwrap_or_default();
+    let pod = container::with_addresses(pod, &spec, ips, agent.config.node_ip);
+    volumes.lock().await.make(&pod, &agent.allocatable).await
+}
+
+/// Makes the pod's directories, cgroup and volumes.
+pub async fn prepare(
+    agent: &Agent,
+    pod: &Pod,
+    ips: &[String],
+    volumes: &Mutex<Volumes>,
+) -> Result<Made, volume::Error> {
+    let failed = |what: &str, e: std::io::Error| volume::Error { volume: what.to_owned(), message: e.to_string() };
+    let directory = volume::pod_directory(&agent.config.data_dir, pod::uid(pod));
+    tokio::fs::create_dir_all(&directory).await.map_err(|e| failed("pod directory", e))?;
+    let path = agent.cgroups.pod_path(qos::class(pod), pod::uid(pod));
+    agent.cgroups.create(&path, qos::pod_limits(pod)).map_err(|e| failed("pod cgroup", e))?;
+    make_volumes(agent, pod, ips, volumes).await
+}
+
+/// Stops the previous sandbox, if any, and makes a new one.
+pub async fn create_sandbox(agent: &Agent, pod: &Pod, previous: Option<String>, attempt: u32) -> Result<(), String> {
+    if let Some(id) = previous {
+        agent.cri.stop_sandbox(&id).await.map_err(|s| s.message().to_owned())?;
+    }
+    let spec = pod.spec.as_ref().ok_or("the pod has no spec")?;
+    let config = sandbox::config(pod, spec, &agent.config, attempt);
+    std::fs::create_dir_all(&config.log_directory).map_err(|e| format!("make the log directory: {e}"))?;
+    agent.cri.run_sandbox(config, "").await.map(drop).map_err(|s| s.message().to_owned())
+}
+
+/// Takes the pod's volumes and cgroup away.
+pub async fn teardown(agent: &Agent, uid: &str) -> Result<(), String> {
+    volume::remove(&agent.config.data_dir, uid).await.map_err(|e| format!("volumes: {e}"))?;
+    // An orphan's class is not known; there is at most one.
+    for qos in [qos::Qos::Guaranteed, qos::Qos::Burstable, qos::Qos::BestEffort] {
+        agent.cgroups.remove(&agent.cgroups.pod_path(qos, uid)).map_err(|e| format!("cgroup: {e}"))?;
+    }
+    Ok(())
+}
+
+/// The last status, then the deletion: of this very pod, not of a successor with its name.
+pub async fn finalize(agent: &Agent, pod: &Pod, patch: Option<serde_json::Value>) -> Result<(), kube::Error> {
+    let api: Api<Pod> = Api::namespaced(agent.client.clone(), pod::namespace(pod));
+    let name = pod::name(pod);
+    let gone = |error: &kube::Error| matches!(error, kube::Error::Api(s) if s.code == 404 || s.code == 409);
+    if let Some(patch) = patch {
+        match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)).await {
+            Err(error) if gone(&error) => return Ok(()),
+            other => drop(other?),
+        }
+    }
+    let params = DeleteParams {
+        grace_period_seconds: Some(0),
+        preconditions: Some(Preconditions { uid: pod.metadata.uid.clone(), resource_version: None }),
+        ..Default::default()
+    };
+    match api.delete(name, &params).await {
+        Err(error) if gone(&error) => Ok(()),
+        other => other.map(drop),
+    }
+}
