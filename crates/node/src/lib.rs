@@ -255,6 +255,10 @@ async fn part(work: impl Future<Output = ()> + Send) -> anyhow::Result<()> {
 
 /// Takes everything of the agent away from this machine: pods, containerd, mounts, cgroups, files. The API is not told.
 pub async fn remove_all(config: &NodeConfig) -> anyhow::Result<()> {
+    // Containers live on without their containerd; only one that runs can take them away.
+    if matches!(config.runtime, Runtime::Supervised {}) && config.containerd().root.exists() {
+        containerd::ensure_running(&config.containerd()).await.context("start containerd to remove the pods")?;
+    }
     if let Ok(cri) = Cri::connect(&config.cri_socket())
         && cri.version().await.is_ok()
     {

@@ -237,6 +237,8 @@ impl Worker {
             }
         }
         let observed = Arc::clone(&self.observed);
+        self.backoff_noted.retain(|id| observed.containers.iter().any(|c| c.id == *id));
+        self.started_here.retain(|id| observed.containers.iter().any(|c| c.id == *id));
         self.facts.health.retain(|id, _| observed.containers.iter().any(|c| c.id == *id));
         let Some(spec) = self.pod.spec.clone() else { return };
         for c in observed.containers.iter() {

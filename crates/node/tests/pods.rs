@@ -329,9 +329,19 @@ async fn settings_reach_the_container() {
     assert_eq!(std::fs::read_to_string(cluster.config.data_dir.join("shared/pre")).unwrap(), "pre\n");
     until("its cgroup goes", async || !cgroups.pods().iter().any(|(_, u)| u == uid)).await;
 
-    // On the host's network: the node's name and address.
+    // On the host's network: the node's name and address. It is left running, and containerd dead: all of it has to
+    // go nevertheless.
     cluster.create("host", json!({"hostNetwork": true, "terminationGracePeriodSeconds": 0, "containers": [{"name": "c", "command": script("sleep 1000")}]})).await;
     let pod = cluster.ready("host").await;
     assert_eq!(pod["status"]["podIP"], "127.0.0.1");
+    let config = cluster.config.clone();
+    let pid: i32 = std::fs::read_to_string(config.containerd().run.join("containerd.pid")).unwrap().parse().unwrap();
+    let mut cluster = cluster;
+    cluster.stop_agent().await;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
     cluster.end().await;
+    assert!(!config.data_dir.exists() && !config.run_dir.exists());
+    let uid = pod["metadata"]["uid"].as_str().unwrap();
+    let left = std::process::Command::new("grep").args(["-rlF", uid, "/proc/self/mountinfo"]).output().unwrap();
+    assert!(left.stdout.is_empty());
 }

@@ -136,7 +136,7 @@ fn container_status(
         .waiting
         .get(name)
         .map(|w| ContainerStateWaiting { reason: Some(w.reason.clone()), message: some(&w.message) });
-    let mut last = before.map(terminated);
+    let mut last = before.map(|c| terminated(c, old));
     let mut status = ContainerStatus {
         name: name.clone(),
         image: container.image.clone().unwrap_or_default(),
@@ -177,9 +177,9 @@ fn container_status(
                     match waiting.filter(|_| restarts).or(crash) {
                         Some(w) => {
                             state.waiting = Some(w);
-                            last = Some(terminated(c));
+                            last = Some(terminated(c, old));
                         }
-                        None => state.terminated = Some(terminated(c)),
+                        None => state.terminated = Some(terminated(c, old)),
                     }
                 }
             }
@@ -225,12 +225,16 @@ fn container_status(
     status
 }
 
-fn terminated(c: &ContainerObs) -> ContainerStateTerminated {
+fn terminated(c: &ContainerObs, old: Option<&ContainerStatus>) -> ContainerStateTerminated {
+    let id = format!("containerd://{}", c.id);
+    // The file with its last words goes with the pod's volumes; the API keeps what it has been told.
+    let told = old.into_iter().flat_map(|o| [&o.state, &o.last_state]).flatten().filter_map(|s| s.terminated.as_ref());
+    let told = told.into_iter().find(|t| t.container_id.as_deref() == Some(&id)).and_then(|t| t.message.clone());
     ContainerStateTerminated {
-        container_id: Some(format!("containerd://{}", c.id)),
+        container_id: Some(id),
         exit_code: c.exit_code,
         reason: some(&c.reason).or_else(|| Some(if c.exit_code == 0 { "Completed" } else { "Error" }.to_owned())),
-        message: some(&c.message),
+        message: some(&c.message).or(told),
         started_at: c.started.map(Time),
         finished_at: c.finished.map(Time),
         signal: None,

@@ -160,3 +160,12 @@ fn go_durations() {
         assert_eq!(go_duration(std::time::Duration::from_secs(seconds)), text);
     }
 }
+
+#[test]
+fn last_words_are_kept() {
+    let mut pod = pod(json!({"restartPolicy": "Never", "containers": [{"name": "a"}]}));
+    let said = ContainerObs { message: "why".into(), ..container("a", "1", State::Exited, 1) };
+    pod.status = Some(status(&pod, &observed(vec![said]), &healthy(&[]), &node(), at(3)));
+    let later = status(&pod, &observed(vec![container("a", "1", State::Exited, 1)]), &healthy(&[]), &node(), at(9));
+    assert_eq!(patch("u", pod.status.as_ref(), &later), None);
+}
