@@ -4,7 +4,7 @@
 //! Not a bridge: with `bridge-nf-call-iptables` a reset that nftables sends for a translated flow never reaches a pod
 //! behind one.
 
-use std::{fs, io, path::Path};
+use std::{fs, io, path::Path, process::Command};
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
@@ -56,6 +56,47 @@ pub fn enable_forwarding() -> io::Result<()> {
     if v6.exists() { fs::write(v6, "1") } else { Ok(()) }
 }
 
+/// Removes the chains that portmap leaves in the NAT table, unless some pod's host port still uses them.
+pub fn remove_chains() {
+    for program in ["iptables", "ip6tables"] {
+        let Ok(output) = Command::new(program).args(["-w", "5", "-t", "nat", "-S"]).output() else { continue };
+        for arguments in removal(&String::from_utf8_lossy(&output.stdout)) {
+            let done = Command::new(program).args(["-w", "5", "-t", "nat"]).args(&arguments).output();
+            if !done.is_ok_and(|o| o.status.success()) {
+                tracing::warn!(?arguments, "{program} did not remove what portmap left");
+            }
+        }
+    }
+}
+
+/// The calls that remove portmap's base chains, given `iptables -S`: first the jumps, then content, then chains.
+fn removal(rules: &str) -> Vec<Vec<String>> {
+    const BASE: &str = "CNI-HOSTPORT-";
+    if rules.lines().any(|l| l.starts_with("-N CNI-DN-")) {
+        return Vec::new();
+    }
+    let chains: Vec<&str> =
+        rules.lines().filter_map(|l| l.strip_prefix("-N ")).filter(|c| c.starts_with(BASE)).collect();
+    let jumps = rules
+        .lines()
+        .filter_map(|l| l.strip_prefix("-A "))
+        .filter(|l| !l.starts_with(BASE) && l.contains(&format!("-j {BASE}")));
+    let mut calls: Vec<Vec<String>> = jumps
+        .map(|rule| {
+            // Only comments are quoted: every second piece.
+            let pieces = rule.split('"').enumerate();
+            let words = pieces.flat_map(|(i, p)| {
+                if i % 2 == 1 { vec![p.to_owned()] } else { p.split_whitespace().map(str::to_owned).collect() }
+            });
+            std::iter::once("-D".to_owned()).chain(words).collect()
+        })
+        .collect();
+    for flag in ["-F", "-X"] {
+        calls.extend(chains.iter().map(|c| vec![flag.to_owned(), (*c).to_owned()]));
+    }
+    calls
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,5 +108,26 @@ mod tests {
         let two = conf(&["10.1.0.0/24".parse().unwrap(), "fd00::/64".parse().unwrap()], Path::new("/s"));
         assert_eq!(two["plugins"][0]["ipam"]["ranges"].as_array().unwrap().len(), 2);
         assert_eq!(two["plugins"][0]["ipam"]["routes"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn portmap_leftovers() {
+        let rules = "-P OUTPUT ACCEPT\n-N CNI-HOSTPORT-MASQ\n-A POSTROUTING -m comment --comment \"CNI portfwd requiring masquerade\" -j CNI-HOSTPORT-MASQ\n-A CNI-HOSTPORT-MASQ -j MASQUERADE\n";
+        let calls = removal(rules);
+        assert_eq!(
+            calls[0],
+            [
+                "-D",
+                "POSTROUTING",
+                "-m",
+                "comment",
+                "--comment",
+                "CNI portfwd requiring masquerade",
+                "-j",
+                "CNI-HOSTPORT-MASQ"
+            ]
+        );
+        assert_eq!(calls[1..], [["-F", "CNI-HOSTPORT-MASQ"], ["-X", "CNI-HOSTPORT-MASQ"]]);
+        assert!(removal(&format!("{rules}-N CNI-DN-0123\n")).is_empty());
     }
 }

@@ -273,6 +273,7 @@ pub async fn remove_all(config: &NodeConfig) -> anyhow::Result<()> {
     if matches!(config.runtime, Runtime::Supervised {}) {
         containerd::stop(&config.containerd()).await?;
     }
+    cni::remove_chains();
     Cgroups::detect(&config.cgroup_root).remove_all().context("remove the pods' cgroups")?;
     let (data, run, logs) = (config.data_dir.clone(), config.run_dir.clone(), config.log_dir.clone());
     tokio::task::spawn_blocking(move || {
