@@ -1,0 +1,359 @@
+//! A pod as the scheduler sees it: parsed once.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    api::core::v1::{Container, NodeSelectorTerm, Pod, PodAffinityTerm, ResourceRequirements, Toleration},
+    apimachinery::pkg::{api::resource::Quantity as Text, apis::meta::v1::LabelSelector as Typed},
+};
+use kube::ResourceExt;
+use seawall_api::{quantity::Quantity, selector::LabelSelector};
+
+/// Amounts of resources.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// Thousandths of a CPU.
+    pub cpu: i64,
+    /// Bytes of memory.
+    pub memory: i64,
+    /// Bytes of local disk.
+    pub storage: i64,
+    /// Everything else by name.
+    pub other: BTreeMap<String, i64>,
+}
+
+impl Resources {
+    /// Reads a map of quantities. What cannot be read counts as nothing; the API server has validated it.
+    pub fn new(map: &BTreeMap<String, Text>) -> Resources {
+        let mut out = Resources::default();
+        for (name, text) in map {
+            let Ok(quantity) = text.0.parse::<Quantity>() else { continue };
+            match name.as_str() {
+                "cpu" => out.cpu = quantity.milli_value(),
+                "memory" => out.memory = quantity.value(),
+                "ephemeral-storage" => out.storage = quantity.value(),
+                "pods" => {}
+                other => {
+                    out.other.insert(other.to_owned(), quantity.value());
+                }
+            }
+        }
+        out
+    }
+
+    /// Adds.
+    pub fn add(&mut self, more: &Resources) {
+        self.cpu += more.cpu;
+        self.memory += more.memory;
+        self.storage += more.storage;
+        for (name, amount) in &more.other {
+            *self.other.entry(name.clone()).or_default() += amount;
+        }
+    }
+
+    /// Takes away.
+    pub fn sub(&mut self, less: &Resources) {
+        self.cpu -= less.cpu;
+        self.memory -= less.memory;
+        self.storage -= less.storage;
+        for (name, amount) in &less.other {
+            *self.other.entry(name.clone()).or_default() -= amount;
+        }
+    }
+
+    /// The larger of each.
+    pub fn max(&mut self, other: &Resources) {
+        self.cpu = self.cpu.max(other.cpu);
+        self.memory = self.memory.max(other.memory);
+        self.storage = self.storage.max(other.storage);
+        for (name, amount) in &other.other {
+            let mine = self.other.entry(name.clone()).or_default();
+            *mine = (*mine).max(*amount);
+        }
+    }
+}
+
+/// Company that a pod wants or avoids.
+#[derive(Clone, Debug)]
+pub struct PodTerm {
+    /// Which pods.
+    pub selector: LabelSelector,
+    /// In these namespaces.
+    pub namespaces: Vec<String>,
+    /// And in those with these labels.
+    pub namespace_selector: Option<LabelSelector>,
+    /// The label whose value makes two nodes the same place.
+    pub topology_key: String,
+}
+
+/// How pods are to be spread.
+#[derive(Clone, Debug)]
+pub struct Spread {
+    /// The largest difference between two places.
+    pub max_skew: i64,
+    /// The label whose value is a place.
+    pub topology_key: String,
+    /// Which pods are counted.
+    pub selector: LabelSelector,
+    /// Whether a node that breaks it is out of the question.
+    pub required: bool,
+    /// Places there have to be for the rule to count them all.
+    pub min_domains: i64,
+    /// Nodes outside the pod's affinity are left out of the count.
+    pub honor_affinity: bool,
+    /// Nodes whose taints the pod does not tolerate are left out of the count.
+    pub honor_taints: bool,
+}
+
+/// A port of the node that a pod takes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct HostPort {
+    /// `TCP`, `UDP`, `SCTP`.
+    pub protocol: String,
+    /// The address, `0.0.0.0` for all.
+    pub ip: String,
+    /// The number.
+    pub port: i32,
+}
+
+impl HostPort {
+    /// Whether both cannot be had on one node.
+    pub fn conflicts(&self, other: &HostPort) -> bool {
+        let any = |ip: &str| ip.is_empty() || ip == "0.0.0.0";
+        self.protocol == other.protocol
+            && self.port == other.port
+            && (any(&self.ip) || any(&other.ip) || self.ip == other.ip)
+    }
+}
+
+/// A pod.
+#[derive(Clone, Debug, Default)]
+pub struct PodInfo {
+    /// Its identity.
+    pub uid: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// The node it is bound to.
+    pub node: Option<String>,
+    /// Who is to schedule it.
+    pub scheduler: String,
+    /// Larger comes first.
+    pub priority: i32,
+    /// It is over: it takes no resources any more.
+    pub ended: bool,
+    /// It is being deleted.
+    pub deleting: bool,
+    /// Something still holds it back (`schedulingGates`).
+    pub gated: bool,
+    /// What it asks for.
+    pub requests: Resources,
+    /// What it asks for, with what a pod that says nothing is taken to need.
+    pub assumed: Resources,
+    /// Ports of the node it takes.
+    pub ports: Vec<HostPort>,
+    /// Labels its node must have.
+    pub node_selector: BTreeMap<String, String>,
+    /// Terms of which its node must match one.
+    pub node_terms: Option<Vec<NodeSelectorTerm>>,
+    /// Terms it would like its node to match, with weights.
+    pub node_preferred: Vec<(i64, NodeSelectorTerm)>,
+    /// Taints it puts up with.
+    pub tolerations: Vec<Toleration>,
+    /// Company it needs.
+    pub affinity: Vec<PodTerm>,
+    /// Company it cannot have.
+    pub anti_affinity: Vec<PodTerm>,
+    /// Company it likes (positive weight) or dislikes (negative).
+    pub preferred: Vec<(i64, PodTerm)>,
+    /// How it is to be spread.
+    pub spread: Vec<Spread>,
+    /// Its claims.
+    pub claims: Vec<String>,
+    /// Its images.
+    pub images: Vec<String>,
+    /// The reason and message of its condition `PodScheduled`, if that is false.
+    pub told: Option<String>,
+}
+
+/// What a container that says nothing is taken to need, when nodes are compared: upstream's 100m and 200 MB.
+const ASSUMED_CPU: i64 = 100;
+const ASSUMED_MEMORY: i64 = 200 * 1024 * 1024;
+
+impl PodInfo {
+    /// Reads a pod.
+    pub fn new(pod: &Pod) -> PodInfo {
+        let Some(spec) = &pod.spec else { return PodInfo { uid: pod.uid().unwrap_or_default(), ..Default::default() } };
+        let status = pod.status.as_ref();
+        let phase = status.and_then(|s| s.phase.as_deref()).unwrap_or_default();
+        let namespace = pod.namespace().unwrap_or_default();
+        let affinity = spec.affinity.as_ref();
+        let of_pods = affinity.and_then(|a| a.pod_affinity.as_ref());
+        let of_anti = affinity.and_then(|a| a.pod_anti_affinity.as_ref());
+        let of_nodes = affinity.and_then(|a| a.node_affinity.as_ref());
+        let own = pod.labels();
+        let term = |t: &PodAffinityTerm| pod_term(t, &namespace, own);
+        let mut preferred: Vec<(i64, PodTerm)> = Vec::new();
+        for weighted in
+            of_pods.iter().flat_map(|a| a.preferred_during_scheduling_ignored_during_execution.iter().flatten())
+        {
+            preferred.push((weighted.weight.into(), term(&weighted.pod_affinity_term)));
+        }
+        for weighted in
+            of_anti.iter().flat_map(|a| a.preferred_during_scheduling_ignored_during_execution.iter().flatten())
+        {
+            preferred.push((-i64::from(weighted.weight), term(&weighted.pod_affinity_term)));
+        }
+        let all = || spec.containers.iter().chain(spec.init_containers.iter().flatten());
+        let ports = all().flat_map(|c| c.ports.iter().flatten()).filter_map(|p| {
+            let port = p.host_port.filter(|n| *n > 0)?;
+            Some(HostPort {
+                protocol: p.protocol.clone().unwrap_or("TCP".into()),
+                ip: p.host_ip.clone().unwrap_or_default(),
+                port,
+            })
+        });
+        let unscheduled = status
+            .and_then(|s| s.conditions.as_ref())
+            .and_then(|all| all.iter().find(|c| c.type_ == "PodScheduled" && c.status == "False"));
+        PodInfo {
+            uid: pod.uid().unwrap_or_default(),
+            name: pod.name_any(),
+            labels: own.clone(),
+            node: spec.node_name.clone().filter(|n| !n.is_empty()),
+            scheduler: spec.scheduler_name.clone().unwrap_or_default(),
+            priority: spec.priority.unwrap_or_default(),
+            ended: phase == "Succeeded" || phase == "Failed",
+            deleting: pod.metadata.deletion_timestamp.is_some(),
+            gated: spec.scheduling_gates.as_ref().is_some_and(|g| !g.is_empty()),
+            requests: requests(spec, |r| r),
+            assumed: requests(spec, |mut r| {
+                // What is asked for as nothing is nothing; what is not said at all is guessed.
+                r.cpu = if r.cpu == 0 { ASSUMED_CPU } else { r.cpu };
+                r.memory = if r.memory == 0 { ASSUMED_MEMORY } else { r.memory };
+                r
+            }),
+            ports: ports.collect(),
+            node_selector: spec.node_selector.clone().unwrap_or_default(),
+            node_terms: of_nodes
+                .and_then(|n| n.required_during_scheduling_ignored_during_execution.as_ref())
+                .map(|s| s.node_selector_terms.clone()),
+            node_preferred: of_nodes
+                .iter()
+                .flat_map(|n| n.preferred_during_scheduling_ignored_during_execution.iter().flatten())
+                .map(|p| (p.weight.into(), p.preference.clone()))
+                .collect(),
+            tolerations: spec.tolerations.clone().unwrap_or_default(),
+            affinity: of_pods
+                .iter()
+                .flat_map(|a| a.required_during_scheduling_ignored_during_execution.iter().flatten())
+                .map(term)
+                .collect(),
+            anti_affinity: of_anti
+                .iter()
+                .flat_map(|a| a.required_during_scheduling_ignored_during_execution.iter().flatten())
+                .map(term)
+                .collect(),
+            preferred,
+            spread: spec
+                .topology_spread_constraints
+                .iter()
+                .flatten()
+                .map(|c| {
+                    let mut selector = selector(c.label_selector.as_ref());
+                    for key in c.match_label_keys.iter().flatten() {
+                        if let Some(value) = own.get(key) {
+                            selector.0.push(seawall_api::selector::Requirement::In(key.clone(), vec![value.clone()]));
+                        }
+                    }
+                    Spread {
+                        max_skew: c.max_skew.into(),
+                        topology_key: c.topology_key.clone(),
+                        selector,
+                        required: c.when_unsatisfiable == "DoNotSchedule",
+                        min_domains: c.min_domains.unwrap_or(1).into(),
+                        honor_affinity: c.node_affinity_policy.as_deref() != Some("Ignore"),
+                        honor_taints: c.node_taints_policy.as_deref() == Some("Honor"),
+                    }
+                })
+                .collect(),
+            claims: spec
+                .volumes
+                .iter()
+                .flatten()
+                .filter_map(|v| v.persistent_volume_claim.as_ref().map(|c| c.claim_name.clone()))
+                .collect(),
+            images: all().filter_map(|c| c.image.clone()).collect(),
+            told: unscheduled.map(|c| c.message.clone().unwrap_or_default()),
+            namespace,
+        }
+    }
+
+    /// `namespace/name`.
+    pub fn key(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+}
+
+fn selector(typed: Option<&Typed>) -> LabelSelector {
+    // No selector selects nothing; serialization of a plain struct cannot fail.
+    let nothing = || LabelSelector(vec![seawall_api::selector::Requirement::In(String::new(), vec![])]);
+    typed.and_then(|t| serde_json::to_value(t).ok()).and_then(|v| LabelSelector::from_value(&v)).unwrap_or_else(nothing)
+}
+
+fn pod_term(term: &PodAffinityTerm, namespace: &str, own: &BTreeMap<String, String>) -> PodTerm {
+    use seawall_api::selector::Requirement;
+    let mut chosen = selector(term.label_selector.as_ref());
+    let keys = |keys: &Option<Vec<String>>| keys.clone().unwrap_or_default();
+    for key in keys(&term.match_label_keys) {
+        if let Some(value) = own.get(&key) {
+            chosen.0.push(Requirement::In(key, vec![value.clone()]));
+        }
+    }
+    for key in keys(&term.mismatch_label_keys) {
+        if let Some(value) = own.get(&key) {
+            chosen.0.push(Requirement::NotIn(key, vec![value.clone()]));
+        }
+    }
+    let mut namespaces = term.namespaces.clone().unwrap_or_default();
+    if namespaces.is_empty() && term.namespace_selector.is_none() {
+        namespaces.push(namespace.to_owned());
+    }
+    PodTerm {
+        selector: chosen,
+        namespaces,
+        namespace_selector: term.namespace_selector.as_ref().map(|s| selector(Some(s))),
+        topology_key: term.topology_key.clone(),
+    }
+}
+
+/// What a pod needs at its peak: all containers and sidecars together, or an init container with the sidecars that
+/// were started before it (KEP-753), and the overhead.
+fn requests(spec: &k8s_openapi::api::core::v1::PodSpec, adjust: impl Fn(Resources) -> Resources) -> Resources {
+    let of = |r: Option<&ResourceRequirements>| {
+        adjust(r.and_then(|r| r.requests.as_ref()).map(Resources::new).unwrap_or_default())
+    };
+    let of_container = |c: &Container| of(c.resources.as_ref());
+    let mut running = Resources::default();
+    for container in &spec.containers {
+        running.add(&of_container(container));
+    }
+    let (mut sidecars, mut peak) = (Resources::default(), Resources::default());
+    for container in spec.init_containers.iter().flatten() {
+        let mut now = sidecars.clone();
+        now.add(&of_container(container));
+        if container.restart_policy.as_deref() == Some("Always") {
+            sidecars = now.clone();
+        }
+        peak.max(&now);
+    }
+    running.add(&sidecars);
+    running.max(&peak);
+    if let Some(overhead) = &spec.overhead {
+        running.add(&Resources::new(overhead));
+    }
+    running
+}
