@@ -1,2 +1,77 @@
 //! The seawall binary: command line, configuration, component lifecycle.
-fn main() {}
+
+mod kubeconfig;
+mod machine;
+mod server;
+mod supervise;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// The version of the Kubernetes API that is served, and ours.
+pub const VERSION: &str = concat!("v1.37.0+seawall", env!("CARGO_PKG_VERSION"));
+
+/// A highly available, Kubernetes-compatible cluster in one binary.
+#[derive(Parser)]
+#[command(name = "seawall", version = VERSION, max_term_width = 120)]
+struct Cli {
+    /// What to log: a level, or a filter such as `info,seawall_node=debug`.
+    #[arg(long, global = true, env = "SEAWALL_LOG", default_value = "info")]
+    log: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a server: API, scheduler, controllers, and a node agent.
+    Server(Box<server::Args>),
+    /// Print a kubeconfig for a running server.
+    Kubeconfig(kubeconfig::Args),
+    /// Build container images from files of this machine and import them, without a registry.
+    #[command(subcommand)]
+    Image(machine::Image),
+    /// Stop everything that a server left running on this machine, and take away what it made.
+    Clean(machine::Clean),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = match EnvFilter::try_new(&cli.log) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("seawall: --log {:?} is not a filter: {error}; try info or debug", cli.log);
+            return ExitCode::from(2);
+        }
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(true).init();
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        eprintln!("seawall: the cryptography provider was already installed");
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("seawall: no threads could be started: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(async {
+        match cli.command {
+            Command::Server(args) => server::run(*args).await,
+            Command::Kubeconfig(args) => kubeconfig::run(&args),
+            Command::Image(args) => machine::image(args).await,
+            Command::Clean(args) => machine::clean(args).await,
+        }
+    });
+    // What still runs in the background is not waited for.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("seawall: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
