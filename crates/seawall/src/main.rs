@@ -35,6 +35,8 @@ enum Command {
     Image(machine::Image),
     /// Stop everything that a server left running on this machine, and take away what it made.
     Clean(machine::Clean),
+    /// Measure a running API server.
+    Bench(seawall_drill::bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
             Command::Kubeconfig(args) => kubeconfig::run(&args),
             Command::Image(args) => machine::image(args).await,
             Command::Clean(args) => machine::clean(args).await,
+            Command::Bench(args) => seawall_drill::bench::run(args).await,
         }
     });
     // What still runs in the background is not waited for.

@@ -43,6 +43,9 @@ pub enum Operation {
     Update,
 }
 
+/// Applies a patch to an object.
+type Apply = Box<dyn Fn(&mut Value) -> Result<()> + Send + Sync>;
+
 /// How strict decoding is (<https://kubernetes.io/docs/reference/using-api/api-concepts/#field-validation>).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FieldValidation {
@@ -177,7 +180,7 @@ impl Server {
         let (value, duplicates) = context.body(self, context.served.ty)?;
         let object = context.conform(self, value, duplicates)?;
         let (object, revision) = self.create_object(context, object).await?;
-        Ok(self.answer(context, object, revision, StatusCode::CREATED)?)
+        self.answer(context, object, revision, StatusCode::CREATED)
     }
 
     fn answer(
@@ -330,7 +333,7 @@ impl Server {
         let kind = context.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim();
         let malformed = |e: &dyn std::fmt::Display| ApiError::bad_request(format!("error decoding patch: {e}"));
-        let apply: Box<dyn Fn(&mut Value) -> Result<()> + Send + Sync> = match kind {
+        let apply: Apply = match kind {
             "application/json-patch+json" => {
                 let patch: json_patch::Patch = serde_json::from_slice(&context.body).map_err(|e| malformed(&e))?;
                 if patch.0.len() > 10_000 {

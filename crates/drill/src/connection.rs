@@ -1,0 +1,123 @@
+//! Connections to an API server, as plain as a load generator needs them.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::{Context as _, bail};
+use base64::Engine as _;
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, Full};
+use hyper::{body::Incoming, client::conn::http1::SendRequest};
+use hyper_util::rt::TokioIo;
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
+use serde_json::Value;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+/// Where a server is and who we are.
+#[derive(Clone)]
+pub struct Target {
+    host: String,
+    port: u16,
+    tls: TlsConnector,
+}
+
+impl Target {
+    /// Reads the current context of a kubeconfig with certificates in it.
+    pub fn from_kubeconfig(path: &Path) -> anyhow::Result<Target> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("--kubeconfig {}", path.display()))?;
+        let config: Value =
+            serde_yaml_ng::from_str(&text).with_context(|| format!("--kubeconfig {}", path.display()))?;
+        let named = |list: &str, name: &Value| {
+            config[list].as_array().into_iter().flatten().find(|e| e["name"] == *name).cloned()
+        };
+        let context = named("contexts", &config["current-context"]).context("the kubeconfig has no current context")?;
+        let cluster =
+            named("clusters", &context["context"]["cluster"]).context("the kubeconfig lacks the context's cluster")?;
+        let user = named("users", &context["context"]["user"]).context("the kubeconfig lacks the context's user")?;
+        let pem = |value: &Value, what: &str| -> anyhow::Result<Vec<u8>> {
+            let text = value.as_str().with_context(|| format!("the kubeconfig has no {what}"))?;
+            base64::engine::general_purpose::STANDARD.decode(text).with_context(|| format!("{what} is not base64"))
+        };
+        let mut roots = RootCertStore::empty();
+        for der in CertificateDer::pem_slice_iter(&pem(
+            &cluster["cluster"]["certificate-authority-data"],
+            "certificate-authority-data",
+        )?) {
+            roots.add(der?)?;
+        }
+        let certificate = pem(&user["user"]["client-certificate-data"], "client-certificate-data")?;
+        let chain = CertificateDer::pem_slice_iter(&certificate).collect::<Result<Vec<_>, _>>()?;
+        let key = PrivateKeyDer::from_pem_slice(&pem(&user["user"]["client-key-data"], "client-key-data")?)?;
+        let tls = ClientConfig::builder().with_root_certificates(roots).with_client_auth_cert(chain, key)?;
+        let server = cluster["cluster"]["server"].as_str().unwrap_or_default();
+        let (host, port) = server
+            .trim_start_matches("https://")
+            .trim_end_matches('/')
+            .rsplit_once(':')
+            .with_context(|| format!("server {server:?} names no port"))?;
+        Ok(Target {
+            host: host.trim_matches(['[', ']']).to_owned(),
+            port: port.parse()?,
+            tls: TlsConnector::from(Arc::new(tls)),
+        })
+    }
+
+    /// Connects.
+    pub async fn connect(&self) -> anyhow::Result<Connection> {
+        let stream = TcpStream::connect((self.host.as_str(), self.port))
+            .await
+            .with_context(|| format!("{}:{}", self.host, self.port))?;
+        stream.set_nodelay(true)?;
+        let stream = self.tls.connect(ServerName::try_from(self.host.clone())?, stream).await?;
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(async move {
+            // Requests on it report what went wrong.
+            let _ = connection.await;
+        });
+        Ok(Connection { sender, host: format!("{}:{}", self.host, self.port) })
+    }
+}
+
+/// One connection, one request at a time.
+pub struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+    host: String,
+}
+
+impl Connection {
+    /// Sends a request and returns the answer with its body still to come.
+    pub async fn start(&mut self, method: Method, path: &str, body: Bytes) -> anyhow::Result<http::Response<Incoming>> {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, &self.host)
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(body))?;
+        self.sender.ready().await?;
+        Ok(self.sender.send_request(request).await?)
+    }
+
+    /// Sends a request and reads the whole answer.
+    pub async fn send(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: impl Into<Bytes>,
+    ) -> anyhow::Result<(StatusCode, Bytes)> {
+        let response = self.start(method, path, body.into()).await?;
+        let status = response.status();
+        Ok((status, response.into_body().collect().await?.to_bytes()))
+    }
+
+    /// [`Connection::send`], and anything but success is an error.
+    pub async fn expect(&mut self, method: Method, path: &str, body: impl Into<Bytes>) -> anyhow::Result<Bytes> {
+        let name = method.to_string();
+        let (status, body) = self.send(method, path, body).await?;
+        if !status.is_success() {
+            bail!("{name} {path}: {status}: {}", String::from_utf8_lossy(&body[..body.len().min(300)]));
+        }
+        Ok(body)
+    }
+}
