@@ -76,8 +76,6 @@ pub enum Subresource {
     Attach,
     /// `/portforward` to a pod.
     PortForward,
-    /// `/proxy` to a pod, service or node.
-    Proxy,
     /// `/ephemeralcontainers` of a pod.
     EphemeralContainers,
     /// `/resize` of a pod.
@@ -101,7 +99,6 @@ impl Subresource {
             Subresource::Exec => "exec",
             Subresource::Attach => "attach",
             Subresource::PortForward => "portforward",
-            Subresource::Proxy => "proxy",
             Subresource::EphemeralContainers => "ephemeralcontainers",
             Subresource::Resize => "resize",
             Subresource::Token => "token",
@@ -123,9 +120,6 @@ impl Subresource {
             Subresource::Exec => (&["create", "get"], Some(("", "v1", "PodExecOptions"))),
             Subresource::Attach => (&["create", "get"], Some(("", "v1", "PodAttachOptions"))),
             Subresource::PortForward => (&["create", "get"], Some(("", "v1", "PodPortForwardOptions"))),
-            Subresource::Proxy => {
-                (&["create", "delete", "get", "patch", "update"], Some(("", "v1", "PodProxyOptions")))
-            }
             Subresource::Token => (&["create"], Some(("authentication.k8s.io", "v1", "TokenRequest"))),
         }
     }

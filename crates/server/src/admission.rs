@@ -31,6 +31,7 @@ impl Server {
         if operation != Operation::Create {
             return Ok(());
         }
+        self.not_enforced(context, object)?;
         if context.row.scope == Scope::Namespaced {
             self.namespace_lifecycle(context).await?;
         }
@@ -40,6 +41,33 @@ impl Server {
             default_tolerations(object);
         }
         Ok(())
+    }
+
+    /// Refuses what would promise protection that is not given, and says of what is only kept that it has no effect.
+    fn not_enforced(&self, context: &Context<'_>, object: &Value) -> Result<()> {
+        let row = &context.row;
+        match (row.group, row.plural) {
+            ("admissionregistration.k8s.io", _) => {
+                let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                Err(ApiError::forbidden(
+                    row,
+                    name,
+                    "admission webhooks and policies are not called by this version of Seawall; without it nothing would be checked",
+                ))
+            }
+            ("apiextensions.k8s.io" | "apiregistration.k8s.io" | "flowcontrol.apiserver.k8s.io", _)
+            | ("", "resourcequotas" | "limitranges")
+            | ("networking.k8s.io", "networkpolicies" | "ingresses")
+            | ("autoscaling", _)
+            | ("rbac.authorization.k8s.io", _) => {
+                context.warn(vec![format!(
+                    "{} are stored, but have no effect in this version of Seawall",
+                    row.qualified()
+                )]);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Admits a deletion.

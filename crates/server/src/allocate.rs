@@ -88,14 +88,6 @@ impl Server {
             }
             return Ok(());
         }
-        // A client that leaves the address out keeps the one it has.
-        if let Some(old) = old
-            && spec["clusterIP"].as_str().unwrap_or_default().is_empty()
-            && old["spec"]["clusterIP"].is_string()
-        {
-            spec["clusterIP"] = old["spec"]["clusterIP"].clone();
-            spec["clusterIPs"] = old["spec"]["clusterIPs"].clone();
-        }
         match spec["clusterIP"].as_str().unwrap_or_default().to_owned().as_str() {
             "None" => spec["clusterIPs"] = json!(["None"]),
             "" => {

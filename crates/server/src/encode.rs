@@ -324,7 +324,8 @@ impl Encoder<'_> {
     }
 
     fn table_row(&self, object: Value) -> Value {
-        let mut cells: Vec<Value> = self.named_first().then(|| object["metadata"]["name"].clone()).into_iter().collect();
+        let mut cells: Vec<Value> =
+            self.named_first().then(|| object["metadata"]["name"].clone()).into_iter().collect();
         cells.extend((self.row.cells)(&object, self.now));
         let carried = match self.include {
             Include::Nothing => Value::Null,

@@ -11,6 +11,7 @@ mod cache;
 mod discovery;
 mod encode;
 mod error;
+mod expire;
 mod kubelet;
 mod metrics;
 mod object;
@@ -179,6 +180,7 @@ impl Server {
             .bootstrap()
             .await
             .map_err(|e| StartError::Store { what: "the first objects cannot be written", message: e.message })?;
+        tokio::spawn(expire::events(server.clone()));
         server.ready.store(true, std::sync::atomic::Ordering::Release);
         Ok(server)
     }

@@ -134,7 +134,8 @@ mod tests {
 
     #[test]
     fn paths() {
-        let check = |path: &str, expect: Option<(&str, &str, Option<&str>, &str, Option<&str>, Option<&str>)>| {
+        type Parts<'a> = Option<(&'a str, &'a str, Option<&'a str>, &'a str, Option<&'a str>, Option<&'a str>)>;
+        let check = |path: &str, expect: Parts<'_>| {
             let found = ResourcePath::parse(path);
             let found = found.as_ref().map(|p| {
                 (

@@ -38,9 +38,6 @@ impl Server {
             (Subresource::Binding, "POST") => self.bind(context).await,
             (Subresource::Eviction, "POST") => self.evict(context).await,
             (Subresource::Token, "POST") => self.token(context).await,
-            (Subresource::Proxy, _) => {
-                Err(ApiError::bad_gateway("the proxy subresource is not served yet; use port-forward"))
-            }
             (
                 Subresource::Status
                 | Subresource::EphemeralContainers

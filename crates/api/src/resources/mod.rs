@@ -227,6 +227,8 @@ pub fn all() -> Vec<Row> {
             name: names::path_segment,
             ..row::<certificates::CertificateSigningRequest>()
         },
+        Row { subresources: STATUS, prepare_create: drop_status, ..row::<certificates::PodCertificateRequest>() },
+        row::<certificates::ClusterTrustBundle>(),
         row::<admission::MutatingWebhookConfiguration>(),
         row::<admission::ValidatingWebhookConfiguration>(),
         with_status(row::<admission::ValidatingAdmissionPolicy>()),
@@ -239,6 +241,8 @@ pub fn all() -> Vec<Row> {
         row::<resource::ResourceClaimTemplate>(),
         row::<resource::ResourceSlice>(),
         row::<resource::DeviceClass>(),
+        with_status(row::<resource::DeviceTaintRule>()),
+        with_status(row::<k8s_openapi::api::storagemigration::v1::StorageVersionMigration>()),
         Row {
             short_names: &["crd", "crds"],
             categories: &["api-extensions"],

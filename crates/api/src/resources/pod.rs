@@ -23,7 +23,6 @@ pub(super) fn row() -> Row {
             Subresource::Exec,
             Subresource::Log,
             Subresource::PortForward,
-            Subresource::Proxy,
             Subresource::Resize,
             Subresource::Status,
         ],

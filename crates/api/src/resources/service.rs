@@ -22,7 +22,7 @@ pub(super) fn row() -> Row {
     Row {
         short_names: &["svc"],
         categories: &["all"],
-        subresources: &[Subresource::Status, Subresource::Proxy],
+        subresources: &[Subresource::Status],
         name: names::dns_label,
         columns: const {
             &[
@@ -60,6 +60,15 @@ pub(super) fn row() -> Row {
         defaults,
         validate,
         prepare_create: |o| o["status"] = json!({"loadBalancer": {}}),
+        prepare_update: |new, old| {
+            // A client that leaves the address out keeps the one it has.
+            let external = |o: &Value| o["spec"]["type"] == "ExternalName";
+            if new["spec"]["clusterIP"].as_str().unwrap_or_default().is_empty() && !external(new) && !external(old) {
+                for key in ["clusterIP", "clusterIPs"] {
+                    new["spec"][key] = old["spec"][key].clone();
+                }
+            }
+        },
         ..base::<Service>()
     }
 }
