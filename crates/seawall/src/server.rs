@@ -271,6 +271,18 @@ fn components(
         })
     };
     let mut parts = Vec::new();
+    if plan.runs(Component::Controllers) {
+        let client = client("system:kube-controller-manager", &[]);
+        let config = seawall_controllers::Config {
+            cluster_cidr: plan.args.cluster_cidr,
+            service_cidr: Some(plan.args.service_cidr),
+            root_ca: certificates.authority.pem.clone(),
+            ..Default::default()
+        };
+        parts.push(component("controllers", stop.clone(), move |stop| {
+            seawall_controllers::run(client.clone(), config.clone(), stop)
+        }));
+    }
     if plan.runs(Component::Scheduler) {
         let client = client("system:kube-scheduler", &[]);
         let config = seawall_scheduler::SchedulerConfig::default();
