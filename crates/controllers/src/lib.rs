@@ -1,1 +1,90 @@
 //! The controllers: each is one file with a pure plan; applying a plan is shared.
+
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use kube::Client;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+mod context;
+pub mod deployment;
+pub mod disruption;
+pub mod namespaced;
+pub mod node;
+pub mod replica_set;
+pub mod runtime;
+
+pub use context::{Caches, Context};
+use runtime::{Controller, Queue, Recorder, spawn_workers};
+
+/// What the cluster's operator chooses.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Pods get their addresses from here.
+    pub cluster_cidr: IpNet,
+    /// The size of each node's part of it.
+    pub node_cidr_mask: u8,
+    /// Services get their addresses from here; nodes never do.
+    pub service_cidr: Option<IpNet>,
+    /// Workers of each controller, where upstream has a flag for it (`--concurrent-*-syncs`).
+    pub concurrent: usize,
+    /// The cluster's CA, for `kube-root-ca.crt` in every namespace. Empty: none is published.
+    pub root_ca: String,
+    /// Finished pods that are kept before the oldest are deleted (`--terminated-pod-gc-threshold`).
+    pub terminated_pods: usize,
+    /// Controllers that are not run, by name.
+    pub disabled: Vec<String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            cluster_cidr: IpNet::V4(ipnet::Ipv4Net::new_assert([10, 244, 0, 0].into(), 16)),
+            node_cidr_mask: 24,
+            service_cidr: None,
+            concurrent: 5,
+            root_ca: String::new(),
+            terminated_pods: 12_500,
+            disabled: Vec::new(),
+        }
+    }
+}
+
+/// Makes a controller and the queue that it has subscribed to the caches.
+type Make = fn(Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>);
+
+/// All controllers that work on keys of one kind.
+const CONTROLLERS: &[(&str, Make)] = &[
+    ("deployment", deployment::Deployments::new),
+    ("replicaset", replica_set::ReplicaSets::new),
+    ("node", node::Nodes::new),
+    ("namespaced", namespaced::Namespaced::new),
+    ("disruption", disruption::Budgets::new),
+];
+
+/// Runs the controllers until `shutdown`.
+pub async fn run(client: Client, config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let mut tasks = JoinSet::new();
+    let (recorder, writing) = Recorder::new(client.clone(), "seawall", shutdown.clone());
+    tasks.spawn(writing);
+    let context = Arc::new(Context { client, config, recorder, caches: Caches::default() });
+    for (name, make) in CONTROLLERS {
+        if context.config.disabled.iter().any(|disabled| disabled == name) {
+            tracing::info!(controller = name, "is disabled");
+            continue;
+        }
+        let (controller, queue) = make(context.clone());
+        spawn_workers(&mut tasks, controller, queue, context.config.concurrent.max(1), &shutdown);
+    }
+    context.caches.start(&mut tasks, &context.client, &shutdown);
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended
+            && !error.is_cancelled()
+        {
+            // Workers catch panics themselves; this is a watch or the recorder, without which others would go blind.
+            anyhow::bail!("a part of the controllers ended: {error}");
+        }
+    }
+    Ok(())
+}

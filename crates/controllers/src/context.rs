@@ -1,0 +1,173 @@
+//! What the controllers are given: the caches, the client, and the few ways in which they write.
+
+use std::{sync::Arc, time::Duration};
+
+use k8s_openapi::{
+    NamespaceResourceScope,
+    api::{
+        apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet},
+        batch::v1::Job,
+        core::v1::{ConfigMap, Endpoints, Namespace, Node, PersistentVolumeClaim, Pod, Service, ServiceAccount},
+        discovery::v1::EndpointSlice,
+        policy::v1::PodDisruptionBudget,
+    },
+};
+use kube::{
+    Api, Client, Resource,
+    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+    runtime::watcher,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Config,
+    runtime::{Informer, Object, Recorder, is_not_found, objects},
+};
+
+macro_rules! caches {
+    ($($(#[$doc:meta])* $field:ident: $kind:ty = $config:expr,)*) => {
+        /// One cache per kind that any controller looks at.
+        #[derive(Default)]
+        pub struct Caches {
+            $($(#[$doc])* pub $field: Arc<Informer<$kind>>,)*
+        }
+
+        impl Caches {
+            /// Begins to watch. The controllers must have subscribed before.
+            pub(crate) fn start(&self, tasks: &mut JoinSet<()>, client: &Client, shutdown: &CancellationToken) {
+                $(tasks.spawn(self.$field.clone().run(Api::all(client.clone()), $config, shutdown.clone()));)*
+            }
+        }
+    };
+}
+
+/// One stream that begins with what is there (KEP-3157), instead of a list and then a watch.
+fn streaming() -> watcher::Config {
+    watcher::Config::default().streaming_lists()
+}
+
+caches! {
+    /// Pods.
+    pods: Pod = streaming(),
+    /// Nodes.
+    nodes: Node = streaming(),
+    /// Namespaces.
+    namespaces: Namespace = streaming(),
+    /// Services.
+    services: Service = streaming(),
+    /// Endpoint slices.
+    endpoint_slices: EndpointSlice = streaming(),
+    /// Endpoints.
+    endpoints: Endpoints = streaming(),
+    /// Service accounts.
+    service_accounts: ServiceAccount = streaming().fields("metadata.name=default"),
+    /// The copies of the cluster's CA.
+    root_certificates: ConfigMap = streaming().fields("metadata.name=kube-root-ca.crt"),
+    /// Deployments.
+    deployments: Deployment = streaming(),
+    /// Replica sets.
+    replica_sets: ReplicaSet = streaming(),
+    /// Jobs.
+    jobs: Job = streaming(),
+    /// Stateful sets.
+    stateful_sets: StatefulSet = streaming(),
+    /// Daemon sets.
+    daemon_sets: DaemonSet = streaming(),
+    /// Revisions of stateful and daemon sets.
+    revisions: ControllerRevision = streaming(),
+    /// Volume claims.
+    claims: PersistentVolumeClaim = streaming(),
+    /// Disruption budgets.
+    budgets: PodDisruptionBudget = streaming(),
+}
+
+/// Shared by all controllers.
+pub struct Context {
+    /// The API.
+    pub client: Client,
+    /// What the cluster's operator chose.
+    pub config: Config,
+    /// Where events go.
+    pub recorder: Recorder,
+    /// What is known.
+    pub caches: Caches,
+}
+
+impl Context {
+    /// The objects of one namespace.
+    pub fn api<K>(&self, namespace: &str) -> Api<K>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
+    {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// Creates an object, and sees it in the cache at once.
+    pub async fn create<K>(&self, cache: &Informer<K>, namespace: &str, object: &K) -> kube::Result<K>
+    where
+        K: Object + Serialize + Resource<Scope = NamespaceResourceScope>,
+    {
+        let created = self.api::<K>(namespace).create(&PostParams::default(), object).await?;
+        cache.note(created.clone());
+        Ok(created)
+    }
+
+    /// Deletes exactly this object. That it is gone already is fine.
+    pub async fn delete<K>(&self, cache: &Informer<K>, object: &K, mut params: DeleteParams) -> kube::Result<()>
+    where
+        K: Object + Resource<Scope = NamespaceResourceScope>,
+    {
+        params.preconditions = Some(Preconditions { uid: object.meta().uid.clone(), resource_version: None });
+        let api = self.api::<K>(objects::namespace(object));
+        match api.delete(objects::name(object), &params).await {
+            // The object while it is on its way out, or what it was when it went.
+            Ok(answer) => match answer.left() {
+                Some(left) if objects::is_deleting(&left) && objects::uid(&left) == objects::uid(object) => {
+                    cache.note(left);
+                }
+                _ => cache.note_gone(object),
+            },
+            Err(error) if is_not_found(&error) => cache.note_gone(object),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Changes an object by a merge patch.
+    pub async fn patch<K>(&self, cache: &Informer<K>, object: &K, patch: Value) -> kube::Result<K>
+    where
+        K: Object + Resource<Scope = NamespaceResourceScope>,
+    {
+        let api = self.api::<K>(objects::namespace(object));
+        let patched = api.patch(objects::name(object), &PatchParams::default(), &Patch::Merge(patch)).await?;
+        cache.note(patched.clone());
+        Ok(patched)
+    }
+
+    /// Replaces an object's status, if the object is still the one that was looked at.
+    pub async fn replace_status<K>(&self, cache: &Informer<K>, object: &K) -> kube::Result<K>
+    where
+        K: Object + Serialize + DeserializeOwned + Resource<Scope = NamespaceResourceScope>,
+    {
+        let api = self.api::<K>(objects::namespace(object));
+        let updated = api.replace_status(objects::name(object), &PostParams::default(), object).await?;
+        cache.note(updated.clone());
+        Ok(updated)
+    }
+}
+
+/// The sooner of two appointments.
+pub(crate) fn sooner(a: Option<Duration>, b: Option<Duration>) -> Option<Duration> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    }
+}
+
+/// A span of `jiff` as a delay; what lies in the past is now.
+pub(crate) fn delay(span: jiff::SignedDuration) -> Duration {
+    Duration::try_from(span).unwrap_or(Duration::ZERO)
+}
