@@ -22,12 +22,15 @@ pub struct Documents(Mutex<HashMap<String, Bytes>>);
 impl Server {
     /// `/openapi/v2`, `/openapi/v3` and what is below.
     pub(crate) fn openapi(&self, path: &str, headers: &HeaderMap) -> Result<Response<Body>> {
+        let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or("*/*");
+        if path == "/openapi/v2" && accept.contains("proto-openapi") && !accept.contains("json") {
+            return Ok(self.version_2_protobuf());
+        }
         if let Some(bytes) = self.openapi.0.lock().get(path) {
             return Ok(json_bytes(StatusCode::OK, bytes.clone()));
         }
         let document = match path.trim_start_matches("/openapi/") {
             "v2" => {
-                let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or("*/*");
                 if !accept.contains("json") && !accept.contains("*/*") {
                     return Err(ApiError::not_acceptable(accept));
                 }
@@ -106,6 +109,22 @@ impl Server {
         }
         Ok(json!({"openapi": "3.0.0", "info": {"title": "Kubernetes", "version": self.config.version},
             "paths": paths, "components": {"schemas": schemas}}))
+    }
+
+    /// The head of version 2's document, without definitions. kubectl asks for the protobuf form only when version 3
+    /// knows nothing of a kind, and then looks up that kind in vain here as well.
+    fn version_2_protobuf(&self) -> Response<Body> {
+        let field = |number: u8, content: &[u8]| {
+            // A version is far shorter than the 127 bytes that one byte of length can tell.
+            let length = u8::try_from(content.len().min(127)).unwrap_or_default();
+            [&[number << 3 | 2, length], &content[..usize::from(length)]].concat()
+        };
+        let info = [field(1, b"Kubernetes"), field(2, self.config.version.as_bytes())].concat();
+        let document = [field(1, b"2.0"), field(2, &info), field(8, b"")].concat();
+        let mut response = json_bytes(StatusCode::OK, document.into());
+        let kind = HeaderValue::from_static("application/com.github.proto-openapi.spec.v2.v1.0+protobuf");
+        response.headers_mut().insert(header::CONTENT_TYPE, kind);
+        response
     }
 
     fn version_2(&self) -> Value {

@@ -344,6 +344,8 @@ impl Server {
                     json_patch::patch(object, &patch).map_err(|e| {
                         let mut error = ApiError::invalid(&row, &name, &Errors::default());
                         error.message = format!("the server rejected our request due to an error in our request: {e}");
+                        // kubectl leaves the message out of what it prints when an object is named.
+                        error.details = json!({});
                         error
                     })
                 })

@@ -26,7 +26,8 @@ pub(super) fn config_map() -> Row {
         validate: |v, errors| {
             let total = keys(v.new, &["data", "binaryData"], errors);
             if total > MAX_SIZE {
-                errors.too_long(Path::Root.at(""), MAX_SIZE);
+                // Upstream's path has one element without a name, which is how its clients know this error.
+                errors.too_long(Path::Root.at("[]"), MAX_SIZE);
             }
             for key in v.new["binaryData"].as_object().into_iter().flatten().map(|(k, _)| k) {
                 if v.new["data"].get(key).is_some() {
