@@ -56,8 +56,8 @@ type Make = fn(Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>);
 
 /// All controllers that work on keys of one kind.
 const CONTROLLERS: &[(&str, Make)] = &[
-    ("deployment", deployment::Deployments::new),
-    ("replicaset", replica_set::ReplicaSets::new),
+    ("deployment", deployment::Deployments::start),
+    ("replicaset", replica_set::ReplicaSets::start),
     ("node", node::Nodes::new),
     ("namespaced", namespaced::Namespaced::new),
     ("disruption", disruption::Budgets::new),

@@ -180,7 +180,7 @@ pub(crate) struct ReplicaSets {
 }
 
 impl ReplicaSets {
-    pub(crate) fn new(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
+    pub(crate) fn start(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
         let queue = Arc::new(Queue::new());
         let caches = &context.caches;
         let sets = caches.replica_sets.clone();

@@ -79,11 +79,11 @@ pub(super) fn annotations(deployment: &Deployment, set: Option<&ReplicaSet>, rev
         }
     }
     let old = set.map_or(0, of);
-    if old < revision {
-        if let Some(former) = annotations.insert(REVISION.into(), revision.to_string()) {
-            let history = annotations.entry(REVISION_HISTORY.into()).or_default();
-            *history = if history.is_empty() { former } else { format!("{history},{former}") };
-        }
+    if old < revision
+        && let Some(former) = annotations.insert(REVISION.into(), revision.to_string())
+    {
+        let history = annotations.entry(REVISION_HISTORY.into()).or_default();
+        *history = if history.is_empty() { former } else { format!("{history},{former}") };
     }
     annotations
 }
