@@ -10,6 +10,8 @@ use tokio_util::sync::CancellationToken;
 mod context;
 pub mod deployment;
 pub mod disruption;
+pub mod endpoint_slice;
+pub mod endpoints;
 pub mod namespaced;
 pub mod node;
 pub mod replica_set;
@@ -58,6 +60,8 @@ type Make = fn(Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>);
 const CONTROLLERS: &[(&str, Make)] = &[
     ("deployment", deployment::Deployments::start),
     ("replicaset", replica_set::ReplicaSets::start),
+    ("endpointslice", endpoint_slice::EndpointSlices::new),
+    ("endpoints", endpoints::EndpointsController::new),
     ("node", node::Nodes::new),
     ("namespaced", namespaced::Namespaced::new),
     ("disruption", disruption::Budgets::new),
