@@ -13,7 +13,7 @@ pub mod score;
 pub mod snapshot;
 pub mod spread;
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, hash::Hash, mem, sync::Arc, time::Duration};
 
 use anyhow::bail;
 use futures::{StreamExt, TryStreamExt};
@@ -86,7 +86,7 @@ pub async fn run(client: Client, config: SchedulerConfig, shutdown: Cancellation
         queue: Queue::new(config.retry_unschedulable),
         name: config.name.clone(),
         random: StdRng::from_os_rng(),
-        relisted: HashSet::new(),
+        relisted: Relisted::default(),
         synced: [false; 4],
     };
     loop {
@@ -152,14 +152,29 @@ async fn sleep_until(wake: Option<Instant>) {
     }
 }
 
+/// What each watch has listed since its last full list began. A list that follows a broken watch says by silence what
+/// has been deleted meanwhile. Each watch has its own: they are set up again independently of each other.
+#[derive(Default)]
+struct Relisted {
+    pods: HashSet<String>,
+    nodes: HashSet<String>,
+    namespaces: HashSet<String>,
+    claims: HashSet<(String, String)>,
+}
+
+/// Those of `known` that a complete list did not name.
+fn missing<T: Hash + Eq>(known: impl IntoIterator<Item = T>, listed: &mut HashSet<T>) -> Vec<T> {
+    let listed = mem::take(listed);
+    known.into_iter().filter(|one| !listed.contains(one)).collect()
+}
+
 /// What the loop keeps.
 struct Scheduler {
     snapshot: Snapshot,
     queue: Queue,
     name: String,
     random: StdRng,
-    /// Pods seen since the last full list began.
-    relisted: HashSet<String>,
+    relisted: Relisted,
     /// Pods, nodes, namespaces, claims have been listed.
     synced: [bool; 4],
 }
@@ -178,18 +193,16 @@ impl Scheduler {
 
     fn on_pod(&mut self, event: watcher::Event<Pod>, now: Instant) {
         match event {
-            watcher::Event::Init => self.relisted.clear(),
+            watcher::Event::Init => self.relisted.pods.clear(),
             watcher::Event::InitApply(pod) => {
-                self.relisted.insert(pod.uid().unwrap_or_default());
+                self.relisted.pods.insert(pod.uid().unwrap_or_default());
                 self.apply(&pod, now);
             }
             watcher::Event::InitDone => {
                 self.synced[0] = true;
-                let relisted = std::mem::take(&mut self.relisted);
-                for uid in self.snapshot.uids().into_iter().chain(self.queue.uids()) {
-                    if !relisted.contains(&uid) {
-                        self.forget(&uid, now);
-                    }
+                let known = self.snapshot.uids().into_iter().chain(self.queue.uids());
+                for uid in missing(known, &mut self.relisted.pods) {
+                    self.forget(&uid, now);
                 }
             }
             watcher::Event::Apply(pod) => self.apply(&pod, now),
@@ -226,12 +239,20 @@ impl Scheduler {
     fn on_node(&mut self, event: watcher::Event<Node>, now: Instant) {
         let changed = match event {
             watcher::Event::Init => {
-                self.relisted.clear();
+                self.relisted.nodes.clear();
                 false
             }
-            watcher::Event::InitApply(node) | watcher::Event::Apply(node) => self.snapshot.set_node(&node),
+            watcher::Event::InitApply(node) => {
+                self.relisted.nodes.insert(node.name_any());
+                self.snapshot.set_node(&node)
+            }
+            watcher::Event::Apply(node) => self.snapshot.set_node(&node),
             watcher::Event::InitDone => {
                 self.synced[1] = true;
+                let known: Vec<String> = self.snapshot.known().map(|n| n.facts.name.clone()).collect();
+                for name in missing(known, &mut self.relisted.nodes) {
+                    self.snapshot.remove_node(&name);
+                }
                 true
             }
             watcher::Event::Delete(node) => self.snapshot.remove_node(&node.name_any()),
@@ -243,9 +264,19 @@ impl Scheduler {
 
     fn on_namespace(&mut self, event: watcher::Event<Namespace>) {
         match event {
-            watcher::Event::Init => {}
-            watcher::Event::InitDone => self.synced[2] = true,
-            watcher::Event::InitApply(n) | watcher::Event::Apply(n) => {
+            watcher::Event::Init => self.relisted.namespaces.clear(),
+            watcher::Event::InitDone => {
+                self.synced[2] = true;
+                let known: Vec<String> = self.snapshot.namespaces.keys().cloned().collect();
+                for name in missing(known, &mut self.relisted.namespaces) {
+                    self.snapshot.namespaces.remove(&name);
+                }
+            }
+            watcher::Event::InitApply(n) => {
+                self.relisted.namespaces.insert(n.name_any());
+                self.snapshot.namespaces.insert(n.name_any(), n.metadata.labels.unwrap_or_default());
+            }
+            watcher::Event::Apply(n) => {
                 self.snapshot.namespaces.insert(n.name_any(), n.metadata.labels.unwrap_or_default());
             }
             watcher::Event::Delete(n) => {
@@ -257,9 +288,19 @@ impl Scheduler {
     fn on_claim(&mut self, event: watcher::Event<PersistentVolumeClaim>, now: Instant) {
         let key = |c: &PersistentVolumeClaim| (c.namespace().unwrap_or_default(), c.name_any());
         match event {
-            watcher::Event::Init => {}
-            watcher::Event::InitDone => self.synced[3] = true,
-            watcher::Event::InitApply(c) | watcher::Event::Apply(c) => {
+            watcher::Event::Init => self.relisted.claims.clear(),
+            watcher::Event::InitDone => {
+                self.synced[3] = true;
+                let known: Vec<_> = self.snapshot.claims.keys().cloned().collect();
+                for key in missing(known, &mut self.relisted.claims) {
+                    self.snapshot.claims.remove(&key);
+                }
+            }
+            watcher::Event::InitApply(c) => {
+                self.relisted.claims.insert(key(&c));
+                self.on_claim(watcher::Event::Apply(c), now);
+            }
+            watcher::Event::Apply(c) => {
                 let bound = c.spec.as_ref().is_some_and(|s| s.volume_name.as_ref().is_some_and(|v| !v.is_empty()));
                 self.snapshot.claims.insert(key(&c), bound);
                 self.queue.something_changed(now);
@@ -283,5 +324,77 @@ impl Scheduler {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn scheduler() -> Scheduler {
+        Scheduler {
+            snapshot: Snapshot::default(),
+            queue: Queue::new(Duration::from_secs(300)),
+            name: "default-scheduler".into(),
+            random: StdRng::seed_from_u64(1),
+            relisted: Relisted::default(),
+            synced: [false; 4],
+        }
+    }
+
+    fn node(name: &str) -> Node {
+        serde_json::from_value(json!({"metadata": {"name": name}, "status": {"allocatable": {"pods": "10"}}})).unwrap()
+    }
+
+    fn pod(name: &str, on: Option<&str>) -> Pod {
+        serde_json::from_value(json!({
+            "metadata": {"name": name, "namespace": "n", "uid": name},
+            "spec": {"schedulerName": "default-scheduler", "nodeName": on, "containers": [{"name": "c"}]},
+        }))
+        .unwrap()
+    }
+
+    fn names(scheduler: &Scheduler) -> Vec<String> {
+        scheduler.snapshot.known().map(|n| n.facts.name.clone()).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn watches_that_list_at_the_same_time_do_not_disturb_each_other() {
+        let (mut scheduler, now) = (scheduler(), Instant::now());
+        scheduler.on_pod(watcher::Event::Init, now);
+        scheduler.on_pod(watcher::Event::InitApply(pod("waiting", None)), now);
+        scheduler.on_pod(watcher::Event::InitApply(pod("running", Some("a"))), now);
+        scheduler.on_node(watcher::Event::Init, now);
+        scheduler.on_node(watcher::Event::InitApply(node("a")), now);
+        scheduler.on_pod(watcher::Event::InitDone, now);
+        scheduler.on_node(watcher::Event::InitDone, now);
+        assert_eq!(scheduler.queue.uids(), ["waiting"]);
+        assert!(scheduler.snapshot.contains("running"));
+        assert_eq!(names(&scheduler), ["a"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_went_while_the_watch_was_broken_is_forgotten() {
+        let (mut scheduler, now) = (scheduler(), Instant::now());
+        for nodes in [["a", "b"], ["b", "c"]] {
+            scheduler.on_node(watcher::Event::Init, now);
+            for name in nodes {
+                scheduler.on_node(watcher::Event::InitApply(node(name)), now);
+            }
+            scheduler.on_node(watcher::Event::InitDone, now);
+        }
+        assert_eq!(names(&scheduler), ["b", "c"]);
+        for pods in [["x", "y"], ["y", "z"]] {
+            scheduler.on_pod(watcher::Event::Init, now);
+            for name in pods {
+                scheduler.on_pod(watcher::Event::InitApply(pod(name, Some("b"))), now);
+            }
+            scheduler.on_pod(watcher::Event::InitDone, now);
+        }
+        let mut uids = scheduler.snapshot.uids();
+        uids.sort();
+        assert_eq!(uids, ["y", "z"]);
     }
 }

@@ -18,7 +18,9 @@ pub async fn bind(client: &Client, pod: &PodInfo, node: &str) -> Result<(), kube
     let binding = json!({"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod.name, "namespace": pod.namespace, "uid": pod.uid},
         "target": {"apiVersion": "v1", "kind": "Node", "name": node}});
     let pods: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace);
-    pods.create_subresource::<_, serde_json::Value>("binding", &pod.name, &PostParams::default(), &binding).await.map(|_| ())
+    pods.create_subresource::<_, serde_json::Value>("binding", &pod.name, &PostParams::default(), &binding)
+        .await
+        .map(|_| ())
 }
 
 /// Tells the API what was decided. What it tells is of interest to people and not needed for scheduling, so it never
