@@ -48,7 +48,10 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(true).init();
+    // Colours are for terminals, not for files.
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.with_ansi(colours).with_target(true).init();
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         eprintln!("seawall: the cryptography provider was already installed");
     }
