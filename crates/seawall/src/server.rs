@@ -14,7 +14,10 @@ use seawall_server::{
     pki::{self, Authority},
     serve,
 };
-use seawall_store::{Store, embedded::Embedded};
+use seawall_store::{
+    Store,
+    embedded::{Embedded, Options},
+};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -225,7 +228,9 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let certificates = Certificates::make(&plan)?;
     let dir = plan.args.data_dir.join("store");
     std::fs::create_dir_all(&dir).with_context(|| format!("--data-dir: {} cannot be made", dir.display()))?;
-    let store: Arc<dyn Store> = Arc::new(Embedded::open(&dir, Default::default())?);
+    // Watchers resume from minutes ago; older history is of no use to a lone server and costs memory.
+    let options = Options { history_bytes: 48 << 20, ..Default::default() };
+    let store: Arc<dyn Store> = Arc::new(Embedded::open(&dir, options)?);
     let address = SocketAddr::new(plan.args.bind_address, plan.args.port);
     let listener = TcpListener::bind(address)
         .await
