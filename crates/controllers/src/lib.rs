@@ -12,6 +12,7 @@ pub mod deployment;
 pub mod disruption;
 pub mod endpoint_slice;
 pub mod endpoints;
+pub mod namespace;
 pub mod namespaced;
 pub mod node;
 pub mod replica_set;
@@ -63,6 +64,7 @@ const CONTROLLERS: &[(&str, Make)] = &[
     ("endpointslice", endpoint_slice::EndpointSlices::new),
     ("endpoints", endpoints::EndpointsController::new),
     ("node", node::Nodes::new),
+    ("namespace", namespace::Namespaces::new),
     ("namespaced", namespaced::Namespaced::new),
     ("disruption", disruption::Budgets::new),
 ];
