@@ -302,9 +302,10 @@ up() {
     saw "127.0.0.1:$port leads into a pod"
 
     title "What was seen ($(seconds $(($(now) - started))) s in all)"
-    local i
+    local i width=0
+    for i in "${names[@]}"; do [ ${#i} -le $width ] || width=${#i}; done
     for i in "${!names[@]}"; do
-        printf '   %-52s %9s   %s\n' "${names[$i]}" "${times[$i]}" "${seen[$i]}"
+        printf "   %-${width}s %9s   %s\n" "${names[$i]}" "${times[$i]}" "${seen[$i]}"
     done
     title "The cluster stays up. To use it:"
     printf '   export KUBECONFIG=%s PATH=%s/.venv/bin:$PATH\n' "$KUBECONFIG" "$PWD"

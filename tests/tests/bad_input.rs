@@ -216,7 +216,16 @@ async fn requests_that_are_wrong_get_clear_errors() {
         map["data"] = json!({"a": "x".repeat(size)});
         bytes(map)
     };
-    check(Method::POST, maps, json, filled((1 << 20) + 1), 422, "Invalid", "[]: Too long: may not be more than 1048576 bytes").await;
+    check(
+        Method::POST,
+        maps,
+        json,
+        filled((1 << 20) + 1),
+        422,
+        "Invalid",
+        "[]: Too long: may not be more than 1048576 bytes",
+    )
+    .await;
     check(Method::POST, maps, json, filled(4 << 20), 413, "RequestEntityTooLarge", "limit is 3145728").await;
     // A body that never ends is cut off instead of kept.
     let before = server.memory();
