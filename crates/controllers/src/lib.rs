@@ -12,6 +12,7 @@ pub mod deployment;
 pub mod disruption;
 pub mod endpoint_slice;
 pub mod endpoints;
+pub mod garbage;
 pub mod namespace;
 pub mod namespaced;
 pub mod node;
@@ -82,6 +83,9 @@ pub async fn run(client: Client, config: Config, shutdown: CancellationToken) ->
         }
         let (controller, queue) = make(context.clone());
         spawn_workers(&mut tasks, controller, queue, context.config.concurrent.max(1), &shutdown);
+    }
+    if !context.config.disabled.iter().any(|disabled| disabled == "garbage") {
+        garbage::start(&mut tasks, &context, &shutdown);
     }
     context.caches.start(&mut tasks, &context.client, &shutdown);
     while let Some(ended) = tasks.join_next().await {
