@@ -277,7 +277,7 @@ pub(crate) fn selects(service: &Service, pod: &Pod) -> bool {
 }
 
 impl EndpointSlices {
-    pub(crate) fn new(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
+    pub(crate) fn start(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
         let queue = Arc::new(Queue::new());
         let q = queue.clone();
         context.caches.services.on_change(move |old, new| {

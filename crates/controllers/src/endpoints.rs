@@ -76,7 +76,7 @@ pub(crate) struct EndpointsController {
 }
 
 impl EndpointsController {
-    pub(crate) fn new(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
+    pub(crate) fn start(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
         let queue = Arc::new(Queue::new());
         let q = queue.clone();
         context.caches.services.on_change(move |old, new| {

@@ -107,7 +107,7 @@ pub(crate) struct Namespaces {
 }
 
 impl Namespaces {
-    pub(crate) fn new(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
+    pub(crate) fn start(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
         let queue = Arc::new(Queue::new());
         let q = queue.clone();
         context.caches.namespaces.on_change(move |_, new| {
@@ -154,7 +154,10 @@ impl Namespaces {
         let name = namespace.metadata.name.as_deref().unwrap_or_default();
         match api.replace_subresource::<Namespace>("finalize", name, &PostParams::default(), &next).await {
             Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
-            other => Ok(drop(other?)),
+            other => {
+                other?;
+                Ok(())
+            }
         }
     }
 }

@@ -81,7 +81,7 @@ pub(crate) struct Nodes {
 }
 
 impl Nodes {
-    pub(crate) fn new(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
+    pub(crate) fn start(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
         let queue = Arc::new(Queue::new());
         let q = queue.clone();
         context.caches.nodes.on_change(move |_, new| {
