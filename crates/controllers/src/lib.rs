@@ -62,12 +62,12 @@ type Make = fn(Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>);
 const CONTROLLERS: &[(&str, Make)] = &[
     ("deployment", deployment::Deployments::start),
     ("replicaset", replica_set::ReplicaSets::start),
-    ("endpointslice", endpoint_slice::EndpointSlices::new),
-    ("endpoints", endpoints::EndpointsController::new),
-    ("node", node::Nodes::new),
-    ("namespace", namespace::Namespaces::new),
-    ("namespaced", namespaced::Namespaced::new),
-    ("disruption", disruption::Budgets::new),
+    ("endpointslice", endpoint_slice::EndpointSlices::start),
+    ("endpoints", endpoints::EndpointsController::start),
+    ("node", node::Nodes::start),
+    ("namespace", namespace::Namespaces::start),
+    ("namespaced", namespaced::Namespaced::start),
+    ("disruption", disruption::Budgets::start),
 ];
 
 /// Runs the controllers until `shutdown`.
