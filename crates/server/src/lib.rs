@@ -220,6 +220,10 @@ impl Server {
         B::Error: Into<BodyError>,
     {
         let user = self.authenticate(parts, user).await?;
+        if parts.headers.keys().any(|name| name.as_str().starts_with("impersonate-")) {
+            // To ignore it would be to answer with the rights of the one who asks.
+            return Err(ApiError::forbidden_path("impersonation (--as) is not supported by this version of Seawall"));
+        }
         let path = parts.uri.path().to_owned();
         let query = Query::parse(parts.uri.query());
         let Some(target) = ResourcePath::parse(&path) else {

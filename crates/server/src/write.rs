@@ -242,6 +242,7 @@ impl Server {
             }
             meta.insert("uid".into(), uuid::Uuid::new_v4().to_string().into());
             meta.insert("creationTimestamp".into(), timestamp(now));
+            drop_empty(meta);
             match row.generation {
                 true => meta.insert("generation".into(), 1.into()),
                 false => meta.remove("generation"),
@@ -740,8 +741,14 @@ fn carry_over(row: &Row, sub: &str, new: &mut Value, old: &Value) {
             None => meta.remove(key),
         };
     }
-    for key in ["labels", "annotations"] {
-        if meta.get(key).and_then(Value::as_object).is_some_and(|m| m.is_empty()) {
+    drop_empty(meta);
+}
+
+/// Lists and maps without content are not kept, as upstream's encoding leaves them out.
+fn drop_empty(meta: &mut serde_json::Map<String, Value>) {
+    for key in ["labels", "annotations", "ownerReferences", "finalizers"] {
+        let empty = |v: &Value| v.as_object().is_some_and(|m| m.is_empty()) || v.as_array().is_some_and(Vec::is_empty);
+        if meta.get(key).is_some_and(empty) {
             meta.remove(key);
         }
     }

@@ -470,7 +470,9 @@ async fn tokens_end_with_what_they_are_bound_to() {
         }
     };
     tokio::time::timeout(Duration::from_secs(10), gone).await.expect("the token ends with its pod");
-    // Nobody and nonsense.
+    // Nobody, somebody else, and nonsense.
+    let other = api.raw(Method::GET, "/api/v1/pods", &[("impersonate-user", "someone")], "").await;
+    assert_eq!(other.status(), StatusCode::FORBIDDEN);
     assert_eq!(outside.raw(Method::GET, "/api/v1/pods", &[], "").await.status(), StatusCode::FORBIDDEN);
     assert_eq!(outside.raw(Method::GET, "/readyz", &[], "").await.status(), StatusCode::OK);
     assert_eq!(

@@ -71,7 +71,8 @@ impl Authorizer for BuiltIn {
 /// What a node agent needs. That it may only touch its own objects follows with the node authorizer.
 fn node_may(user: &UserInfo, a: &Attributes<'_>) -> bool {
     let node = user.username.trim_start_matches("system:node:");
-    let read = matches!(a.verb, "get" | "list" | "watch");
+    // Reading an object is not entering it: `pods/exec` is a get as well.
+    let read = matches!(a.verb, "get" | "list" | "watch") && matches!(a.subresource, "" | "status");
     match (a.group, a.resource) {
         ("", "nodes") => read || a.verb == "create" || (a.name == node && matches!(a.verb, "update" | "patch")),
         ("", "pods") => {
@@ -119,6 +120,8 @@ mod tests {
         let path = |user: &UserInfo, path: &str| {
             BuiltIn.authorize(user, &Attributes { verb: "get", path, ..Default::default() }).is_ok()
         };
+        let enter = Attributes { verb: "get", resource: "pods", subresource: "exec", ..Default::default() };
+        assert!(BuiltIn.authorize(&node, &enter).is_err(), "a node must not enter pods through the API");
         assert!(path(&UserInfo::anonymous(), "/readyz"));
         assert!(!path(&UserInfo::anonymous(), "/apis"));
         assert!(!path(&UserInfo::anonymous(), "/metrics"));
