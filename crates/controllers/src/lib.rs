@@ -16,6 +16,7 @@ pub mod garbage;
 pub mod namespace;
 pub mod namespaced;
 pub mod node;
+pub mod pod_gc;
 pub mod replica_set;
 pub mod runtime;
 
@@ -65,6 +66,7 @@ const CONTROLLERS: &[(&str, Make)] = &[
     ("endpointslice", endpoint_slice::EndpointSlices::start),
     ("endpoints", endpoints::EndpointsController::start),
     ("node", node::Nodes::start),
+    ("podgc", pod_gc::PodGc::start),
     ("namespace", namespace::Namespaces::start),
     ("namespaced", namespaced::Namespaced::start),
     ("disruption", disruption::Budgets::start),

@@ -203,7 +203,9 @@ impl Collector {
         }
         let patch = json!({"metadata": {
             "uid": meta.uid, "resourceVersion": meta.resource_version,
-            "ownerReferences": meta.owner_references, "finalizers": meta.finalizers,
+            // An empty list is none.
+            "ownerReferences": meta.owner_references.filter(|list| !list.is_empty()),
+            "finalizers": meta.finalizers.filter(|list| !list.is_empty()),
         }});
         match api.patch_metadata(&node.name, &PatchParams::default(), &Patch::Merge(patch)).await {
             Err(error) if !is_not_found(&error) => Err(error),
