@@ -8,6 +8,7 @@ mod allocate;
 pub mod auth;
 mod bootstrap;
 mod cache;
+mod delete;
 mod discovery;
 mod encode;
 mod error;

@@ -11,11 +11,12 @@ use serde_json::{Value, json};
 use crate::{
     Context, Server,
     auth::token::{Bound, Claims, Reference},
+    delete::DeleteOptions,
     encode::{Body, value},
     error::{ApiError, Result},
     object::encode,
     registry::subresource,
-    write::{DeleteOptions, timestamp},
+    write::timestamp,
 };
 
 /// The longest life of a token, in seconds.

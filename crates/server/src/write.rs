@@ -21,10 +21,10 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     Context, Server,
+    delete::is_finished,
     encode::Body,
     error::{ApiError, Result},
     object::{Object, encode},
-    read::Selection,
 };
 
 /// How often a change is tried again when somebody else was faster.
@@ -181,7 +181,7 @@ impl Server {
         self.answer(context, object, revision, StatusCode::CREATED)
     }
 
-    fn answer(
+    pub(crate) fn answer(
         &self,
         context: &Context<'_>,
         mut object: Value,
