@@ -21,7 +21,7 @@ export KUBECONFIG=$data/admin.kubeconfig
 # --- Steps: each says what it does, what it saw, and how long it took ------------------------------------------------
 
 names=() seen=() times=()
-current=''
+current='' started_server=''
 
 seconds() { printf '%d.%01d' $(($1 / 1000)) $(($1 % 1000 / 100)); }
 now() { date +%s%3N; }
@@ -71,6 +71,7 @@ on_exit() {
     [ -n "${scratch:-}" ] && rm -rf "$scratch"
     if [ $code != 0 ] && [ -n "$current" ]; then
         printf '\n%sThe demo failed at: %s%s\n' "$red" "$current" "$plain" >&2
+        [ -n "$started_server" ] || exit $code
         printf '  the server'\''s log: %s; its last lines:\n' "$log" >&2
         tail -n 15 "$log" 2>/dev/null | sed 's/^/    /' >&2
         printf '  the cluster, if it is up:  export KUBECONFIG=%s PATH=%s/.venv/bin:$PATH\n' "$KUBECONFIG" "$PWD" >&2
@@ -161,6 +162,7 @@ up() {
     fi
 
     step "Start the server"
+    started_server=yes
     local pid=''
     if pid="$(server_pid)"; then
         if [ "/proc/$pid/exe" -ef "$binary" ]; then

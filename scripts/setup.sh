@@ -15,7 +15,7 @@ export PATH="$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin"
 packages=(
     containerd=containerd
     runc=runc
-    containernetworking-plugins=/usr/lib/cni/ptp
+    containernetworking-plugins=cni-plugins
     nftables=nft
     iptables=iptables
     conntrack=conntrack
@@ -35,6 +35,7 @@ rust_needed="$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)"
 
 there() {
     case "$1" in
+        cni-plugins) [ -e /opt/cni/bin/ptp ] || [ -e /usr/lib/cni/ptp ] || [ -e /usr/libexec/cni/ptp ] ;;
         /*) [ -e "$1" ] ;;
         *) command -v "$1" >/dev/null 2>&1 ;;
     esac
@@ -46,21 +47,26 @@ debian=no
 # Elsewhere the version of Python, and with it this path, is another one.
 [ "${VERSION_ID:-}" = 12 ] && [ $debian = yes ] || packages[-1]=python3-venv=python3
 
-missing=()
-for entry in "${packages[@]}"; do
-    there "${entry#*=}" || missing+=("${entry%%=*}")
-done
+find_missing() {
+    missing=()
+    local entry
+    for entry in "${packages[@]}"; do
+        there "${entry#*=}" || missing+=("${entry%%=*}")
+    done
+}
+find_missing
 
 # --- What can be said before anything is changed ---------------------------------------------------------------------
 
 [ "$(uname -s)" = Linux ] || fail "this is $(uname -s): Seawall's nodes need Linux"
-if [ "$(id -u)" != 0 ]; then
-    fail "root is needed: containers, network namespaces and nftables are the kernel's" \
-        "run it as root, e.g.  sudo -E make demo" \
-        "$([ ${#missing[@]} -gt 0 ] && echo "it would also install: ${missing[*]}")"
-fi
 if [ $debian = no ] || [ "${VERSION_ID:-}" != 12 ]; then
     warn "this is ${PRETTY_NAME:-an unknown system}; Debian 12 is what Seawall is tested on"
+fi
+if [ "$(id -u)" != 0 ]; then
+    hint=()
+    [ ${#missing[@]} -eq 0 ] || hint=("it would also install: ${missing[*]}")
+    fail "root is needed: containers, network namespaces and nftables are the kernel's" \
+        "run it as root, e.g.  sudo make demo" "${hint[@]}"
 fi
 [ -d /sys/fs/cgroup ] && grep -q ' cgroup2\? ' /proc/mounts ||
     fail "no cgroups are mounted under /sys/fs/cgroup: containers cannot be limited without them" \
@@ -86,7 +92,9 @@ if [ ${#missing[@]} -gt 0 ]; then
     "${install[@]}" </dev/null || {
         note "refreshing the lists of packages"
         apt-get update -q </dev/null && "${install[@]}" </dev/null
-    } || fail "apt-get could not install: ${missing[*]}" "its words are above; try  apt-get update  first"
+    } || fail "apt-get could not install: ${missing[*]}" "its words are above"
+    find_missing
+    [ ${#missing[@]} -eq 0 ] || fail "still missing after their packages were installed: ${missing[*]}"
 fi
 
 nft list tables >/dev/null 2>&1 ||
