@@ -40,7 +40,7 @@ saw() {
 # Shows a command, and what it prints.
 show() {
     printf '   %s$ %s%s\n' "$dim" "$*" "$plain"
-    "$@" 2>&1 | sed 's/^/   /'
+    "$@" 2>&1 | sed -u 's/^/   /'
 }
 # Waits until a command succeeds: at most so many seconds, and for what.
 wait_for() {
