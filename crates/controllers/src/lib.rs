@@ -13,6 +13,7 @@ pub mod disruption;
 pub mod endpoint_slice;
 pub mod endpoints;
 pub mod garbage;
+pub mod job;
 pub mod namespace;
 pub mod namespaced;
 pub mod node;
@@ -66,6 +67,7 @@ const CONTROLLERS: &[(&str, Make)] = &[
     ("endpointslice", endpoint_slice::EndpointSlices::start),
     ("endpoints", endpoints::EndpointsController::start),
     ("node", node::Nodes::start),
+    ("job", job::Jobs::start),
     ("podgc", pod_gc::PodGc::start),
     ("namespace", namespace::Namespaces::start),
     ("namespaced", namespaced::Namespaced::start),
