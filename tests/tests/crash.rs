@@ -115,7 +115,7 @@ async fn write(api: Api, writer: usize, acknowledged: Acknowledged, stop: Arc<At
             break;
         }
         let name = format!("w{writer}-{n}");
-        let (collection, object) = if writer % 4 == 0 {
+        let (collection, object) = if writer.is_multiple_of(4) {
             // Pods that no node takes: the scheduler looks at each of them.
             let spec = json!({"containers": [{"name": "c", "image": "none"}], "nodeSelector": {"no": "where"}});
             ("/api/v1/namespaces/default/pods", json!({"metadata": {"name": name}, "spec": spec}))
