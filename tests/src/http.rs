@@ -53,6 +53,9 @@ pub struct Connection {
     host: String,
 }
 
+/// A connection that carries many requests at once.
+pub type Shared = http2::SendRequest<Full<Bytes>>;
+
 impl Api {
     /// Reads a kubeconfig with embedded certificates.
     ///
@@ -108,7 +111,7 @@ impl Api {
     ///
     /// # Errors
     /// If the server is not there.
-    pub async fn connect2(&self) -> anyhow::Result<http2::SendRequest<Full<Bytes>>> {
+    pub async fn connect2(&self) -> anyhow::Result<Shared> {
         let stream = TokioIo::new(self.stream(true).await?);
         let (sender, connection) = http2::handshake(TokioExecutor::new(), stream).await?;
         tokio::spawn(connection);

@@ -8,7 +8,7 @@ use http::Method;
 use http_body_util::BodyExt as _;
 use seawall_tests::{
     Options, Server,
-    http::{Api, Connection},
+    http::{Api, Connection, Shared},
     within,
 };
 use serde_json::{Value, json};
@@ -88,6 +88,10 @@ async fn objects_that_are_wrong_get_clear_errors() {
             &[
                 "spec.containers[0].resources.requests: Invalid value: \"2Gi\": must be less than or equal to memory limit",
             ],
+        ),
+        (
+            map(&format!("{{name: x, annotations: {{big: {}}}}}", "x".repeat(256 << 10))),
+            &["metadata.annotations: Too long: may not be more than 262144 bytes"],
         ),
         // Names, labels, namespaces.
         (name("Upper"), &["metadata.name: Invalid value: \"Upper\"", "RFC 1123"]),
@@ -312,17 +316,30 @@ async fn racing_updates(api: &Api, path: &str) {
 /// A watch that has been answered, and what is left of its body.
 struct Watcher {
     body: hyper::body::Incoming,
-    _connection: Connection,
+    shared: Option<Shared>,
+    _own: Option<Connection>,
 }
 
 async fn watch(api: &Api, path: &str) -> Watcher {
     let mut connection = api.connect().await.unwrap();
     let answer = connection.open(Method::GET, path, "", Bytes::new()).await.unwrap();
     assert_eq!(answer.status(), 200);
-    Watcher { body: answer.into_body(), _connection: connection }
+    Watcher { body: answer.into_body(), shared: None, _own: Some(connection) }
 }
 
 impl Watcher {
+    async fn sharing(api: &Api, path: &str, mut connection: Shared) -> Watcher {
+        connection.ready().await.unwrap();
+        let answer = connection.send_request(api.request2(path).unwrap()).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        Watcher { body: answer.into_body(), shared: Some(connection), _own: None }
+    }
+
+    /// Another watch on the connection of this one.
+    async fn beside(&self, api: &Api, path: &str) -> Watcher {
+        Watcher::sharing(api, path, self.shared.clone().unwrap()).await
+    }
+
     /// Reads until all of these changes have come, which they must in their order.
     async fn sees(mut self, changes: usize) {
         let mut text = String::new();
@@ -371,8 +388,13 @@ async fn a_thousand_watchers_cost_little() {
         let (api, path) = (api.clone(), path.clone());
         tokio::spawn(async move {
             let mut open = Vec::new();
-            for _ in 0..WATCHERS / 10 {
-                open.push(watch(&api, &path).await);
+            for n in 0..WATCHERS / 10 {
+                // Half of them with connections of their own, half sharing one, as Go's clients do.
+                match open.iter().find(|w: &&Watcher| w.shared.is_some()) {
+                    Some(other) if n % 2 == 0 => open.push(other.beside(&api, &path).await),
+                    None if n % 2 == 0 => open.push(Watcher::sharing(&api, &path, api.connect2().await.unwrap()).await),
+                    _ => open.push(watch(&api, &path).await),
+                }
             }
             open
         })

@@ -310,25 +310,25 @@ async fn in_pods(server: &Server) {
     has(k.run("get pod broken").await.ok(), &["0/1", "ErrImageNeverPull"]);
     has(k.run("logs broken").await.fails(), &["is waiting to start"]);
 
-    for target in ["deployment/web", "service/kubernetes"] {
-        // The API's Service has no pods behind it.
-        if target.starts_with("service") {
-            has(k.run(&format!("port-forward {target} :443")).await.fails(), &["service"]);
-            continue;
-        }
-        let mut forward = k.follow(&format!("port-forward {target} :8080"));
-        let line = forward.line("Forwarding from 127.0.0.1:").await;
-        let port = line.split([':', ' ']).nth(3).unwrap();
-        let address = format!("127.0.0.1:{port}").parse().unwrap();
-        for _ in 0..3 {
-            assert_eq!(traffic::get(address).await.unwrap(), "one");
-        }
-        forward.stop().await;
-    }
+    forward(k, "deployment/web :8080").await;
+    forward(k, &format!("{} :http", k.run("get pod -l app=web -o name").await.ok().lines().next().unwrap())).await;
+    has(k.run("port-forward pod/nobody :80").await.fails(), &["pods \"nobody\" not found"]);
     k.run("delete pod talker broken --now --timeout=60s").await.ok();
 }
 
-/// expose, run --expose, and what get says of it.
+/// Forwards a port and fetches the page through it, more than once.
+async fn forward(k: &Kubectl, what: &str) {
+    let mut forward = k.follow(&format!("port-forward {what}"));
+    let line = forward.line("Forwarding from 127.0.0.1:").await;
+    let port = line.split([':', ' ']).nth(3).unwrap();
+    let address = format!("127.0.0.1:{port}").parse().unwrap();
+    for _ in 0..3 {
+        assert_eq!(traffic::get(address).await.unwrap(), "one", "{what}");
+    }
+    forward.stop().await;
+}
+
+/// expose, and what get says of it.
 async fn services(k: &Kubectl) {
     has(k.run("expose deployment web --port=80 --target-port=http").await.ok(), &["service/web exposed"]);
     k.run("expose deployment web --name=door --type=NodePort --port=80 --target-port=8080").await.ok();
@@ -339,6 +339,7 @@ async fn services(k: &Kubectl) {
     let address = format!("192.0.2.10:{port}").parse().unwrap();
     until("the exposed node port answers", async || traffic::get(address).await.ok()).await;
     has(k.run("describe service web").await.ok(), &["Selector:", "app=web", "Endpoints:", ":8080"]);
+    forward(k, "service/web :80").await;
     k.run("delete service web door").await.ok();
 }
 
