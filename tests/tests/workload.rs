@@ -63,6 +63,7 @@ fn a_deployment_lives() {
         readiness(&server.kubectl).await;
         eviction(&server.kubectl).await;
         ownership(&server.kubectl).await;
+        jobs(&server.kubectl).await;
         namespaces(&server.kubectl).await;
         assert!(!server.logged("panicked"), "a task of the server panicked");
         nothing_left(server).await;
@@ -305,6 +306,46 @@ async fn ownership(k: &Kubectl) {
     k.run("rollout status deployment/owned --timeout=60s").await.ok();
     k.run("delete deployment owned").await.ok();
     until("pods go after their owner", async || none("rs,pods -l app=owned").await).await;
+}
+
+/// Work that ends: done as often as asked, tried again, given up, cleaned up.
+async fn jobs(k: &Kubectl) {
+    let job = |name: &str, spec: &str, command: &str| {
+        format!(
+            "
+apiVersion: batch/v1
+kind: Job
+metadata: {{name: {name}}}
+spec:
+  {spec}
+  template:
+    spec:
+      restartPolicy: Never
+      containers: [{{name: work, image: seawall.local/web:v1, command: [sh, -c, '{command}']}}]
+"
+        )
+    };
+    let work = "echo part $JOB_COMPLETION_INDEX";
+    k.apply(&job("parts", "completions: 3\n  parallelism: 2\n  completionMode: Indexed", work)).await;
+    k.run("wait job/parts --for=condition=Complete --timeout=60s").await.ok();
+    assert_eq!(k.path("job/parts", "{.status.succeeded}/{.status.completedIndexes}").await, "3/0-2");
+    let mut logs: Vec<_> = k.run("logs -l job-name=parts").await.ok().lines().map(str::to_owned).collect();
+    logs.sort();
+    assert_eq!(logs, ["part 0", "part 1", "part 2"]);
+    has(k.run("get job parts").await.ok(), &["Complete", "3/3"]);
+
+    k.apply(&job("hopeless", "backoffLimit: 1", "exit 7")).await;
+    k.run("wait job/hopeless --for=condition=Failed --timeout=60s").await.ok();
+    assert_eq!(k.path("job/hopeless", "{.status.failed}").await, "2", "the first try and one more");
+    has(k.run("describe job hopeless").await.ok(), &["BackoffLimitExceeded"]);
+    k.apply(&job("brief", "ttlSecondsAfterFinished: 1", "true")).await;
+    k.run("wait job/brief --for=delete --timeout=60s").await.ok();
+
+    k.run("delete job parts hopeless --timeout=60s").await.ok();
+    until("their pods go with them", async || {
+        k.path("pods -l batch.kubernetes.io/job-name", "{.items[*].metadata.name}").await.is_empty().then_some(())
+    })
+    .await;
 }
 
 /// A namespace takes everything in it along.
