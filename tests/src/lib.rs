@@ -59,19 +59,21 @@ pub async fn within<T>(limit: Duration, what: &str, mut holds: impl AsyncFnMut()
     }
 }
 
-/// Runs a test on a machine of its own: the test, kubectl and all that it starts are in the machine's network.
+/// Runs a test on a machine of its own: the test, kubectl and all that it starts are in the machine's network. The
+/// machine is switched off at the end, without a warning.
 ///
 /// # Panics
 /// If the test does.
-pub fn on_a_machine<F, Fut>(test: F)
+pub fn on_a_machine<F, Fut, T>(test: F) -> T
 where
     F: FnOnce(std::sync::Arc<Machine>) -> Fut,
-    Fut: Future<Output = ()>,
+    Fut: Future<Output = T>,
 {
     let machine = std::sync::Arc::new(Machine::boot());
     // Tests run on threads of their own, which end with them; the runtime's threads inherit the network.
     machine.enter_network();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(test(machine));
+    let result = runtime.block_on(test(machine));
     runtime.shutdown_timeout(Duration::from_secs(5));
+    result
 }

@@ -11,6 +11,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use tempfile::TempDir;
 use tokio::{
     process::{Child, Command},
     time::Instant,
@@ -37,7 +38,7 @@ pub struct Server {
     options: Options,
     process: Option<Process>,
     port: u16,
-    directory: tempfile::TempDir,
+    directory: Option<TempDir>,
     /// kubectl as the administrator.
     pub kubectl: Kubectl,
 }
@@ -61,14 +62,33 @@ impl Server {
     /// If it does not become ready.
     pub async fn start(options: Options) -> Server {
         let directory = tempfile::Builder::new().prefix("seawall-e2e-").tempdir().unwrap();
+        Server::start_in(directory, options).await
+    }
+
+    /// Starts a server on directories that may have been used before, and waits until it is ready.
+    ///
+    /// # Panics
+    /// If it does not become ready.
+    pub async fn start_in(directory: TempDir, options: Options) -> Server {
         let kubeconfig = directory.path().join("data/admin.kubeconfig");
         let kubectl = Kubectl { kubeconfig, home: directory.path().join("home") };
-        std::fs::create_dir(&kubectl.home).unwrap();
+        std::fs::create_dir_all(&kubectl.home).unwrap();
         // A machine's network is its own, so the usual port is free there.
         let port = if options.machine.is_some() { 6443 } else { free_port() };
-        let mut server = Server { options, process: None, port, directory, kubectl };
+        let mut server = Server { options, process: None, port, directory: Some(directory), kubectl };
         server.launch().await;
         server
+    }
+
+    /// Kills the server and keeps its directories, as a power cut does; what only lives in memory is taken away.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub async fn cut_off(mut self) -> TempDir {
+        self.crash().await;
+        let directory = self.directory.take().expect("a server has a directory");
+        let _ = std::fs::remove_dir_all(directory.path().join("run"));
+        directory
     }
 
     /// Starts a server with a node on a machine, and waits until the node is Ready.
@@ -97,7 +117,7 @@ impl Server {
     /// If it ends, or is not ready within a minute.
     pub async fn launch(&mut self) -> Started {
         assert!(self.process.is_none(), "the server runs already");
-        let at = |name: &str| self.directory.path().join(name);
+        let at = |name: &str| self.directory().join(name);
         let mut command = match &self.options.machine {
             Some(machine) => machine.command(crate::seawall()),
             None => Command::new(crate::seawall()),
@@ -182,13 +202,16 @@ impl Server {
     }
 
     /// A directory for the test's own files.
+    ///
+    /// # Panics
+    /// If the server was cut off.
     pub fn directory(&self) -> &Path {
-        self.directory.path()
+        self.directory.as_ref().expect("a server has a directory").path()
     }
 
     /// The socket of its containerd.
     pub fn containerd(&self) -> PathBuf {
-        self.directory.path().join("run/containerd/containerd.sock")
+        self.directory().join("run/containerd/containerd.sock")
     }
 
     /// Runs `seawall` on the machine.
@@ -214,7 +237,7 @@ impl Server {
     /// # Panics
     /// If it cannot be started.
     pub async fn clean(&self) -> Output {
-        let at = |name: &str| self.directory.path().join(name).display().to_string();
+        let at = |name: &str| self.directory().join(name).display().to_string();
         let (data, run, pods) = (at("data"), at("run"), at("pods"));
         self.seawall(&["clean", "--data", "--data-dir", &data, "--run-dir", &run, "--pod-log-dir", &pods]).await
     }
@@ -224,7 +247,7 @@ impl Server {
     /// # Panics
     /// If it cannot be made.
     pub async fn web_image(&self, tag: &str, page: &str) {
-        let www = self.directory.path().join(format!("www-{}", tag.replace(['/', ':'], "-")));
+        let www = self.directory().join(format!("www-{}", tag.replace(['/', ':'], "-")));
         std::fs::create_dir_all(&www).unwrap();
         std::fs::write(www.join("index.html"), format!("{page}\n")).unwrap();
         let (copy, socket) = (format!("{}:/www", www.display()), self.containerd().display().to_string());
@@ -236,7 +259,7 @@ impl Server {
     }
 
     fn log(&self) -> PathBuf {
-        self.directory.path().join("server.log")
+        self.directory().join("server.log")
     }
 
     /// The last lines of its log.
@@ -269,7 +292,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if std::thread::panicking() && self.directory.is_some() {
             eprintln!("--- the end of the server's log\n{}\n---", self.log_tail());
         }
         if let Some(process) = &self.process {
