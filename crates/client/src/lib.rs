@@ -1,9 +1,12 @@
 //! A thin layer over kube-rs: clients that call the server in process, or over TLS.
 
+pub mod election;
+pub mod tls;
+
 use std::{convert::Infallible, future::Future};
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{HeaderName, HeaderValue, Request, Response};
 use kube::{Client, client::Body};
 
 /// A client whose requests are answered by a function of this process instead of a socket. They take the same way
@@ -18,6 +21,16 @@ where
     let service = tower::service_fn(move |request: Request<Body>| {
         let answer = handle(request);
         async move { Ok::<_, Infallible>(answer.await) }
+    });
+    Client::new(service, "default")
+}
+
+/// The same client, whose every request carries one more header.
+pub fn with_header(client: Client, name: HeaderName, value: HeaderValue) -> Client {
+    let service = tower::service_fn(move |mut request: Request<Body>| {
+        request.headers_mut().insert(name.clone(), value.clone());
+        let client = client.clone();
+        async move { client.send(request).await }
     });
     Client::new(service, "default")
 }

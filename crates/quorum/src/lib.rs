@@ -1,1 +1,5 @@
 //! Election, terms, fencing, membership and time profiles: pure logic, no clock, no socket.
+
+pub mod election;
+pub mod membership;
+pub mod timing;

@@ -1,0 +1,354 @@
+//! Who leads.
+//!
+//! A leader holds a Lease in the API (<https://kubernetes.io/docs/concepts/architecture/leases/#leader-election>), as
+//! with upstream's client library, and with one difference: a new leader does not take the Lease over, it deletes it and
+//! creates it anew. The revision of that creation is the leader's [`Term`]. It stays the same while the Lease is
+//! renewed, and it is what the store compares when a write is made as leader: once the Lease has been deleted, no write
+//! of the old term can succeed, however late it arrives and however long its writer was asleep.
+//!
+//! Since acting twice is impossible, deposing a leader early costs little. It takes place when the Lease has not changed
+//! for its whole duration, *and* the store has answered for the last part of it (the grace): when nobody could write,
+//! silence proves nothing.
+//!
+//! [`Elector`] decides and knows neither clock nor network: it is told the time and what happened, and says what to do.
+
+use std::{fmt, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::timing::{POLLS_PER_RETRY, Timing};
+
+/// A leader's number: the revision at which its Lease was created. A later leader has a larger one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Term(pub u64);
+
+impl fmt::Display for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A point of monotonic time: how long since some instant that the caller chose.
+pub type Instant = Duration;
+
+/// What a Lease says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Who holds it; empty when the last holder let go of it.
+    pub holder: String,
+    /// The object's resourceVersion.
+    pub version: u64,
+    /// How often the holder has changed.
+    pub transitions: u32,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Time has passed.
+    Tick,
+    /// The Lease as this server's cache has it, possibly old.
+    Seen(Option<Record>),
+    /// The answer to [`Effect::Read`]: the Lease as the store has it.
+    Read(Option<Record>),
+    /// [`Effect::Create`] succeeded with this revision.
+    Created {
+        /// The revision of the creation.
+        version: u64,
+    },
+    /// [`Effect::Renew`] succeeded with this revision.
+    Renewed {
+        /// The revision of the write.
+        version: u64,
+    },
+    /// [`Effect::Delete`] succeeded.
+    Deleted,
+    /// The write was refused: the Lease is not as it was thought to be.
+    Refused,
+    /// The store did not answer, or what became of the write is not known.
+    Failed,
+    /// This candidate is to lead no more, and not again.
+    Resign,
+}
+
+/// What to do. At most one of the effects that talk to the store is under way at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Read the Lease from the store, not from a cache.
+    Read,
+    /// Create the Lease in our name, if there is none.
+    Create {
+        /// The number of transitions to write.
+        transitions: u32,
+    },
+    /// Write the Lease's time anew, if it is still at this version.
+    Renew {
+        /// The version expected.
+        version: u64,
+    },
+    /// Delete the Lease, if it is still at this version.
+    Delete {
+        /// The version expected.
+        version: u64,
+    },
+    /// Empty the Lease's holder, if it is still at this version: another may take over at once.
+    Release {
+        /// The version expected.
+        version: u64,
+    },
+    /// Act as leader in this term.
+    Lead(Term),
+    /// Stop acting as leader.
+    Follow,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    /// Someone else leads, or nobody.
+    Following(Following),
+    /// The Lease of a leader that is gone is being deleted.
+    Deposing,
+    /// Our Lease is being created.
+    Creating,
+    /// We lead.
+    Leading(Leading),
+    /// We have let go.
+    Resigned,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Leading {
+    term: Term,
+    version: u64,
+    /// When the last renewal that succeeded was asked for.
+    renewed: Instant,
+    /// When the one that is under way was.
+    sent: Option<Instant>,
+    /// When to renew next.
+    next: Instant,
+    /// What became of a renewal is not known: the Lease may be at a later version than ours.
+    unsure: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Following {
+    /// The Lease as last seen, and since when it has not changed.
+    seen: Option<(Record, Instant)>,
+    /// Since when the store has answered and the Lease was the same.
+    confirmed: Option<Instant>,
+    /// A read is under way.
+    reading: bool,
+    /// Do nothing before this.
+    rest: Instant,
+}
+
+/// One candidate.
+#[derive(Clone, Debug)]
+pub struct Elector {
+    identity: String,
+    timing: Timing,
+    state: State,
+    /// The transitions that the next Lease of ours will count.
+    transitions: u32,
+}
+
+impl Elector {
+    /// A candidate. The identity must be of this process alone, e.g. the machine's name and a random part.
+    pub fn new(identity: impl Into<String>, timing: Timing) -> Elector {
+        Elector { identity: identity.into(), timing, state: State::Following(Following::default()), transitions: 0 }
+    }
+
+    /// The term in which this candidate leads.
+    pub fn term(&self) -> Option<Term> {
+        match self.state {
+            State::Leading(Leading { term, .. }) => Some(term),
+            _ => None,
+        }
+    }
+
+    /// How often [`Event::Tick`] and [`Event::Seen`] are wanted.
+    pub fn poll(&self) -> Duration {
+        self.timing.retry_period / POLLS_PER_RETRY
+    }
+
+    /// How long an effect that talks to the store may take before it counts as [`Event::Failed`].
+    pub fn patience(&self) -> Duration {
+        self.timing.renew_deadline
+    }
+
+    /// Takes a step.
+    pub fn step(&mut self, now: Instant, event: Event) -> Vec<Effect> {
+        if event == Event::Resign {
+            return self.resign();
+        }
+        if let Event::Seen(Some(record)) | Event::Read(Some(record)) = &event {
+            self.transitions = self.transitions.max(record.transitions + 1);
+        }
+        match &mut self.state {
+            State::Following(following) => match follow(following, &self.identity, &self.timing, now, event) {
+                Some(Next::Read) => vec![Effect::Read],
+                Some(Next::Depose(version)) => {
+                    self.state = State::Deposing;
+                    vec![Effect::Delete { version }]
+                }
+                Some(Next::Create) => self.create(),
+                None => Vec::new(),
+            },
+            State::Deposing => match event {
+                Event::Deleted => self.create(),
+                Event::Refused | Event::Failed => self.rest(now),
+                _ => Vec::new(),
+            },
+            State::Creating => match event {
+                Event::Created { version } => {
+                    let term = Term(version);
+                    let next = now + self.timing.retry_period;
+                    self.state =
+                        State::Leading(Leading { term, version, renewed: now, sent: None, next, unsure: false });
+                    vec![Effect::Lead(term)]
+                }
+                // If the creation did succeed we shall find a Lease of our own, and depose ourselves.
+                Event::Refused | Event::Failed => self.rest(now),
+                _ => Vec::new(),
+            },
+            State::Leading(leading) => match lead(leading, &self.identity, &self.timing, now, event) {
+                Ok(effect) => effect.into_iter().collect(),
+                Err(Deposed) => {
+                    let _ = self.rest(now);
+                    vec![Effect::Follow]
+                }
+            },
+            State::Resigned => Vec::new(),
+        }
+    }
+
+    fn create(&mut self) -> Vec<Effect> {
+        self.state = State::Creating;
+        vec![Effect::Create { transitions: self.transitions }]
+    }
+
+    fn rest(&mut self, now: Instant) -> Vec<Effect> {
+        let rest = now + self.timing.retry_period / POLLS_PER_RETRY;
+        self.state = State::Following(Following { rest, ..Following::default() });
+        Vec::new()
+    }
+
+    fn resign(&mut self) -> Vec<Effect> {
+        let before = std::mem::replace(&mut self.state, State::Resigned);
+        match before {
+            // A renewal that is under way changes the version: then the Lease ends by itself.
+            State::Leading(Leading { version, .. }) => vec![Effect::Follow, Effect::Release { version }],
+            _ => Vec::new(),
+        }
+    }
+}
+
+struct Deposed;
+
+fn lead(
+    leading: &mut Leading,
+    identity: &str,
+    timing: &Timing,
+    now: Instant,
+    event: Event,
+) -> Result<Option<Effect>, Deposed> {
+    match event {
+        Event::Renewed { version } => {
+            leading.version = version;
+            leading.unsure = false;
+            // It counts from when it was asked for: others may have seen it then.
+            leading.renewed = leading.sent.take().unwrap_or(now);
+            leading.next = leading.renewed + timing.retry_period;
+        }
+        Event::Refused if leading.unsure => return Ok(Some(Effect::Read)),
+        Event::Refused => return Err(Deposed),
+        Event::Read(Some(record)) if record.holder == identity => {
+            leading.version = record.version;
+            leading.unsure = false;
+            leading.sent = None;
+            leading.next = now;
+        }
+        Event::Read(_) => return Err(Deposed),
+        Event::Failed => {
+            leading.unsure = true;
+            leading.sent = None;
+            leading.next = now + timing.retry_period / POLLS_PER_RETRY;
+        }
+        _ => {}
+    }
+    if now >= leading.renewed + timing.renew_deadline {
+        return Err(Deposed);
+    }
+    if leading.sent.is_none() && now >= leading.next {
+        leading.sent = Some(now);
+        return Ok(Some(Effect::Renew { version: leading.version }));
+    }
+    Ok(None)
+}
+
+enum Next {
+    Read,
+    Depose(u64),
+    Create,
+}
+
+fn follow(following: &mut Following, identity: &str, timing: &Timing, now: Instant, event: Event) -> Option<Next> {
+    match event {
+        Event::Seen(Some(record)) => following.notice(record, now),
+        // It was deleted: someone is taking over, or nobody does.
+        Event::Seen(None) => following.seen = None,
+        Event::Read(None) => {
+            following.reading = false;
+            return Some(Next::Create);
+        }
+        Event::Read(Some(record)) => {
+            following.reading = false;
+            let free = record.holder.is_empty() || record.holder == identity;
+            let version = record.version;
+            following.notice(record, now);
+            let confirmed = *following.confirmed.get_or_insert(now);
+            let since = following.seen.as_ref().map_or(now, |(_, since)| *since);
+            // Not before this can the silence count.
+            let over = (since + timing.lease_duration).max(confirmed + timing.grace);
+            if free || now >= over {
+                return Some(Next::Depose(version));
+            }
+            following.rest = over;
+            return None;
+        }
+        Event::Failed | Event::Refused => {
+            following.reading = false;
+            // The store does not answer: what was confirmed before says nothing.
+            following.confirmed = None;
+            following.rest = now + timing.retry_period / POLLS_PER_RETRY;
+        }
+        _ => {}
+    }
+    if following.reading || now < following.rest {
+        return None;
+    }
+    let ask = match &following.seen {
+        None => true,
+        Some((record, _)) if record.holder.is_empty() || record.holder == identity => true,
+        // The first read starts the grace, so that it ends together with the duration.
+        Some((_, since)) => now + timing.grace >= *since + timing.lease_duration,
+    };
+    following.reading = ask;
+    ask.then_some(Next::Read)
+}
+
+impl Following {
+    fn notice(&mut self, record: Record, now: Instant) {
+        // A cache may be behind what was read from the store.
+        let news = self.seen.as_ref().is_none_or(|(seen, _)| record.version > seen.version);
+        if news {
+            self.seen = Some((record, now));
+            self.confirmed = None;
+            self.rest = Duration::ZERO;
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "election_tests.rs"]
+mod tests;
