@@ -85,7 +85,8 @@ on_exit() {
 server_pid() {
     local pid
     pid="$(cat $pid_file 2>/dev/null)" || return 1
-    [[ "$(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null)" == *"seawall server"*"--data-dir $data"* ]] || return 1
+    # The shell opens the file, and complains itself when the process is gone.
+    [[ "$({ tr '\0' ' ' <"/proc/$pid/cmdline"; } 2>/dev/null)" == *"seawall server"*"--data-dir $data"* ]] || return 1
     echo "$pid"
 }
 

@@ -58,6 +58,12 @@ impl Cgroups {
         present.map(|d| d.join(path)).collect()
     }
 
+    /// One directory that stands for all pods: whoever has locked it manages them.
+    pub fn directory(&self) -> PathBuf {
+        let first = self.directories(&self.base).into_iter().next();
+        first.unwrap_or_else(|| self.root.join(self.base.trim_start_matches('/')))
+    }
+
     /// Makes the groups above all pods. Best-effort pods together weigh as little as one.
     pub fn prepare_node(&self) -> io::Result<()> {
         for qos in CLASSES {

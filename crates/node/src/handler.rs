@@ -1,6 +1,13 @@
 //! What probes and lifecycle hooks do: an HTTP request, a TCP connection, a gRPC health check, a command.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context, anyhow, bail};
 use bytes::{Buf, BufMut, Bytes};
@@ -88,16 +95,63 @@ pub async fn tcp(target: &Target, action: &TCPSocketAction, limit: Duration) -> 
     }
 }
 
-/// Asks by HTTP; any status from 200 to 399 is a yes.
+/// Asks by HTTP; any status from 200 to 399 is a yes. Redirects within the host are followed.
 pub async fn http_get(target: &Target, action: &HTTPGetAction, agent: &str, limit: Duration) -> anyhow::Result<String> {
     let scheme = action.scheme.as_deref().unwrap_or("HTTP").to_ascii_lowercase();
-    let (host, port) = (target.host(action.host.as_ref())?, target.port(&action.port)?);
-    let authority = authority(&host, port);
+    let authority = authority(&target.host(action.host.as_ref())?, target.port(&action.port)?);
     let path = action.path.as_deref().filter(|p| !p.is_empty()).unwrap_or("/");
-    let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
-    let url = format!("{scheme}://{authority}{path}");
+    let slash = if path.starts_with('/') { "" } else { "/" };
+    let mut url = format!("{scheme}://{authority}{slash}{path}");
+    let work = async {
+        for _ in 0..10 {
+            let answer = ask(&url, action, agent).await?;
+            match answer.location.as_deref().and_then(|l| redirected(&url, l)) {
+                Some(next) if (300..400).contains(&answer.status) => url = next,
+                _ => return Ok(answer),
+            }
+        }
+        bail!("stopped after 10 redirects")
+    };
+    let answer = match timeout(limit, work).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) => bail!("Get {url:?}: {error:#}"),
+        Err(_) => bail!("Get {url:?}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)"),
+    };
+    match answer.status {
+        200..400 => Ok(answer.body),
+        status => bail!("HTTP probe failed with statuscode: {status}"),
+    }
+}
+
+/// Where a redirect from `url` leads, if that is on the same host; upstream takes any other for a yes.
+fn redirected(url: &str, location: &str) -> Option<String> {
+    let from: http::Uri = url.parse().ok()?;
+    let origin = format!("{}://{}", from.scheme_str()?, from.authority()?);
+    if location.starts_with("//") {
+        return None;
+    }
+    let next = match location.split_once("://") {
+        Some(_) => location.to_owned(),
+        None if location.starts_with('/') => format!("{origin}{location}"),
+        None => format!("{origin}{}{location}", &from.path()[..=from.path().rfind('/')?]),
+    };
+    let to: http::Uri = next.parse().ok()?;
+    (to.host() == from.host() && matches!(to.scheme_str(), Some("http" | "https"))).then_some(next)
+}
+
+struct Answer {
+    status: u16,
+    location: Option<String>,
+    body: String,
+}
+
+async fn ask(url: &str, action: &HTTPGetAction, agent: &str) -> anyhow::Result<Answer> {
+    let uri: http::Uri = url.parse()?;
+    let secure = uri.scheme_str() == Some("https");
+    let host = uri.host().ok_or_else(|| anyhow!("no host in {url}"))?.trim_matches(['[', ']']).to_owned();
+    let authority = authority(&host, uri.port_u16().unwrap_or(if secure { 443 } else { 80 }));
     let mut request = http::Request::builder()
-        .uri(&path)
+        .uri(uri.path_and_query().map_or("/", |p| p.as_str()))
         .header("user-agent", agent)
         .header("accept", "*/*")
         .header("connection", "close");
@@ -109,32 +163,17 @@ pub async fn http_get(target: &Target, action: &HTTPGetAction, agent: &str, limi
             request = request.header(&header.name, &header.value);
         }
     }
-    let request = request
-        .header("host", &host_header)
-        .body(Empty::<Bytes>::new())
-        .with_context(|| format!("request for {url}"))?;
-    let work = async {
-        let stream = dial(&authority).await?;
-        if scheme == "https" {
-            let name = ServerName::try_from(host.clone()).map_err(|e| anyhow!("{e}"))?;
-            let stream = tokio_rustls::TlsConnector::from(trusting()?).connect(name, stream).await?;
-            send(stream, request).await
-        } else {
-            send(stream, request).await
-        }
-    };
-    let (status, body) = match timeout(limit, work).await {
-        Ok(Ok(answer)) => answer,
-        Ok(Err(error)) => bail!("Get {url:?}: {error:#}"),
-        Err(_) => bail!("Get {url:?}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)"),
-    };
-    if (200..400).contains(&status) {
-        return Ok(body);
+    let request = request.header("host", &host_header).body(Empty::<Bytes>::new())?;
+    let stream = dial(&authority).await?;
+    if secure {
+        let name = ServerName::try_from(host).map_err(|e| anyhow!("{e}"))?;
+        send(tokio_rustls::TlsConnector::from(trusting()?).connect(name, stream).await?, request).await
+    } else {
+        send(stream, request).await
     }
-    bail!("HTTP probe failed with statuscode: {status}")
 }
 
-async fn send<S>(stream: S, request: http::Request<Empty<Bytes>>) -> anyhow::Result<(u16, String)>
+async fn send<S>(stream: S, request: http::Request<Empty<Bytes>>) -> anyhow::Result<Answer>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -145,11 +184,12 @@ where
     });
     let response = sender.send_request(request).await?;
     let status = response.status().as_u16();
+    let location = response.headers().get("location").and_then(|l| l.to_str().ok()).map(str::to_owned);
     let body = match Limited::new(response.into_body(), 10 << 10).collect().await {
         Ok(body) => String::from_utf8_lossy(&body.to_bytes()).into_owned(),
         Err(_) => String::new(),
     };
-    Ok((status, body))
+    Ok(Answer { status, location, body })
 }
 
 /// Probes do not verify certificates: a pod's own certificate names whatever it names (as upstream).
@@ -226,16 +266,28 @@ pub async fn exec(target: &Target, action: &ExecAction, limit: Duration) -> anyh
 pub async fn grpc(target: &Target, action: &GRPCAction, agent: &str, limit: Duration) -> anyhow::Result<String> {
     let authority = authority(&target.host(None)?, u16::try_from(action.port).context("invalid port number")?);
     let service = action.service.clone().unwrap_or_default();
+    let connected = AtomicBool::new(false);
     let work = async {
         let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{authority}"))?.user_agent(agent)?;
         let channel = endpoint
             .connect()
             .await
             .map_err(|_| anyhow!("failed to connect service {authority:?} within {limit:?}: connection refused"))?;
+        connected.store(true, Ordering::Relaxed);
         let mut client = tonic::client::Grpc::new(channel);
         client.ready().await?;
         let path = http::uri::PathAndQuery::from_static("/grpc.health.v1.Health/Check");
-        let reply: tonic::Response<u64> = client.unary(tonic::Request::new(service), path, HealthCodec).await?;
+        let reply: Result<tonic::Response<u64>, tonic::Status> =
+            client.unary(tonic::Request::new(service), path, HealthCodec).await;
+        let reply = reply.map_err(|status| match status.code() {
+            tonic::Code::Unimplemented => anyhow!(
+                "error: this server does not implement the grpc health protocol (grpc.health.v1.Health): {}",
+                status.message()
+            ),
+            code => {
+                anyhow!("error: health rpc probe failed: rpc error: code = {code:?} desc = {}", status.message())
+            }
+        })?;
         match reply.into_inner() {
             1 => Ok(String::new()),
             other => {
@@ -247,6 +299,9 @@ pub async fn grpc(target: &Target, action: &GRPCAction, agent: &str, limit: Dura
     };
     match timeout(limit, work).await {
         Ok(result) => result,
+        Err(_) if connected.load(Ordering::Relaxed) => {
+            bail!("timeout: health rpc did not complete within {limit:?}")
+        }
         Err(_) => bail!("timeout: failed to connect service {authority:?} within {limit:?}: context deadline exceeded"),
     }
 }
@@ -304,3 +359,20 @@ impl tonic::codec::Decoder for HealthCodec {
 
 /// The user agent of probes and hooks.
 pub const PROBE_AGENT: &str = "kube-probe/1.37";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redirects_stay_on_the_host() {
+        let check = |url, location, expect: Option<&str>| assert_eq!(redirected(url, location).as_deref(), expect);
+        check("http://10.0.0.1:80/a/b?c", "/d", Some("http://10.0.0.1:80/d"));
+        check("http://10.0.0.1:80/a/b?c", "d?e", Some("http://10.0.0.1:80/a/d?e"));
+        check("http://10.0.0.1:80/", "https://10.0.0.1:8443/x", Some("https://10.0.0.1:8443/x"));
+        check("http://[fd00::1]:80/", "https://[fd00::1]/x", Some("https://[fd00::1]/x"));
+        check("http://10.0.0.1:80/", "http://login.example/", None);
+        check("http://10.0.0.1:80/", "//login.example/", None);
+        check("http://10.0.0.1:80/", "ftp://10.0.0.1/", None);
+    }
+}

@@ -15,6 +15,7 @@ pub mod events;
 pub mod handler;
 pub mod hooks;
 pub mod image;
+pub mod lock;
 mod log_rotation;
 mod manager;
 mod node_loop;
@@ -28,6 +29,7 @@ pub mod probe;
 pub mod sandbox;
 pub mod security;
 pub mod services;
+pub mod traces;
 pub mod volume;
 pub mod worker;
 
@@ -186,6 +188,10 @@ pub struct Agent {
 
 /// Runs the agent until `shutdown`, or until a part of it fails for good. Pods are left running.
 pub async fn run(client: Client, config: NodeConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+    // Before anything is touched: who manages the pods of this machine already goes on undisturbed.
+    let _locks = lock::Locks::to_run(&config).await?;
+    let listener = api::bind(&config).await?;
+    traces::note(&config).with_context(|| format!("write to {}", config.data_dir.display()))?;
     for directory in [&config.data_dir, &config.run_dir, &config.log_dir] {
         std::fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
     }
@@ -235,7 +241,7 @@ pub async fn run(client: Client, config: NodeConfig, shutdown: CancellationToken
     tasks.spawn(part(node_loop::renew_lease(Arc::clone(&agent), stop.clone())));
     tasks.spawn(part(manager::run(Arc::clone(&agent), stop.clone())));
     tasks.spawn(part(log_rotation::run(Arc::clone(&agent), stop.clone())));
-    tasks.spawn(api::run(Arc::clone(&agent), stop.clone()));
+    tasks.spawn(api::run(Arc::clone(&agent), listener, stop.clone()));
 
     let first = tasks.join_next().await;
     stop.cancel();
@@ -254,7 +260,12 @@ async fn part(work: impl Future<Output = ()> + Send) -> anyhow::Result<()> {
 }
 
 /// Takes everything of the agent away from this machine: pods, containerd, mounts, cgroups, files. The API is not told.
+///
+/// # Errors
+/// If an agent runs, or something cannot be removed.
 pub async fn remove_all(config: &NodeConfig) -> anyhow::Result<()> {
+    let traces = traces::Traces::read(config);
+    let _locks = lock::Locks::to_remove(config).await?;
     // Containers live on without their containerd; only one that runs can take them away.
     if matches!(config.runtime, Runtime::Supervised {}) && config.containerd().root.exists() {
         containerd::ensure_running(&config.containerd()).await.context("start containerd to remove the pods")?;
@@ -279,7 +290,9 @@ pub async fn remove_all(config: &NodeConfig) -> anyhow::Result<()> {
     tokio::task::spawn_blocking(move || {
         [data, run, logs]
             .iter()
-            .try_for_each(|d| volume::mount::remove_tree(d).with_context(|| format!("remove {}", d.display())))
+            .try_for_each(|d| volume::mount::remove_tree(d).with_context(|| format!("remove {}", d.display())))?;
+        traces.remove();
+        Ok(())
     })
     .await?
 }

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
-use seawall_node::{NodeConfig, image};
+use seawall_node::{NodeConfig, image, lock, traces::Traces};
 
 /// Commands of `seawall image`.
 #[derive(Subcommand)]
@@ -136,6 +136,12 @@ pub async fn clean(args: Clean) -> anyhow::Result<()> {
     config.data_dir = args.data_dir.join("agent");
     config.run_dir = args.run_dir.clone();
     config.log_dir = args.pod_log_dir.clone();
+    // A server without a node agent has no lock but its store's.
+    let store = args.data_dir.join("store/lock");
+    if let Some(server) = lock::user(&store).with_context(|| store.display().to_string())? {
+        bail!("{} is in use by {server}; stop it first", args.data_dir.display());
+    }
+    let traces = Traces::read(&config);
     seawall_node::remove_all(&config).await?;
     seawall_network::proxy::remove().await?;
     if args.data {
@@ -146,5 +152,7 @@ pub async fn clean(args: Clean) -> anyhow::Result<()> {
             _ => {}
         }
     }
+    // Again, now that the data is gone from the directories above it.
+    traces.remove();
     Ok(())
 }

@@ -16,7 +16,7 @@ use kube::{
     Api, Client, ResourceExt,
     runtime::{WatchStreamExt, watcher},
 };
-use tokio::{io::AsyncWriteExt, process::Command, time::Instant};
+use tokio::{io::AsyncWriteExt, net::UnixListener, process::Command, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use plan::{Stale, plan, stale};
@@ -99,11 +99,42 @@ impl<K: ResourceExt> Fed<K> {
     }
 }
 
+/// The table is one, so a network namespace has one proxy: whoever listens on this name, which the kernel gives back
+/// when its holder dies. Anything that connects learns who that is.
+async fn claim() -> anyhow::Result<UnixListener> {
+    use std::os::{
+        linux::net::SocketAddrExt as _,
+        unix::net::{SocketAddr, UnixListener as Listener, UnixStream as Stream},
+    };
+    let name = SocketAddr::from_abstract_name("seawall/service-proxy").context("the name of the proxy's claim")?;
+    let listener = match Listener::bind_addr(&name) {
+        Ok(listener) => listener,
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            let holder = Stream::connect_addr(&name).and_then(|stream| {
+                stream.set_nonblocking(true)?;
+                tokio::net::UnixStream::from_std(stream)?.peer_cred()
+            });
+            let pid = holder.ok().and_then(|c| c.pid()).unwrap_or_default();
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line: String = String::from_utf8_lossy(&line).replace('\0', " ").chars().take(80).collect();
+            bail!(
+                "the service proxy of this machine is in use by process {pid} ({}): stop it, or run this one with \
+                 --disable agent,proxy",
+                line.trim()
+            );
+        }
+        Err(error) => return Err(error).context("claim to be the service proxy of this machine"),
+    };
+    listener.set_nonblocking(true)?;
+    Ok(UnixListener::from_std(listener)?)
+}
+
 /// Runs the proxy until `shutdown`. What it has set up stays in the kernel, so that a restart is not felt.
 ///
 /// # Errors
-/// If `nft` is missing or the kernel refuses the table.
+/// If another proxy runs, `nft` is missing, or the kernel refuses the table.
 pub async fn run(client: Client, config: ProxyConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let claim = claim().await?;
     let mut services =
         watcher(Api::<Service>::all(client.clone()), watcher::Config::default()).default_backoff().boxed();
     let mut slices = watcher(Api::<EndpointSlice>::all(client), watcher::Config::default()).default_backoff().boxed();
@@ -116,6 +147,8 @@ pub async fn run(client: Client, config: ProxyConfig, shutdown: CancellationToke
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
+            // Who asks has learned it by connecting.
+            _ = claim.accept() => {}
             event = services.try_next() => match event {
                 Ok(Some(event)) => {
                     synced.0 |= matches!(event, watcher::Event::InitDone);

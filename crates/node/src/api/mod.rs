@@ -70,12 +70,23 @@ fn allowed(der: &[u8], users: &[String]) -> bool {
     masters || subject.iter_common_name().any(|n| n.as_str().is_ok_and(|n| users.iter().any(|u| u == n)))
 }
 
-/// Serves until shutdown.
-pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) -> anyhow::Result<()> {
+/// Takes the port.
+///
+/// # Errors
+/// If it is in use, most likely by another node agent.
+pub async fn bind(config: &NodeConfig) -> anyhow::Result<TcpListener> {
+    let address = SocketAddr::new(config.node_ip, config.port);
+    TcpListener::bind(address).await.with_context(|| {
+        format!(
+            "the node agent cannot listen on {address}: if another one runs on this machine, stop it, or run this \
+             server with --disable agent,proxy; for another port give --agent-port"
+        )
+    })
+}
+
+/// Serves on a port until shutdown.
+pub async fn run(agent: Arc<Agent>, listener: TcpListener, shutdown: CancellationToken) -> anyhow::Result<()> {
     let acceptor = TlsAcceptor::from(Arc::new(tls(&agent.config)?));
-    let address = SocketAddr::new(agent.config.node_ip, agent.config.port);
-    let listener =
-        TcpListener::bind(address).await.with_context(|| format!("listen on {address} for the node agent's API"))?;
     let mut connections = JoinSet::new();
     loop {
         let stream = tokio::select! {
