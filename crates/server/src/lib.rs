@@ -24,6 +24,7 @@ mod request;
 mod review;
 pub mod serve;
 mod subresource;
+pub mod tls;
 mod watch;
 mod write;
 
@@ -316,7 +317,8 @@ impl Server {
             (Some(user), _) => Ok(user),
             (None, Some(text)) => match text.split_once(' ') {
                 Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
-                    self.user_of_token(token.trim(), &[&self.config.issuer]).map_err(|_| ApiError::unauthorized())
+                    let user = self.user_of_token(token.trim(), &[&self.config.issuer]).await;
+                    user.map_err(|_| ApiError::unauthorized())
                 }
                 _ => Err(ApiError::unauthorized()),
             },

@@ -10,7 +10,11 @@ use serde_json::{Value, json};
 
 use crate::{
     Context, Server,
-    auth::token::{Bound, Claims, Reference},
+    auth::{
+        UserInfo,
+        bootstrap_token::{self, Token},
+        token::{Bound, Claims, Reference},
+    },
     delete::DeleteOptions,
     encode::{Body, value},
     error::{ApiError, Result},
@@ -404,7 +408,10 @@ impl Server {
     }
 
     /// The user of a token, if the token verifies and what it is bound to is still there.
-    pub(crate) fn user_of_token(&self, token: &str, audiences: &[&str]) -> Result<crate::auth::UserInfo, String> {
+    pub(crate) async fn user_of_token(&self, token: &str, audiences: &[&str]) -> Result<UserInfo, String> {
+        if let Ok(token) = token.parse() {
+            return self.user_of_bootstrap_token(&token, audiences).await;
+        }
         let claims = self.tokens.verify(token, audiences).map_err(|e| e.to_string())?;
         let snapshot = self.cache.snapshot();
         let bound = &claims.kubernetes;
@@ -426,6 +433,22 @@ impl Server {
             there("secrets", secret)?;
         }
         Ok(claims.user())
+    }
+
+    /// The user of a bootstrap token. What is wrong with it is for our log only.
+    async fn user_of_bootstrap_token(&self, token: &Token, audiences: &[&str]) -> Result<UserInfo, String> {
+        let refused = |why: &dyn std::fmt::Display| {
+            tracing::info!(id = token.id(), %why, "a bootstrap token was refused");
+            "the bootstrap token is not valid".to_owned()
+        };
+        // It speaks to the API and to nobody else.
+        if !audiences.contains(&self.config.issuer.as_str()) {
+            return Err(refused(&"it was shown to somebody else"));
+        }
+        // One that has just been made somewhere else is worth a second look; for the others no quorum is needed.
+        let secret = self.find("", "secrets", bootstrap_token::NAMESPACE, &token.name()).await;
+        let secret = secret.map_err(|e| refused(&e))?.ok_or_else(|| refused(&"there is no such Secret"))?;
+        token.user(&secret.value(), Timestamp::now()).map_err(|why| refused(&why))
     }
 }
 

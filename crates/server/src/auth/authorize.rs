@@ -3,7 +3,7 @@
 //! The seam is [`Authorizer`]. The one here knows administrators, nodes and the components; rules of RBAC are not
 //! evaluated yet (see `docs/DIFFERENCES.md`).
 
-use super::{AUTHENTICATED, MASTERS, NODES, UserInfo};
+use super::{AUTHENTICATED, MASTERS, NODES, UserInfo, bootstrap_token};
 
 /// What a user wants to do.
 #[derive(Clone, Debug, Default)]
@@ -61,11 +61,33 @@ impl Authorizer for BuiltIn {
                 return Ok(());
             }
         }
+        if a.resource.is_empty() && joining(user, a) {
+            return Ok(());
+        }
+        if user.is_in(bootstrap_token::GROUP) && bootstrapper_may(a) {
+            return Ok(());
+        }
         if user.is_in(NODES) && user.username.starts_with("system:node:") && node_may(user, a) {
             return Ok(());
         }
         Err(String::new())
     }
+}
+
+/// The paths by which machines join, and learn later what changed.
+fn joining(user: &UserInfo, a: &Attributes<'_>) -> bool {
+    match a.path {
+        "/seawall/v1/config" => a.verb == "get" && (user.is_in(bootstrap_token::GROUP) || user.is_in(NODES)),
+        "/seawall/v1/join" => user.is_in(bootstrap_token::GROUP_SERVERS),
+        _ => false,
+    }
+}
+
+/// Who only has a token may ask for a certificate and wait for it
+/// (<https://kubernetes.io/docs/reference/access-authn-authz/kubelet-tls-bootstrapping/#authorize-kubelet-to-create-csr>).
+fn bootstrapper_may(a: &Attributes<'_>) -> bool {
+    matches!((a.group, a.resource, a.subresource), ("certificates.k8s.io", "certificatesigningrequests", ""))
+        && matches!(a.verb, "create" | "get" | "list" | "watch")
 }
 
 /// What a node agent needs. That it may only touch its own objects follows with the node authorizer.

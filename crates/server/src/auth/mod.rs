@@ -1,6 +1,7 @@
 //! Who asks, and whether they may.
 
 pub mod authorize;
+pub mod bootstrap_token;
 pub mod token;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,7 @@
+//! Who may come in and what they may do, through the whole pipeline.
+
+#![allow(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
+
+mod harness;
+mod tls;
+mod tokens;

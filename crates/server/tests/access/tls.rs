@@ -1,0 +1,142 @@
+//! Certificates that are exchanged while connections live.
+
+use std::sync::Arc;
+
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
+use seawall_server::{
+    pki::{Authority, Pair},
+    tls::{ClientAuthorities, ServingCertificate, server_config},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
+
+/// Answers each byte with 1 if the client has a certificate, else with 0.
+async fn echo(listener: TcpListener, acceptor: TlsAcceptor) {
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let acceptor = acceptor.clone();
+        tokio::spawn(async move {
+            let Ok(mut stream) = acceptor.accept(stream).await else { return };
+            let known = u8::from(stream.get_ref().1.peer_certificates().is_some());
+            let mut byte = [0];
+            while stream.read_exact(&mut byte).await.is_ok() {
+                if stream.write_all(&[known]).await.is_err() || stream.flush().await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+fn client(trusted: &str, certificate: Option<&Pair>) -> Arc<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    for der in CertificateDer::pem_slice_iter(trusted.as_bytes()) {
+        roots.add(der.unwrap()).unwrap();
+    }
+    let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots);
+    Arc::new(match certificate {
+        None => builder.with_no_client_auth(),
+        Some(pair) => {
+            let chain = CertificateDer::pem_slice_iter(pair.certificate.as_bytes()).map(Result::unwrap).collect();
+            let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
+            builder.with_client_auth_cert(chain, key).unwrap()
+        }
+    })
+}
+
+async fn connect(port: u16, config: &Arc<ClientConfig>) -> std::io::Result<TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(("127.0.0.1", port)).await?;
+    TlsConnector::from(config.clone()).connect(ServerName::try_from("localhost").unwrap(), stream).await
+}
+
+/// One exchange: whether the server knows the client.
+async fn ask(stream: &mut TlsStream<TcpStream>) -> std::io::Result<bool> {
+    stream.write_all(b"?").await?;
+    stream.flush().await?;
+    let mut byte = [0];
+    stream.read_exact(&mut byte).await?;
+    Ok(byte[0] == 1)
+}
+
+/// With TLS 1.3 a client learns only from its first read that it was refused.
+async fn known(port: u16, config: &Arc<ClientConfig>) -> std::io::Result<bool> {
+    ask(&mut connect(port, config).await?).await
+}
+
+#[tokio::test]
+async fn certificates_are_exchanged_under_living_connections() {
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (old, new) = (Authority::open(a.path()).unwrap(), Authority::open(b.path()).unwrap());
+    let serving = |ca: &Authority| ca.server("api", "", &["localhost".into()], &[]).unwrap();
+    let certificate = ServingCertificate::new(&serving(&old)).unwrap();
+    let authorities = ClientAuthorities::new(&old.pem).unwrap();
+    let config = server_config(certificate.clone(), authorities.clone(), &["http/1.1"]).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(echo(listener, TlsAcceptor::from(Arc::new(config))));
+    let both = format!("{}{}", old.pem, new.pem);
+    let (of_old, of_new) = (old.client("o", "").unwrap(), new.client("n", "").unwrap());
+
+    let trusting_old = client(&old.pem, None);
+    let mut living = connect(port, &trusting_old).await.unwrap();
+    assert!(!ask(&mut living).await.unwrap(), "a client without a certificate is nobody");
+    let with_old = client(&both, Some(&of_old));
+    let mut authenticated = connect(port, &with_old).await.unwrap();
+    assert!(ask(&mut authenticated).await.unwrap());
+    let with_new = client(&both, Some(&of_new));
+    let refused = known(port, &with_new).await.unwrap_err();
+    // Two authorities of one name: the signature is what tells them apart.
+    assert!(refused.to_string().contains("DecryptError"), "{refused}");
+
+    // The serving certificate first.
+    assert!(known(port, &client(&new.pem, None)).await.is_err(), "the new authority has not signed anything yet");
+    let before = certificate.not_after();
+    certificate.replace(&serving(&new)).unwrap();
+    assert!(certificate.not_after() >= before && certificate.not_before() < certificate.not_after());
+    assert!(!known(port, &client(&new.pem, None)).await.unwrap());
+    assert!(known(port, &client(&old.pem, None)).await.is_err(), "who trusts the old one alone is told");
+    assert!(!ask(&mut living).await.unwrap(), "the living connection goes on");
+
+    // Then the authorities: both for a while, and then the new one alone.
+    authorities.replace(&both).unwrap();
+    assert!(known(port, &with_new).await.unwrap());
+    assert!(known(port, &with_old).await.unwrap());
+    authorities.replace(&new.pem).unwrap();
+    assert!(known(port, &with_new).await.unwrap());
+    assert!(known(port, &with_old).await.is_err(), "its session is not resumed either");
+    assert!(ask(&mut authenticated).await.unwrap(), "the living connection goes on");
+}
+
+#[test]
+fn what_cannot_be_used_is_refused_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = Authority::open(dir.path()).unwrap();
+    let good = ca.server("api", "", &["localhost".into()], &[]).unwrap();
+    let other = ca.server("api", "", &["localhost".into()], &[]).unwrap();
+    let current = ServingCertificate::new(&good).unwrap();
+    let check = |certificate: &str, key: &str, expect: &str| {
+        let error = current.replace(&Pair { certificate: certificate.into(), key: key.into() }).unwrap_err();
+        assert!(error.to_string().contains(expect), "{error}");
+    };
+    check("", &good.key, "the serving certificate holds no certificate");
+    check(&good.certificate, "", "the serving key is not valid PEM");
+    check(
+        &good.certificate,
+        &other.key,
+        "the serving certificate cannot be used: keys may not be consistent: KeyMismatch",
+    );
+    assert_eq!(current.not_after(), seawall_server::tls::not_after(&good.certificate).unwrap());
+    let clients = ClientAuthorities::new(&ca.pem).unwrap();
+    let error = clients.replace("").unwrap_err();
+    assert_eq!(error.to_string(), "the certificate authority of clients holds no certificate");
+    let broken = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    let error = clients.replace(broken).unwrap_err();
+    assert!(error.to_string().starts_with("the certificate authority of clients cannot be used: "), "{error}");
+}
