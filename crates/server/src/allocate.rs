@@ -12,7 +12,7 @@ use seawall_api::{
     Row,
     field::{Errors, Path},
 };
-use seawall_store::{self as store, Expect};
+use seawall_store::{self as store, Expect, Revision};
 use serde_json::{Value, json};
 
 use crate::{
@@ -264,7 +264,7 @@ impl Server {
     pub(crate) async fn release(&self, keys: Vec<String>) {
         for key in keys {
             if let Err(error) = self.store.delete(&key, Expect::Any, None).await {
-                // It is found and released at the next start.
+                // It is found and released after the next start.
                 tracing::warn!(%error, key, "an allocation could not be released");
             }
         }
@@ -280,22 +280,42 @@ impl Server {
         self.release(gone).await;
     }
 
-    /// Releases what was taken by a server that died before it stored the Service.
-    pub(crate) async fn repair_allocations(&self) -> Result<()> {
+    /// Releases what was taken by a server that died before it stored the Service. What another server may be about to
+    /// use is left alone: only what was unused before and after the longest time that a request takes is released.
+    pub(crate) async fn repair_allocations(&self, pause: std::time::Duration) -> Result<()> {
+        let before = self.unused_allocations().await?;
+        if before.is_empty() {
+            return Ok(());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = self.stop.cancelled() => return Ok(()),
+        }
+        let after = self.unused_allocations().await?;
+        for (key, revision) in before.into_iter().filter(|held| after.contains(held)) {
+            match self.store.delete(&key, Expect::At(revision), None).await {
+                Ok(_) => tracing::info!(key, "an allocation that nothing uses was released"),
+                Err(error) => tracing::debug!(%error, "an allocation stays"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Addresses and ports that are taken and that no Service has, with the revision at which they were taken.
+    async fn unused_allocations(&self) -> Result<Vec<(String, Revision)>> {
+        let ports = self.store.list(PORTS, Default::default()).await.map_err(ApiError::store)?;
+        let mut held: Vec<_> = ports.entries.iter().map(|e| (e.key.to_string(), e.revision)).collect();
         let snapshot = self.consistent().await?;
-        let Some((id, row)) = self.registry.by_name("", "services") else { return Ok(()) };
+        let Some((id, row)) = self.registry.by_name("", "services") else { return Ok(Vec::new()) };
         let prefix = row.prefix();
         let used: std::collections::HashSet<String> =
             snapshot.range(id, &prefix, None).flat_map(|o| claims(self, &o.value())).collect();
-        let mut held: Vec<String> = Vec::new();
         if let Some((id, row)) = self.registry.by_name("networking.k8s.io", "ipaddresses") {
             let prefix = row.prefix();
-            held.extend(snapshot.range(id, &prefix, None).map(|o| o.key.to_string()));
+            held.extend(snapshot.range(id, &prefix, None).map(|o| (o.key.to_string(), o.revision)));
         }
-        let ports = self.store.list(PORTS, Default::default()).await.map_err(ApiError::store)?;
-        held.extend(ports.entries.iter().map(|e| e.key.to_string()));
-        self.release(held.into_iter().filter(|key| !used.contains(key)).collect()).await;
-        Ok(())
+        held.retain(|(key, _)| !used.contains(key));
+        Ok(held)
     }
 }
 

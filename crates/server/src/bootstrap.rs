@@ -16,7 +16,6 @@ use crate::{
 
 impl Server {
     pub(crate) async fn bootstrap(self: &Arc<Self>) -> Result<()> {
-        self.repair_allocations().await?;
         for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
             self.ensure("", "namespaces", json!({"metadata": {"name": name}}), false).await?;
         }
@@ -50,14 +49,36 @@ impl Server {
             "spec": {"clusterIP": ip.to_string(), "type": "ClusterIP", "sessionAffinity": "None",
                 "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]}});
         self.ensure("", "services", service, false).await?;
-        let endpoints = json!({"metadata": {"name": "kubernetes", "namespace": "default", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}},
-            "subsets": [{"addresses": [{"ip": address.to_string()}], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}]});
-        self.ensure("", "endpoints", endpoints, true).await?;
-        let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
-        let slice = json!({"metadata": {"name": "kubernetes", "namespace": "default", "labels": {"kubernetes.io/service-name": "kubernetes"}},
-            "addressType": family, "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
-            "endpoints": [{"addresses": [address.to_string()], "conditions": {"ready": true}}]});
-        self.ensure("discovery.k8s.io", "endpointslices", slice, true).await
+        self.set_kubernetes_endpoints(&[(address, port)], false).await
+    }
+
+    /// Says which servers stand behind the `kubernetes` Service. Without `update`, only if nothing is said yet.
+    pub(crate) async fn set_kubernetes_endpoints(
+        self: &Arc<Self>,
+        servers: &[(IpAddr, u16)],
+        update: bool,
+    ) -> Result<()> {
+        let Some((first, port)) = servers.first().copied() else { return Ok(()) };
+        let family = if first.is_ipv4() { "IPv4" } else { "IPv6" };
+        // A port is said once for all endpoints, as upstream's reconciler does.
+        let addresses: Vec<String> = servers
+            .iter()
+            .filter(|(ip, p)| ip.is_ipv4() == first.is_ipv4() && *p == port)
+            .map(|(ip, _)| ip.to_string())
+            .collect();
+        let ports = json!([{"name": "https", "port": port, "protocol": "TCP"}]);
+        let subset: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
+        let endpoints = json!({"metadata": {"name": "kubernetes", "namespace": "default",
+                "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}},
+            "subsets": [{"addresses": subset, "ports": ports}]});
+        let each: Vec<Value> =
+            addresses.iter().map(|ip| json!({"addresses": [ip], "conditions": {"ready": true}})).collect();
+        let slice = json!({"metadata": {"name": "kubernetes", "namespace": "default",
+                "labels": {"kubernetes.io/service-name": "kubernetes"}},
+            "addressType": family, "ports": ports, "endpoints": each});
+        // The slice is what proxies and balancers follow.
+        self.ensure("discovery.k8s.io", "endpointslices", slice, update).await?;
+        self.ensure("", "endpoints", endpoints, update).await
     }
 
     /// Creates an object if it is not there; `update` makes it as given if it is.

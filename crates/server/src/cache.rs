@@ -16,7 +16,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures::StreamExt;
 use imbl::OrdMap;
 use parking_lot::RwLock;
-use seawall_store::{Event, ListOptions, Revision, Store};
+use seawall_store::{Entry, Event, ListOptions, Revision, Store};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -35,6 +35,11 @@ const LOG_EVENTS: usize = 8192;
 const LOG_BYTES: usize = 32 << 20;
 /// How long a read waits for a revision that another server has already acknowledged.
 const WAIT: Duration = Duration::from_secs(3);
+/// How long to wait before a broken watch on the store is set up again.
+const RECONNECT: Duration = Duration::from_millis(50);
+/// How many changes before its start a server knows of, if the store still has them: clients that watched another
+/// server, or this one before a restart, go on without listing again.
+const HISTORY: u64 = 5000;
 
 /// The objects of one resource by key.
 pub type Objects = OrdMap<Arc<str>, Arc<Object>>;
@@ -171,7 +176,8 @@ pub struct Cache {
 impl Cache {
     /// Reads everything from the store and keeps following it until `stop`.
     pub async fn start(registry: Arc<Registry>, store: Arc<dyn Store>, stop: CancellationToken) -> Result<Arc<Cache>> {
-        let (revision, maps) = load(&registry, &*store).await?;
+        let newest = store.revision().await.map_err(ApiError::store)?;
+        let (revision, maps) = load_history(&registry, &*store, newest).await?;
         let log = || Log {
             changes: RwLock::new(Changes { ring: VecDeque::new(), bytes: 0, complete_after: revision }),
             wake: watch::Sender::new(revision),
@@ -187,6 +193,7 @@ impl Cache {
             let follow = writer.follow(store);
             tokio::select! { () = follow => {}, () = stop.cancelled() => {} }
         });
+        cache.at_least(newest).await?;
         Ok(cache)
     }
 
@@ -220,28 +227,28 @@ impl Cache {
 
     async fn follow(&self, store: Arc<dyn Store>) {
         loop {
-            let after = self.snapshot.load().revision;
-            match store.watch(PREFIX, after).await {
-                Ok(mut steps) => {
-                    while let Some(step) = steps.next().await {
-                        match step {
-                            Ok(progress) => self.apply(progress.events, progress.revision),
-                            Err(error) => {
-                                tracing::warn!(%error, "the watch on the store broke");
-                                break;
-                            }
-                        }
+            if let Err(error) = self.follow_once(&*store).await {
+                tracing::warn!(%error, "the watch on the store broke");
+                // Usually it goes on where it broke. Only if that is forgotten, what was missed is found by a fresh list.
+                if matches!(error, seawall_store::Error::Compacted { .. } | seawall_store::Error::Future { .. }) {
+                    match load(&self.registry, &*store).await {
+                        Ok((revision, maps)) => self.catch_up(revision, maps),
+                        Err(error) => tracing::warn!(%error, "cannot list the store"),
                     }
                 }
-                Err(error) => tracing::warn!(%error, "cannot watch the store"),
             }
-            // What was missed is found by comparing with a fresh list: watchers see ordinary changes.
-            match load(&self.registry, &*store).await {
-                Ok((revision, maps)) => self.catch_up(revision, maps),
-                Err(error) => tracing::warn!(%error, "cannot list the store"),
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            tokio::time::sleep(RECONNECT).await;
         }
+    }
+
+    async fn follow_once(&self, store: &dyn Store) -> Result<(), seawall_store::Error> {
+        let after = self.snapshot.load().revision;
+        let mut steps = store.watch(PREFIX, after).await?;
+        while let Some(step) = steps.next().await {
+            let progress = step?;
+            self.apply(progress.events, progress.revision);
+        }
+        Ok(())
     }
 
     fn apply(&self, events: Vec<Event>, revision: Revision) {
@@ -319,10 +326,32 @@ impl Cache {
     }
 }
 
+/// The state some time ago, so that the watch from there fills the logs.
+async fn load_history(registry: &Registry, store: &dyn Store, newest: Revision) -> Result<(Revision, Vec<Objects>)> {
+    let mut at = Revision(newest.0.saturating_sub(HISTORY).max(1).min(newest.0));
+    // Once more with the oldest revision that there is.
+    for _ in 0..2 {
+        match store.list(PREFIX, ListOptions { at: Some(at), ..Default::default() }).await {
+            Ok(_) if at.0 == 0 => break,
+            Ok(listing) => return Ok((at, maps(registry, &listing.entries))),
+            Err(seawall_store::Error::Compacted { oldest, .. }) if oldest > at => at = oldest,
+            Err(error) => {
+                tracing::debug!(%error, "the history is not read");
+                break;
+            }
+        }
+    }
+    load(registry, store).await
+}
+
 async fn load(registry: &Registry, store: &dyn Store) -> Result<(Revision, Vec<Objects>)> {
     let listing = store.list(PREFIX, ListOptions::default()).await.map_err(ApiError::store)?;
+    Ok((listing.revision, maps(registry, &listing.entries)))
+}
+
+fn maps(registry: &Registry, entries: &[Entry]) -> Vec<Objects> {
     let mut maps: Vec<Objects> = (0..registry.len()).map(|_| OrdMap::new()).collect();
-    for entry in &listing.entries {
+    for entry in entries {
         let Some(id) = registry.by_key(&entry.key) else { continue };
         match Object::read(registry.row(id), entry) {
             Ok(object) => {
@@ -331,7 +360,7 @@ async fn load(registry: &Registry, store: &dyn Store) -> Result<(Revision, Vec<O
             Err(error) => tracing::error!(%error, "ignored"),
         }
     }
-    Ok((listing.revision, maps))
+    maps
 }
 
 /// A place in the log of a resource.

@@ -26,7 +26,9 @@ pub struct ApiError {
 pub type Result<T, E = ApiError> = std::result::Result<T, E>;
 
 impl ApiError {
-    fn new(code: StatusCode, reason: &'static str, message: impl Into<String>) -> ApiError {
+    /// An error with this status, reason and message.
+    /// An error with this status, reason and message.
+    pub fn new(code: StatusCode, reason: &'static str, message: impl Into<String>) -> ApiError {
         ApiError { code, reason, message: message.into(), details: Value::Null, retry_after: None }
     }
 
@@ -200,9 +202,11 @@ impl ApiError {
                 let message = "the leader that sent this write has been deposed: its term is over";
                 ApiError::new(StatusCode::CONFLICT, "Conflict", message)
             }
-            store::Error::Unavailable { .. } => {
-                tracing::warn!(%error, "the store is unavailable");
-                ApiError::unavailable("the store is unavailable: the request may be retried")
+            store::Error::Unavailable { ref reason, .. } => {
+                tracing::debug!(%error, "the store is unavailable");
+                ApiError::unavailable(format!(
+                    "the store is unavailable ({reason}): try again; reads with resourceVersion=0 need no quorum"
+                ))
             }
             other => ApiError::internal("the store failed", other),
         }

@@ -17,7 +17,9 @@ mod kubelet;
 mod metrics;
 mod object;
 mod openapi;
+pub mod paths;
 pub mod pki;
+pub mod presence;
 mod read;
 mod registry;
 mod request;
@@ -47,11 +49,14 @@ use read::Pages;
 use registry::{Registry, Served};
 use request::{Query, ResourcePath, verb};
 use seawall_api::Row;
-use seawall_store::{Fence, Store};
+use seawall_store::{Fence, Revision, Store};
 use tokio_util::sync::CancellationToken;
 
 /// The largest body of a request, in bytes; upstream's limit.
 pub const MAX_BODY: usize = 3 * 1024 * 1024;
+/// The header with which a leader's client says in which term it writes: `<namespace>/<lease>/<term>`, where the term is
+/// the resourceVersion at which the Lease was created. A write of a term that is over is refused with 409.
+pub const TERM_HEADER: &str = "seawall-term";
 /// How long a request that is no watch may take; upstream's default.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -74,6 +79,12 @@ pub struct Config {
     pub kubelet_client: (String, String),
     /// The version that is reported, e.g. `v1.37.0+seawall`.
     pub version: String,
+    /// The name of this server among others.
+    pub name: String,
+    /// How often this server says that it lives, and how long a silent one stays an endpoint of `kubernetes`.
+    pub presence: presence::Times,
+    /// Who answers below [`paths::PREFIX`].
+    pub paths: Option<Arc<dyn paths::Paths>>,
 }
 
 /// The API server.
@@ -88,6 +99,7 @@ pub struct Server {
     kubelet: kubelet::Client,
     openapi: openapi::Documents,
     metrics: metrics::Metrics,
+    store_health: metrics::StoreHealth,
     ready: std::sync::atomic::AtomicBool,
     stop: CancellationToken,
 }
@@ -175,6 +187,7 @@ impl Server {
             kubelet,
             openapi: openapi::Documents::default(),
             metrics: metrics::Metrics::default(),
+            store_health: metrics::StoreHealth::default(),
             ready: false.into(),
             stop,
         });
@@ -183,6 +196,13 @@ impl Server {
             .await
             .map_err(|e| StartError::Store { what: "the first objects cannot be written", message: e.message })?;
         tokio::spawn(expire::events(server.clone()));
+        tokio::spawn(presence::keep(server.clone()));
+        let repair = server.clone();
+        tokio::spawn(async move {
+            if let Err(error) = repair.repair_allocations(REQUEST_TIMEOUT + REQUEST_TIMEOUT / 6).await {
+                tracing::warn!(error = error.message, "allocations were not looked through");
+            }
+        });
         server.ready.store(true, std::sync::atomic::Ordering::Release);
         Ok(server)
     }
@@ -230,6 +250,9 @@ impl Server {
         let query = Query::parse(parts.uri.query());
         let Some(target) = ResourcePath::parse(&path) else {
             let verb = parts.method.as_str().to_lowercase();
+            if paths::is_open(&path) || path.starts_with(paths::PREFIX) {
+                return self.extra_path(&user, &verb, parts, body).await;
+            }
             self.authorize_path(&user, &verb, &path)?;
             return self.plain(&parts.method, &path, &query, &parts.headers).await;
         };
@@ -269,8 +292,9 @@ impl Server {
             fence: None,
             warnings: Arc::default(),
         };
+        let fence = self.fence(&context.headers)?;
         let form = encode::negotiate(&context.headers)?;
-        let context = Context { form, ..context };
+        let context = Context { form, fence, ..context };
         let answer = self.dispatch(&context, verb, &parts.method);
         let mut response = match verb == "watch" || context.path.subresource.as_deref() == Some("log") {
             true => answer.await?,
@@ -324,6 +348,23 @@ impl Server {
             },
             (None, None) => Ok(UserInfo::anonymous()),
         }
+    }
+
+    /// The term of a leader, from the header that its client sends with every write.
+    fn fence(&self, headers: &HeaderMap) -> Result<Option<Fence>> {
+        let Some(value) = headers.get(TERM_HEADER) else { return Ok(None) };
+        let bad = || {
+            ApiError::bad_request(format!("{TERM_HEADER}: {value:?} is no term: write NAMESPACE/LEASE/RESOURCEVERSION"))
+        };
+        let text = value.to_str().map_err(|_| bad())?;
+        let mut parts = text.split('/');
+        let (Some(namespace), Some(name), Some(term), None) = (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return Err(bad());
+        };
+        let created = Revision(term.parse().map_err(|_| bad())?);
+        let (_, row) = self.registry.by_name("coordination.k8s.io", "leases").ok_or_else(ApiError::no_route)?;
+        Ok(Some(Fence { key: row.key(namespace, name).into(), created }))
     }
 
     fn authorize_path(&self, user: &UserInfo, verb: &str, path: &str) -> Result<()> {

@@ -39,6 +39,9 @@ impl Api {
             ca_pem: authority.pem.clone(),
             kubelet_client: (client.certificate, client.key),
             version: "v1.37.0".into(),
+            name: "s1".into(),
+            presence: Default::default(),
+            paths: None,
         };
         let server = Server::start(config, store.clone(), CancellationToken::new()).await.unwrap();
         let api = Api { server, store, user: Some(UserInfo::new("admin", &[MASTERS])), _dir: dir };
