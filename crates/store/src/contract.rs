@@ -276,7 +276,8 @@ async fn compaction<S: Store>(store: Arc<S>) {
     let mut watch = within(store.watch("/", oldest)).await.expect("and watched from");
     assert_eq!(events(&mut watch, 5).await.len(), 5);
     let now = within(store.list("/", ListOptions::default())).await.expect("list");
-    assert_eq!((now.entries.len(), now.revision), (3, newest), "current values stay");
+    // A backend may have writes of its own, which are not shown.
+    assert!(now.entries.len() == 3 && now.revision >= newest, "current values stay: {now:?}");
 
     within(store.compact(newest)).await.expect("compact everything");
     let mut watch = within(store.watch("/", newest)).await.expect("watch from now");

@@ -45,7 +45,7 @@ pub const OFFSET_KEY: &str = "/seawall/revision-offset";
 /// Says that a migration into this etcd was begun and not finished.
 pub const MIGRATION_KEY: &str = "/seawall/migration";
 
-/// Keys that end with this are the backend's own and are seen by nobody: see the module `watch`.
+/// Keys that end with this are the backend's own and are shown to nobody: see the module `watch`.
 const SENTINEL: &str = "seawall.dev/sentinel";
 
 /// A page of a list is to have about so many bytes.
@@ -314,7 +314,7 @@ impl Offset {
 /// A key as text. Nothing if it is the backend's own, or is not text and so nobody's of ours.
 fn key_of(key: Vec<u8>) -> Option<Arc<str>> {
     match String::from_utf8(key) {
-        Ok(key) if key.ends_with(SENTINEL) => None,
+        Ok(key) if key.ends_with(SENTINEL) || key.starts_with(write::DOORS) => None,
         Ok(key) => Some(key.into()),
         Err(error) => {
             tracing::warn!(key = %String::from_utf8_lossy(error.as_bytes()), "a key in etcd is not UTF-8; it is ignored");
@@ -481,6 +481,7 @@ mod tests {
     #[test]
     fn own_keys_are_not_shown() {
         assert_eq!(key_of(b"/registry/seawall.dev/sentinel".to_vec()), None);
+        assert_eq!(key_of(b"/seawall/doors/0123".to_vec()), None);
         assert_eq!(key_of(vec![255]), None);
         assert_eq!(key_of(b"/registry/pods/a/b".to_vec()).as_deref(), Some("/registry/pods/a/b"));
     }

@@ -36,6 +36,8 @@ use crate::{Error, Event, Progress, Result, Revision, Watch};
 const QUEUE: usize = 16;
 /// How long nothing may come before the sentinel is written.
 const QUIET: Duration = Duration::from_millis(5);
+/// The same on a stream that begins in the past, until something came: etcd looks at those every 100 ms.
+const QUIET_AT_FIRST: Duration = Duration::from_millis(120);
 /// How long the sentinel's event may take before the member counts as behind.
 const BEHIND: Duration = Duration::from_secs(1);
 /// After so much silence a sign of life is asked for.
@@ -179,6 +181,7 @@ impl Task {
             Err(_) => return self.failed(member, &link, Failure::silent(pool.limits.attempt)),
         };
         let mut heard = Instant::now();
+        let mut quiet = if self.fresh { QUIET } else { QUIET_AT_FIRST };
         // Since when nothing has moved although something is to come.
         let mut still: Option<Instant> = None;
         let (mut asked, mut doubted, mut written) = (false, false, false);
@@ -194,19 +197,19 @@ impl Task {
                 (true, false) => DOUBT,
                 (true, true) => SILENCE,
             };
-            let wake = still.map(|still| still + if written { BEHIND } else { QUIET });
+            let wake = still.map(|still| still + if written { BEHIND } else { quiet });
             let wake = wake.map_or(heard + silence, |wake| wake.min(heard + silence));
             tokio::select! {
                 biased;
                 message = stream.message() => {
-                    (heard, asked, doubted) = (Instant::now(), false, false);
+                    (asked, doubted) = (false, false);
                     let response = match message {
                         Ok(Some(response)) => response,
                         Ok(None) => return End::Move,
                         Err(status) => return self.failed(member, &link, Failure::of(&status)),
                     };
                     if !response.events.is_empty() {
-                        still = None;
+                        (still, quiet) = (None, QUIET);
                     }
                     if let Some(end) = self.take(response).await {
                         return end;
@@ -232,7 +235,7 @@ impl Task {
                                 return End::Move;
                             }
                             still = Some(now);
-                        } else if !written && now >= since + QUIET {
+                        } else if !written && now >= since + quiet {
                             written = true;
                             self.write_sentinel();
                         }

@@ -33,7 +33,7 @@ use super::{
 use crate::{Error, Expect, Fence, Result, Revision};
 
 /// The doors of all clients.
-const DOORS: &str = "/seawall/doors/";
+pub(super) const DOORS: &str = "/seawall/doors/";
 /// Seconds until etcd forgets a door that is not used. Longer than any request could lie in a socket.
 const DOOR_TTL: i64 = 3600;
 /// How many versions of a key are looked through for one of ours.

@@ -1,0 +1,7 @@
+//! The store on real etcd: processes on loopback that are killed, frozen and left without a majority.
+
+#![allow(clippy::unwrap_used)]
+
+mod cluster;
+mod contract;
+mod faults;
