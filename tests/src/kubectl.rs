@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
-    process::{Child, ChildStdout, Command},
+    process::{Child, ChildStdin, ChildStdout, Command},
 };
 
 /// How kubectl reaches a cluster.
@@ -146,10 +146,18 @@ impl Kubectl {
     /// Starts a command that does not end by itself, to be read line by line.
     pub fn follow(&self, words: &str) -> Following {
         let mut command = self.command();
-        command.args(words.split_whitespace()).stdout(Stdio::piped()).stderr(Stdio::inherit());
-        let mut child = command.spawn().unwrap_or_else(|e| panic!("kubectl {words}: {e}"));
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Following { command: format!("kubectl {words}"), child, lines }
+        command.args(words.split_whitespace());
+        Following::start(command, &format!("kubectl {words}"))
+    }
+
+    /// Starts a command that is typed to at a terminal of so many rows and columns. Its first line names the terminal.
+    pub fn at_terminal(&self, rows: u16, columns: u16, words: &str) -> Following {
+        let mut command = Command::new("script");
+        let line = format!("tty; stty rows {rows} cols {columns} -echo; exec {} {words}", Self::program().display());
+        command.env("KUBECONFIG", &self.kubeconfig).env("HOME", &self.home).env("TERM", "dumb").current_dir(&self.home);
+        // -e: the command's exit code is script's; -f: what it says comes at once.
+        command.args(["-qefc", &line, "/dev/null"]).kill_on_drop(true);
+        Following::start(command, &format!("kubectl {words}"))
     }
 }
 
@@ -157,10 +165,18 @@ impl Kubectl {
 pub struct Following {
     command: String,
     child: Child,
+    stdin: Option<ChildStdin>,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
 impl Following {
+    fn start(mut command: Command, name: &str) -> Following {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("{name}: {e}"));
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Following { command: name.to_owned(), stdin: child.stdin.take(), child, lines }
+    }
+
     /// The next line with this part.
     ///
     /// # Panics
@@ -181,6 +197,33 @@ impl Following {
             Ok(None) => panic!("{} ended without {part:?}:\n{seen}", self.command),
             Err(_) => panic!("{} never said {part:?}:\n{seen}", self.command),
         }
+    }
+
+    /// Types a line.
+    ///
+    /// # Panics
+    /// If the command no longer reads.
+    pub async fn say(&mut self, line: &str) {
+        let stdin = self.stdin.as_mut().expect("not hung up yet");
+        stdin.write_all(format!("{line}\n").as_bytes()).await.unwrap_or_else(|e| panic!("{}: {e}", self.command));
+    }
+
+    /// Ends its standard input.
+    pub fn hang_up(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Waits until the command ends by itself, and tells its exit code.
+    ///
+    /// # Panics
+    /// If it does not end.
+    pub async fn ends(mut self) -> i32 {
+        let ended = tokio::time::timeout(crate::PATIENCE, async {
+            while self.lines.next_line().await.is_ok_and(|line| line.is_some()) {}
+            self.child.wait().await.unwrap()
+        });
+        let status = ended.await.unwrap_or_else(|_| panic!("{} does not end", self.command));
+        status.code().unwrap_or(-1)
     }
 
     /// Ends the command.

@@ -8,6 +8,7 @@ pub mod kubectl;
 pub mod machine;
 pub mod server;
 pub mod traffic;
+pub mod workload;
 
 use std::{
     path::{Path, PathBuf},

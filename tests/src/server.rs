@@ -160,6 +160,16 @@ impl Server {
         self.process.as_ref().expect("the server runs").pid
     }
 
+    /// The number of the server's process as its machine knows it.
+    ///
+    /// # Panics
+    /// If the server does not run.
+    pub fn pid_on_machine(&self) -> i32 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the server runs");
+        let line = status.lines().find_map(|l| l.strip_prefix("NSpid:")).expect("its numbers are told");
+        line.split_whitespace().last().and_then(|n| n.parse().ok()).expect("a number")
+    }
+
     /// Kills the server as a crash would.
     ///
     /// # Panics

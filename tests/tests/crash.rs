@@ -27,27 +27,6 @@ const WRITERS: usize = 12;
 /// What a start may take; it is 2 s for the optimised build on an idle machine.
 const START: Duration = Duration::from_secs(5);
 
-const WEB: &str = "
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: web}
-spec:
-  replicas: 2
-  selector: {matchLabels: {app: web}}
-  template:
-    metadata: {labels: {app: web}}
-    spec:
-      containers:
-      - name: web
-        image: example.test/web:v1
-        readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web}
-spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
-";
-
 /// What the server has said of each object, by its path: the revision that it was written at, or none for deleted.
 type Acknowledged = Arc<Mutex<BTreeMap<String, Option<u64>>>>;
 
@@ -55,17 +34,9 @@ type Acknowledged = Arc<Mutex<BTreeMap<String, Option<u64>>>>;
 fn nothing_acknowledged_is_lost_and_nobody_notices() {
     on_a_machine(async |machine| {
         let mut server = Server::with_node(&machine).await;
-        server.web_image("example.test/web:v1", "here").await;
+        let by_service = server.serve_web().await;
         let k = server.kubectl.clone();
-        k.apply(WEB).await;
-        k.run("rollout status deployment/web --timeout=60s").await.ok();
         let pod_ip = k.path("pods -l app=web", "{.items[0].status.podIP}").await;
-        let cluster_ip = k.path("service/web", "{.spec.clusterIP}").await;
-        let by_service: std::net::SocketAddr = format!("{cluster_ip}:80").parse().unwrap();
-        within(Duration::from_secs(10), "the Service answers", async || {
-            seawall_tests::traffic::get(by_service).await.ok()
-        })
-        .await;
         let containers = k.path("pods -l app=web", "{.items[*].status.containerStatuses[*].containerID}").await;
         let traffic = [Traffic::start(&by_service.to_string()), Traffic::start(&format!("{pod_ip}:8080"))];
 

@@ -1,34 +1,9 @@
 //! The whole machine loses its power and comes back: processes, network and rules are gone, disks are not.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use seawall_tests::{
-    Options, Server,
-    kubectl::has,
-    on_a_machine,
-    traffic::{self},
-    until,
-};
+use seawall_tests::{Options, Server, kubectl::has, on_a_machine};
 
-const WORKLOAD: &str = "
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: web}
-spec:
-  replicas: 2
-  selector: {matchLabels: {app: web}}
-  template:
-    metadata: {labels: {app: web}}
-    spec:
-      containers:
-      - name: web
-        image: example.test/web:v1
-        readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web}
-spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
----
+const PODS: &str = "
 apiVersion: v1
 kind: Pod
 metadata: {name: once}
@@ -50,10 +25,9 @@ fn a_machine_comes_back_with_its_pods() {
     let directory = on_a_machine(async |machine| {
         let server = Server::start(Options { machine: Some(machine), args: node() }).await;
         server.node_ready().await;
-        server.web_image("example.test/web:v1", "here").await;
+        server.serve_web().await;
         let k = &server.kubectl;
-        k.apply(WORKLOAD).await;
-        k.run("rollout status deployment/web --timeout=60s").await.ok();
+        k.apply(PODS).await;
         k.run("wait pod/keeper --for=condition=Ready --timeout=60s").await.ok();
         k.reaches("pod/once", "{.status.phase}", "Succeeded").await;
         k.run("exec keeper -- sh -c echo>/data/kept").await.ok();
@@ -69,9 +43,7 @@ fn a_machine_comes_back_with_its_pods() {
         k.reaches("pod/keeper", "{.status.containerStatuses[0].restartCount}", "1").await;
         k.run("wait pod -l app=web --for=condition=Ready --timeout=60s").await.ok();
         k.run("wait pod/keeper --for=condition=Ready --timeout=60s").await.ok();
-        k.run("rollout status deployment/web --timeout=60s").await.ok();
-        let address = format!("{}:80", k.path("service/web", "{.spec.clusterIP}").await).parse().unwrap();
-        until("the Service answers", async || traffic::get(address).await.ok()).await;
+        server.web_answers().await;
         // What had ended stays ended, and an emptyDir lives as long as its pod.
         assert_eq!(k.path("pod/once", "{.status.phase}").await, "Succeeded");
         has(k.run("exec keeper -- ls /data").await.ok(), &["kept"]);

@@ -20,7 +20,8 @@ const TABLES: [&str; 2] = ["ip nat", "ip6 nat"];
 fn directories(config: &NodeConfig) -> Vec<PathBuf> {
     let mut all: Vec<PathBuf> = ["/var/lib/cni/results", "/var/lib/cni/cache", "/var/lib/cni/networks", "/var/lib/cni"]
         .iter()
-        .chain(&["/run/containerd/s", "/run/containerd", "/run/netns", "/var/log/pods"])
+        .chain(&["/run/containerd/runc/k8s.io", "/run/containerd/runc", "/run/containerd/s", "/run/containerd"])
+        .chain(&["/run/netns", "/var/log/pods"])
         .map(PathBuf::from)
         .collect();
     for ours in [&config.data_dir, &config.run_dir, &config.log_dir] {
