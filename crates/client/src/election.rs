@@ -103,7 +103,10 @@ where
                         work.end();
                     }
                 }
-                effect => under_way = Some(lease.perform(effect, elector.patience())),
+                effect => {
+                    let patience = elector.patience(&effect);
+                    under_way = Some(lease.perform(effect, patience));
+                }
             }
         }
         if resigned {

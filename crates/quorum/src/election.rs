@@ -171,9 +171,13 @@ impl Elector {
         self.timing.retry_period / POLLS_PER_RETRY
     }
 
-    /// How long an effect that talks to the store may take before it counts as [`Event::Failed`].
-    pub fn patience(&self) -> Duration {
-        self.timing.renew_deadline
+    /// How long an effect that talks to the store may take before it counts as [`Event::Failed`]. A renewal whose answer
+    /// is lost has to leave time for another one.
+    pub fn patience(&self, effect: &Effect) -> Duration {
+        match effect {
+            Effect::Renew { .. } | Effect::Read => self.timing.renew_deadline / 3,
+            _ => self.timing.renew_deadline,
+        }
     }
 
     /// Takes a step.

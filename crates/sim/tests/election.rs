@@ -1,0 +1,56 @@
+//! Elections by seed.
+
+use std::time::Duration;
+
+use seawall_quorum::timing::Profile;
+use seawall_sim::{
+    election::{Setting, run},
+    for_seeds,
+};
+
+#[test]
+fn one_writer_and_no_gap_on_bad_days() {
+    let totals = std::cell::Cell::new((0, 0, 0));
+    for_seeds(3000, |seed| {
+        let outcome = run(seed, Setting { candidates: 2 + (seed % 4) as usize, ..Setting::default() })?;
+        let (terms, written, refused) = totals.get();
+        totals.set((terms + outcome.terms, written + outcome.written, refused + outcome.refused));
+        Ok(())
+    });
+    let (terms, written, refused) = totals.get();
+    eprintln!("{terms} terms, {written} writes accepted, {refused} refused");
+    // The days were bad indeed.
+    assert!(std::env::var("SEAWALL_SEED").is_ok() || (terms > 10_000 && refused > 100));
+}
+
+#[test]
+fn other_profiles() {
+    for profile in [Profile::Kubernetes, Profile::Wan] {
+        let length = Duration::from_secs(300);
+        for_seeds(200, |seed| run(seed, Setting { profile, length, ..Setting::default() }).map(|_| ()));
+    }
+}
+
+#[test]
+fn without_faults_the_first_leader_stays() {
+    for_seeds(100, |seed| {
+        let outcome = run(seed, Setting { faults: false, ..Setting::default() })?;
+        assert_eq!(outcome.terms, 1, "seed {seed}");
+        assert!(outcome.longest_gap < Duration::from_secs(1), "seed {seed}: {:?}", outcome.longest_gap);
+        Ok(())
+    });
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let run = |seed| run(seed, Setting::default()).unwrap();
+    assert_eq!(run(7), run(7));
+    assert_ne!(run(7).fingerprint, run(8).fingerprint);
+}
+
+#[test]
+fn without_the_fence_a_deposed_leader_gets_through() {
+    let broken = (0..500).find_map(|seed| run(seed, Setting { fenced: false, ..Setting::default() }).err());
+    let broken = broken.expect("some seed shows what the fence is for");
+    assert!(broken.what.contains("was accepted after one of term"), "{}", broken.what);
+}
