@@ -1,6 +1,7 @@
 //! Every Kubernetes resource as a row: schema, defaults, validation, columns, patch keys. No I/O.
 
 pub mod cell;
+pub mod certificate_request;
 pub mod field;
 pub mod names;
 pub mod patch;

@@ -7,7 +7,8 @@ use k8s_openapi::{
     api::{
         apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet},
         batch::v1::Job,
-        core::v1::{ConfigMap, Endpoints, Namespace, Node, PersistentVolumeClaim, Pod, Service, ServiceAccount},
+        certificates::v1::CertificateSigningRequest,
+        core::v1::{ConfigMap, Endpoints, Namespace, Node, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount},
         discovery::v1::EndpointSlice,
         policy::v1::PodDisruptionBudget,
     },
@@ -82,6 +83,10 @@ caches! {
     claims: PersistentVolumeClaim = streaming(),
     /// Disruption budgets.
     budgets: PodDisruptionBudget = streaming(),
+    /// Requests for certificates.
+    signing_requests: CertificateSigningRequest = streaming(),
+    /// Secrets that are bootstrap tokens.
+    bootstrap_tokens: Secret = streaming().fields("type=bootstrap.kubernetes.io/token"),
 }
 
 /// Shared by all controllers.

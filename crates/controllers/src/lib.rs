@@ -7,6 +7,8 @@ use kube::Client;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+pub mod bootstrap_token;
+pub mod certificates;
 mod context;
 pub mod deployment;
 pub mod disruption;
@@ -39,6 +41,10 @@ pub struct Config {
     pub root_ca: String,
     /// Finished pods that are kept before the oldest are deleted (`--terminated-pod-gc-threshold`).
     pub terminated_pods: usize,
+    /// Who signs certificates. Without one they are approved and wait for somebody else to sign them.
+    pub authority: Option<Arc<certificates::Authority>>,
+    /// The longest life of a certificate (`--cluster-signing-duration`).
+    pub certificate_duration: std::time::Duration,
     /// Controllers that are not run, by name.
     pub disabled: Vec<String>,
 }
@@ -52,6 +58,8 @@ impl Default for Config {
             concurrent: 5,
             root_ca: String::new(),
             terminated_pods: 12_500,
+            authority: None,
+            certificate_duration: std::time::Duration::from_secs(365 * 86_400),
             disabled: Vec::new(),
         }
     }
@@ -72,6 +80,8 @@ const CONTROLLERS: &[(&str, Make)] = &[
     ("namespace", namespace::Namespaces::start),
     ("namespaced", namespaced::Namespaced::start),
     ("disruption", disruption::Budgets::start),
+    ("certificates", certificates::Certificates::start),
+    ("bootstraptoken", bootstrap_token::Tokens::start),
 ];
 
 /// Runs the controllers until `shutdown`.

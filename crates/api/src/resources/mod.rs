@@ -6,6 +6,7 @@ use crate::{
 };
 
 mod autoscaling;
+mod certificate_signing_request;
 mod config;
 mod coordination;
 mod daemonset;
@@ -219,14 +220,7 @@ pub fn all() -> Vec<Row> {
             cells: |o, now| vec![crate::cell::plain(&o["handler"]), crate::cell::age(o, now)],
             ..row::<RuntimeClass>()
         },
-        Row {
-            short_names: &["csr"],
-            subresources: &[Subresource::Status, Subresource::Approval],
-            prepare_create: drop_status,
-            selectable: &["spec.signerName"],
-            name: names::path_segment,
-            ..row::<certificates::CertificateSigningRequest>()
-        },
+        certificate_signing_request::row(),
         Row { subresources: STATUS, prepare_create: drop_status, ..row::<certificates::PodCertificateRequest>() },
         row::<certificates::ClusterTrustBundle>(),
         row::<admission::MutatingWebhookConfiguration>(),
