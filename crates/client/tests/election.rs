@@ -120,12 +120,9 @@ async fn a_leader_that_slept_cannot_write_any_more() {
     // It thaws.
     let error = old.create(&PostParams::default(), &map("too-late")).await.unwrap_err().to_string();
     assert!(error.contains("its term is over"), "{error}");
-    let error = old.patch(
-        "while-leading",
-        &kube::api::PatchParams::default(),
-        &kube::api::Patch::Merge(serde_json::json!({"data": {"a": "b"}})),
-    );
-    assert!(error.await.unwrap_err().to_string().contains("its term is over"));
+    let change = kube::api::Patch::Merge(serde_json::json!({"data": {"a": "b"}}));
+    let error = old.patch("while-leading", &Default::default(), &change).await.unwrap_err().to_string();
+    assert!(error.contains("its term is over"), "{error}");
     let error = old.delete("while-leading", &Default::default()).await.unwrap_err().to_string();
     assert!(error.contains("its term is over"), "{error}");
     new.create(&PostParams::default(), &map("in-time")).await.unwrap();
