@@ -1,3 +1,5 @@
 //! The service proxy on nftables; later gossip, relay, DNS, balancer and virtual addresses.
 
+pub mod balancer;
 pub mod proxy;
+pub mod routes;

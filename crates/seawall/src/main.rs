@@ -1,13 +1,24 @@
 //! The seawall binary: command line, configuration, component lifecycle.
 
+mod agent;
+mod certs;
+mod csr;
+mod etcd;
+mod files;
+mod join;
 mod kubeconfig;
 mod machine;
+mod node;
+mod options;
+mod paths;
 mod server;
 mod supervise;
+mod token;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use seawall_server::pki;
 use tracing_subscriber::EnvFilter;
 
 /// Objects come and go all the time; this allocator gives their memory back where glibc's keeps it in fragments.
@@ -19,7 +30,7 @@ pub const VERSION: &str = concat!("v1.37.0+seawall", env!("CARGO_PKG_VERSION"));
 
 /// A highly available, Kubernetes-compatible cluster in one binary.
 #[derive(Parser)]
-#[command(name = "seawall", version = VERSION, max_term_width = 120)]
+#[command(name = "seawall", version = VERSION, max_term_width = 120, args_override_self = true)]
 struct Cli {
     /// What to log: a level, or a filter such as `info,seawall_node=debug`.
     #[arg(long, global = true, env = "SEAWALL_LOG", default_value = "info")]
@@ -32,6 +43,17 @@ struct Cli {
 enum Command {
     /// Run a server: API, scheduler, controllers, and a node agent.
     Server(Box<server::Args>),
+    /// Run a node: pods, Services, and the way to the servers.
+    Agent(Box<agent::Args>),
+    /// Tokens with which machines join.
+    #[command(subcommand)]
+    Token(token::Command),
+    /// The members of etcd.
+    #[command(subcommand)]
+    Member(etcd::members::Command),
+    /// The certificates on this machine.
+    #[command(subcommand)]
+    Certs(certs::Command),
     /// Print a kubeconfig for a running server.
     Kubeconfig(kubeconfig::Args),
     /// Build container images from files of this machine and import them, without a registry.
@@ -39,12 +61,21 @@ enum Command {
     Image(machine::Image),
     /// Stop everything that a server left running on this machine, and take away what it made.
     Clean(machine::Clean),
+    /// Several machines out of this one: boot them, switch them off, cut them off.
+    Lab(seawall_drill::lab::Args),
     /// Measure a running API server.
     Bench(seawall_drill::bench::Args),
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let arguments = match options::with_config_file(std::env::args().collect()) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("seawall: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    let cli = Cli::parse_from(arguments);
     let filter = match EnvFilter::try_new(&cli.log) {
         Ok(filter) => filter,
         Err(error) => {
@@ -69,9 +100,14 @@ fn main() -> ExitCode {
     let result = runtime.block_on(async {
         match cli.command {
             Command::Server(args) => server::run(*args).await,
+            Command::Agent(args) => agent::run(*args).await,
+            Command::Token(command) => token::run(command).await,
+            Command::Member(command) => etcd::members::run(command).await,
+            Command::Certs(command) => certs::run(&command),
             Command::Kubeconfig(args) => kubeconfig::run(&args),
             Command::Image(args) => machine::image(args).await,
             Command::Clean(args) => machine::clean(args).await,
+            Command::Lab(args) => seawall_drill::lab::run(args).await,
             Command::Bench(args) => seawall_drill::bench::run(args).await,
         }
     });

@@ -1,362 +1,585 @@
-//! `seawall server`: the API server, the scheduler, the controllers and the node agent in one process.
+//! `seawall server`: the API server, the scheduler, the controllers and the node agent in one process, and etcd beside it.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, OnceLock, Weak},
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
 use kube::Client;
+use seawall_client::{
+    election::{Election, lead},
+    tls::{self, Credentials, Tls},
+};
+use seawall_network::balancer;
+use seawall_quorum::timing::Timing;
 use seawall_server::{
-    Config, Server,
+    Config, Server, StartError,
     auth::{MASTERS, NODES, UserInfo},
     pki::{self, Authority},
-    serve,
+    presence, serve,
 };
 use seawall_store::{
     Store,
     embedded::{Embedded, Options},
+    etcd::Etcd,
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::{VERSION, kubeconfig, supervise::component};
+use crate::{
+    VERSION,
+    certs::ServerCertificates,
+    etcd::{members, process},
+    files::{Files, ServerState, StoreKind},
+    join, kubeconfig, node,
+    options::{ClusterOptions, Component, Machine, MachineOptions, TimingOptions},
+    paths::{self, Joining},
+    supervise::component,
+};
 
-/// Parts of a server that can be left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Component {
-    /// The scheduler.
-    Scheduler,
-    /// The controllers.
-    Controllers,
-    /// The node agent.
-    Agent,
-    /// The service proxy.
-    Proxy,
-}
+/// How long to wait before the store is asked again whether it is there.
+const RETRY: Duration = Duration::from_millis(200);
+/// How often a server that waits says so.
+const SAY: Duration = Duration::from_secs(5);
+/// How long a server tries to join.
+const JOIN: Duration = Duration::from_secs(120);
 
 /// Options of `seawall server`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Where everything is kept that must survive a restart.
-    #[arg(long, default_value = "/var/lib/seawall")]
-    data_dir: PathBuf,
-    /// Where sockets and everything else is kept that ends with the machine's uptime.
-    #[arg(long, default_value = "/run/seawall")]
-    run_dir: PathBuf,
+    /// Begin a cluster that other servers can join: the store is etcd, run by the servers.
+    #[arg(long, conflicts_with_all = ["join", "etcd_servers"])]
+    cluster_init: bool,
+    /// Join the cluster of the server at this address, e.g. https://192.0.2.1:6443. Only at the first start.
+    #[arg(long, value_name = "URL", requires = "token", conflicts_with = "etcd_servers")]
+    join: Option<String>,
+    /// What `seawall token create --role server` printed.
+    #[arg(long, env = "SEAWALL_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// Keep the objects in this etcd, e.g. https://192.0.2.9:2379. May be repeated.
+    #[arg(long, value_name = "URL", value_delimiter = ',')]
+    etcd_servers: Vec<String>,
+    /// The certificate authority of that etcd.
+    #[arg(long, value_name = "FILE", requires_all = ["etcd_certfile", "etcd_keyfile"])]
+    etcd_cafile: Option<PathBuf>,
+    /// The certificate to show it.
+    #[arg(long, value_name = "FILE", requires = "etcd_cafile")]
+    etcd_certfile: Option<PathBuf>,
+    /// Its key.
+    #[arg(long, value_name = "FILE", requires = "etcd_cafile")]
+    etcd_keyfile: Option<PathBuf>,
     /// The address to listen on.
     #[arg(long, default_value = "0.0.0.0")]
     bind_address: IpAddr,
     /// The port of the API.
     #[arg(long, default_value_t = 6443)]
     port: u16,
-    /// The name of this machine's Node [default: the host name].
-    #[arg(long)]
-    node_name: Option<String>,
-    /// The address under which other machines reach this one [default: that of the default route].
-    #[arg(long)]
-    node_ip: Option<IpAddr>,
-    /// A label for the Node, as KEY=VALUE. May be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
-    node_label: Vec<String>,
     /// A further name or address for the API's certificate. May be repeated.
     #[arg(long, value_name = "NAME")]
     tls_san: Vec<String>,
-    /// The addresses of pods.
-    #[arg(long, default_value = "10.244.0.0/16")]
-    cluster_cidr: ipnet::IpNet,
-    /// The addresses of Services.
-    #[arg(long, default_value = "10.96.0.0/16")]
-    service_cidr: ipnet::IpNet,
-    /// The ports of Services on nodes.
-    #[arg(long, default_value = "30000-32767", value_name = "FIRST-LAST")]
-    service_node_port_range: String,
-    /// The domain of the cluster.
-    #[arg(long, default_value = "cluster.local")]
-    cluster_domain: String,
-    /// The address of the cluster's DNS. May be repeated [default: pods use the node's].
-    #[arg(long, value_name = "ADDRESS")]
-    cluster_dns: Vec<IpAddr>,
-    /// The port of the node agent.
-    #[arg(long, default_value_t = 10250)]
-    agent_port: u16,
-    /// Use the container runtime at this socket instead of starting containerd.
-    #[arg(long, value_name = "SOCKET")]
-    container_runtime_endpoint: Option<PathBuf>,
-    /// The directory of your own CNI configuration [default: one is written].
-    #[arg(long, value_name = "DIRECTORY")]
-    cni_conf_dir: Option<PathBuf>,
-    /// Where the logs of pods go.
-    #[arg(long, default_value = "/var/log/pods")]
-    pod_log_dir: PathBuf,
-    /// Parts to leave out. May be repeated.
-    #[arg(long, value_enum, value_delimiter = ',')]
-    disable: Vec<Component>,
+    #[command(flatten)]
+    machine: MachineOptions,
+    #[command(flatten)]
+    cluster: ClusterOptions,
+    #[command(flatten)]
+    timing: TimingOptions,
 }
 
-/// Everything that is decided before anything is started.
-struct Plan {
-    args: Args,
-    node_name: String,
-    node_ip: IpAddr,
-    node_ports: std::ops::RangeInclusive<u16>,
-    node_labels: std::collections::BTreeMap<String, String>,
+impl Args {
+    fn external(&self) -> Option<StoreKind> {
+        if self.etcd_servers.is_empty() {
+            return None;
+        }
+        let files = match (&self.etcd_cafile, &self.etcd_certfile, &self.etcd_keyfile) {
+            (Some(ca), Some(certificate), Some(key)) => Some([ca.clone(), certificate.clone(), key.clone()]),
+            _ => None,
+        };
+        Some(StoreKind::External { servers: self.etcd_servers.clone(), files })
+    }
 }
 
-impl Plan {
-    fn new(args: Args) -> anyhow::Result<Plan> {
-        let node_name = match &args.node_name {
-            Some(name) => name.clone(),
-            None => {
-                nix::unistd::gethostname().context("the host name cannot be read")?.to_string_lossy().to_lowercase()
-            }
-        };
-        seawall_api::names::dns_subdomain(&node_name).map_err(|e| anyhow::anyhow!("--node-name {node_name:?}: {e}"))?;
-        let node_ip = match args.node_ip {
-            Some(ip) => ip,
-            None => default_address().context("no address of this machine was found: give --node-ip")?,
-        };
-        let node_ports = parse_range(&args.service_node_port_range)?;
-        let overlap = args.cluster_cidr.contains(&args.service_cidr.network())
-            || args.service_cidr.contains(&args.cluster_cidr.network());
-        if overlap {
+/// Decides what this machine's server is: what its disk says, else what it was told.
+async fn decide(args: &Args, machine: &Machine, files: &Files) -> anyhow::Result<ServerState> {
+    if let Some(mut state) = files.read_server()? {
+        if args.join.is_some() || args.cluster_init {
+            tracing::info!("this machine is a server already: --cluster-init, --join and --token are for its first start");
+        }
+        // Where an external etcd is may change; that it is external does not.
+        if let (StoreKind::External { .. }, Some(external)) = (&state.store, args.external()) {
+            state.store = external;
+            files.write_server(&state)?;
+        }
+        if let StoreKind::Stacked(local) = &state.store
+            && local.ip != machine.ip
+        {
             bail!(
-                "--cluster-cidr {} and --service-cidr {} overlap: choose two ranges apart",
-                args.cluster_cidr,
-                args.service_cidr
+                "this machine's etcd member is known to the others as {}, and its address is now {}: give it its old \
+                 address with --node-ip, or remove it (seawall member remove {}) and join again with an empty --data-dir",
+                local.ip,
+                machine.ip,
+                local.name
             );
         }
-        if args.cluster_cidr.contains(&node_ip) || args.service_cidr.contains(&node_ip) {
-            bail!(
-                "the address {node_ip} of this machine lies in --cluster-cidr {} or --service-cidr {}: choose others",
-                args.cluster_cidr,
-                args.service_cidr
-            );
+        return Ok(state);
+    }
+    let profile = args.timing.timing.unwrap_or_default();
+    let state = match (&args.join, &args.token) {
+        (Some(url), Some(token)) => join_cluster(url, token, machine, files).await?,
+        _ => {
+            let store = match args.external() {
+                Some(external) => external,
+                None if args.cluster_init && files.store().exists() => bail!(
+                    "--cluster-init: {} has the objects of a server that stood alone: take them along with `seawall \
+                     migrate --to etcd`, or choose another --data-dir",
+                    files.store().display()
+                ),
+                None if args.cluster_init => StoreKind::Stacked(members::first(&machine.name, machine.ip)),
+                None => StoreKind::Embedded,
+            };
+            ServerState { cluster: args.cluster.resolve(profile)?, store }
         }
-        let mut node_labels = std::collections::BTreeMap::new();
-        for label in &args.node_label {
-            let (key, value) =
-                label.split_once('=').with_context(|| format!("--node-label {label:?}: write KEY=VALUE"))?;
-            seawall_api::names::qualified_name(key).map_err(|e| anyhow::anyhow!("--node-label {label:?}: {e}"))?;
-            seawall_api::names::label_value(value).map_err(|e| anyhow::anyhow!("--node-label {label:?}: {e}"))?;
-            node_labels.insert(key.to_owned(), value.to_owned());
+    };
+    machine.fits(&state.cluster)?;
+    if state.store != StoreKind::Embedded {
+        // A server that stands alone takes its options anew at every start, as it always did.
+        files.write_server(&state)?;
+    }
+    Ok(state)
+}
+
+async fn join_cluster(url: &str, token: &str, machine: &Machine, files: &Files) -> anyhow::Result<ServerState> {
+    let token: join::Token = token.parse().map_err(|e| anyhow::anyhow!("--token: {e}"))?;
+    let ask = join::ServerAsk { name: machine.name.clone(), ip: machine.ip };
+    let deadline = Instant::now() + JOIN;
+    let mut said: Option<Instant> = None;
+    let answer: join::ServerAnswer = loop {
+        let connected = join::connect(url, &token).await;
+        let (error, temporary) = match &connected {
+            Ok(to) => match join::ask(&to.client, paths::JOIN, Some(&ask)).await {
+                Ok(answer) => break answer,
+                Err(kube::Error::Api(status)) => {
+                    let way_out = match status.code {
+                        401 | 403 => " (a token of `seawall token create --role server` is needed, and it must not be \
+                                      older than its --ttl)",
+                        _ => "",
+                    };
+                    (anyhow::anyhow!("{url} said: {}{way_out}", status.message), status.code >= 500)
+                }
+                Err(error) => (anyhow::anyhow!("{url}: {error}"), true),
+            },
+            Err(error) => {
+                // A wrong hash stays wrong.
+                let text = format!("{error:#}");
+                let temporary = !text.contains("is not a server of the cluster");
+                (anyhow::anyhow!(text), temporary)
+            }
+        };
+        if !temporary || Instant::now() > deadline {
+            return Err(error.context("this machine did not join"));
         }
-        Ok(Plan { node_name, node_ip, node_ports, node_labels, args })
+        if said.is_none_or(|at| at.elapsed() > SAY) {
+            said = Some(Instant::now());
+            tracing::info!("waits to join: {error:#}");
+        }
+        tokio::time::sleep(RETRY * 2).await;
+    };
+    for (name, text) in &answer.tls {
+        let secret = name.ends_with(".key");
+        pki::write(&files.tls().join(name), text, if secret { 0o600 } else { 0o644 })?;
     }
+    let store = match (answer.etcd, answer.external) {
+        (Some(local), _) => StoreKind::Stacked(local),
+        (None, Some((servers, texts))) => {
+            let mut written = None;
+            if let Some([ca, certificate, key]) = texts {
+                let dir = files.etcd_tls();
+                let paths = [dir.join("external-ca.crt"), dir.join("external.crt"), dir.join("external.key")];
+                for (path, text) in paths.iter().zip([ca, certificate, key]) {
+                    pki::write(path, &text, 0o600)?;
+                }
+                written = Some(paths);
+            }
+            StoreKind::External { servers, files: written }
+        }
+        (None, None) => bail!("{url} did not say where the cluster's objects are: is it of another version?"),
+    };
+    tracing::info!(url, "joined the cluster");
+    Ok(ServerState { cluster: answer.cluster, store })
+}
 
-    fn runs(&self, part: Component) -> bool {
-        !self.args.disable.contains(&part)
+/// The store, and what belongs to it.
+struct Opened {
+    store: Arc<dyn Store>,
+    etcd: Option<Arc<Etcd>>,
+    members: Option<Arc<members::Members>>,
+    parts: Vec<JoinHandle<()>>,
+}
+
+async fn open_store(
+    args: &Args,
+    state: &ServerState,
+    files: &Files,
+    timing: &Timing,
+    stop: &CancellationToken,
+) -> anyhow::Result<Opened> {
+    match &state.store {
+        StoreKind::Embedded => {
+            let dir = files.store();
+            std::fs::create_dir_all(&dir).with_context(|| format!("--data-dir: {} cannot be made", dir.display()))?;
+            // Watchers resume from minutes ago; older history is of no use to a lone server and costs memory.
+            let options = Options { history_bytes: 48 << 20, ..Default::default() };
+            let store: Arc<dyn Store> = Arc::new(Embedded::open(&dir, options)?);
+            let compacting = tokio::spawn(compact(store.clone(), stop.clone()));
+            Ok(Opened { store, etcd: None, members: None, parts: vec![compacting] })
+        }
+        StoreKind::Stacked(local) => {
+            process::check_program()?;
+            process::measure_disk(&args.machine.data_dir)?;
+            let certificates = members::certificates(files, local)?;
+            let settings = Arc::new(process::Settings::new(
+                files,
+                &args.machine.run_dir,
+                local,
+                &certificates,
+                timing,
+            ));
+            let part = component("etcd", stop.clone(), move |stop| {
+                let settings = settings.clone();
+                async move { process::run(&settings, stop).await }
+            });
+            let options = members::options(local, certificates.client, timing);
+            let etcd = Arc::new(connect(options).await?);
+            let members = Arc::new(members::Members::new(etcd.admin(), files, &local.name));
+            Ok(Opened { store: etcd.clone(), etcd: Some(etcd), members: Some(members), parts: vec![part] })
+        }
+        StoreKind::External { servers, files } => {
+            let tls = match files {
+                Some([ca, certificate, key]) => {
+                    let read =
+                        |path: &PathBuf| std::fs::read_to_string(path).with_context(|| path.display().to_string());
+                    Some(seawall_store::etcd::Tls {
+                        ca_pem: read(ca)?,
+                        cert_pem: read(certificate)?,
+                        key_pem: read(key)?,
+                    })
+                }
+                None => None,
+            };
+            let endpoint = |url: &String| seawall_store::etcd::Endpoint { url: url.clone(), local: false };
+            let options = seawall_store::etcd::Options {
+                endpoints: servers.iter().map(endpoint).collect(),
+                tls,
+                budget: timing.store_budget,
+                attempt: timing.store_request,
+                probe: timing.store_request / 2,
+                // etcd closes connections that ask more often than it was told to expect.
+                keepalive: Duration::from_secs(5),
+                ..Default::default()
+            };
+            let etcd = Arc::new(connect(options).await?);
+            let compacting = tokio::spawn(compact(etcd.clone(), stop.clone()));
+            Ok(Opened { store: etcd.clone(), etcd: Some(etcd), members: None, parts: vec![compacting] })
+        }
     }
 }
 
-fn parse_range(text: &str) -> anyhow::Result<std::ops::RangeInclusive<u16>> {
-    let range = text.split_once('-').and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
-    match range {
-        Some((first, last)) if first > 0 && first < last => Ok(first..=last),
-        _ => bail!("--service-node-port-range {text:?}: write FIRST-LAST, e.g. 30000-32767"),
-    }
-}
-
-/// The address that the default route leaves by, else the first that is not the loopback's.
-fn default_address() -> Option<IpAddr> {
-    // Connecting a datagram socket sends nothing; it asks the routing table. The address is of a documentation range.
-    let routed = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| {
-        socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9))?;
-        socket.local_addr()
-    });
-    if let Ok(address) = routed
-        && !address.ip().is_loopback()
-        && !address.ip().is_unspecified()
-    {
-        return Some(address.ip());
-    }
-    let addresses = nix::ifaddrs::getifaddrs().ok()?;
-    let mut found = addresses.filter_map(|a| a.address?.as_sockaddr_in().map(|a| IpAddr::V4(a.ip())));
-    found.find(|ip| !ip.is_loopback())
-}
-
-/// The certificates of a start.
-struct Certificates {
-    authority: Authority,
-    serving: pki::Pair,
-    kubelet_client: pki::Pair,
-    agent: pki::Pair,
-}
-
-impl Certificates {
-    fn make(plan: &Plan) -> anyhow::Result<Certificates> {
-        let args = &plan.args;
-        let dir = args.data_dir.join("tls");
-        let authority = Authority::open(&dir)?;
-        let domain = &args.cluster_domain;
-        let mut names: Vec<String> = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
-            .iter()
-            .map(|n| (*n).to_owned())
-            .chain([format!("kubernetes.default.svc.{domain}"), plan.node_name.clone()])
-            .collect();
-        let mut addresses = vec![plan.node_ip, Ipv4Addr::LOCALHOST.into()];
-        addresses.extend(args.service_cidr.hosts().next());
-        for san in &args.tls_san {
-            match san.parse() {
-                Ok(ip) => addresses.push(ip),
-                Err(_) => names.push(san.clone()),
+/// Waits for etcd: after a power cut it may take its time until enough members are back.
+async fn connect(options: seawall_store::etcd::Options) -> anyhow::Result<Etcd> {
+    let mut said = Instant::now();
+    loop {
+        match Etcd::connect(options.clone()).await {
+            Ok(etcd) => return Ok(etcd),
+            Err(error) => {
+                if said.elapsed() > SAY {
+                    said = Instant::now();
+                    tracing::warn!(%error, "waits for etcd");
+                }
             }
         }
-        let serving = authority.server("kube-apiserver", "", &names, &addresses)?;
-        let kubelet_client = authority.client("kube-apiserver-kubelet-client", MASTERS)?;
-        let user = format!("system:node:{}", plan.node_name);
-        let agent = authority.server(
-            &user,
-            NODES,
-            std::slice::from_ref(&plan.node_name),
-            &[plan.node_ip, Ipv4Addr::LOCALHOST.into()],
-        )?;
-        Ok(Certificates { authority, serving, kubelet_client, agent })
+        tokio::time::sleep(RETRY).await;
     }
 }
 
 /// Runs a server until it is told to stop.
+///
+/// # Errors
+/// What kept it from starting.
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let plan = Plan::new(args)?;
-    if !nix::unistd::geteuid().is_root() && (plan.runs(Component::Agent) || plan.runs(Component::Proxy)) {
-        bail!("the node agent and the service proxy need root: run as root, or with --disable agent,proxy");
-    }
+    let machine = Arc::new(Machine::new(args.machine.clone())?);
+    machine.may_run_pods()?;
     // As many connections and watches as the machine allows.
     raise_open_files();
-    let stop = CancellationToken::new();
-    let certificates = Certificates::make(&plan)?;
-    let dir = plan.args.data_dir.join("store");
-    std::fs::create_dir_all(&dir).with_context(|| format!("--data-dir: {} cannot be made", dir.display()))?;
-    // Watchers resume from minutes ago; older history is of no use to a lone server and costs memory.
-    let options = Options { history_bytes: 48 << 20, ..Default::default() };
-    let store: Arc<dyn Store> = Arc::new(Embedded::open(&dir, options)?);
-    let address = SocketAddr::new(plan.args.bind_address, plan.args.port);
+    let mut signal = tokio::spawn(wait_for_signal());
+    let files = Files::new(&args.machine.data_dir);
+    let state = tokio::select! {
+        state = decide(&args, &machine, &files) => state?,
+        _ = &mut signal => return Ok(()),
+    };
+    machine.fits(&state.cluster)?;
+    let timing = args.timing.resolve(state.cluster.timing)?;
+    // Leaders end first, then the API, then etcd.
+    let (leading, stop, last) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+    let certificates = ServerCertificates::make(&files, &machine, &state.cluster, &args.tls_san)?;
+    let mut node_parts = Vec::new();
+    let clustered = state.store != StoreKind::Embedded;
+    if clustered {
+        // The node does not wait for this machine's server: any server will do.
+        node_parts = clustered_node(&machine, &files, &state, &certificates, &timing, args.port, &leading).await?;
+    }
+    let opened = tokio::select! {
+        opened = open_store(&args, &state, &files, &timing, &last) => opened?,
+        _ = &mut signal => {
+            for token in [&leading, &stop, &last] { token.cancel() }
+            return Ok(());
+        }
+    };
+    if let Some(members) = &opened.members {
+        tokio::select! {
+            voter = members.become_voter() => voter?,
+            _ = &mut signal => {
+                for token in [&leading, &stop, &last] { token.cancel() }
+                return Ok(());
+            }
+        }
+    }
+    let address = SocketAddr::new(args.bind_address, args.port);
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen on {address} (--bind-address, --port): is another server running?"))?;
-    let config = Config {
-        service_cidr: plan.args.service_cidr,
-        node_ports: plan.node_ports.clone(),
-        advertise: (plan.node_ip, plan.args.port),
-        service_account_key: pki::service_account_key(&plan.args.data_dir.join("tls"))?,
-        issuer: format!("https://kubernetes.default.svc.{}", plan.args.cluster_domain),
-        ca_pem: certificates.authority.pem.clone(),
-        kubelet_client: (certificates.kubelet_client.certificate.clone(), certificates.kubelet_client.key.clone()),
-        version: VERSION.to_owned(),
+    let this: Arc<OnceLock<Weak<Server>>> = Arc::default();
+    let config = server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this)?;
+    let server = tokio::select! {
+        server = start(config, &opened.store, &stop) => server?,
+        _ = &mut signal => {
+            for token in [&leading, &stop, &last] { token.cancel() }
+            return Ok(());
+        }
     };
-    let tls = serve::tls(&certificates.serving, &certificates.authority.pem)?;
-    let server = Server::start(config, store.clone(), stop.child_token()).await?;
-    write_kubeconfig(&plan, &certificates.authority)?;
-    let mut parts = vec![tokio::spawn(serve::serve(server.clone(), listener, tls, stop.clone()))];
+    let _ = this.set(Arc::downgrade(&server));
+    write_kubeconfig(&args, &certificates.authority)?;
+    let serving = tokio::spawn(serve::serve(server.clone(), listener, certificates.tls()?, stop.clone()));
     tracing::info!(%address, "the API is served");
-    parts.push(tokio::spawn(compact(store, stop.clone())));
-    parts.extend(components(&plan, &server, &certificates, &stop));
-    wait_for_signal().await?;
+    if !clustered {
+        let identity = certificates.node_identity();
+        let user = format!("system:node:{}", machine.name);
+        let client = in_process(&server, &user, &[NODES]);
+        node_parts = node::components(&machine, &state.cluster, &client, &identity, &leading);
+    }
+    let mut leaders = leaders(&machine, &state, &timing, &server, &certificates, &leading);
+    if let (Some(members), Some(etcd)) = (&opened.members, &opened.etcd) {
+        let (members, etcd) = (members.clone(), etcd.clone());
+        leaders.push(component("members", leading.clone(), move |stop| members.clone().look_after(etcd.clone(), stop)));
+    }
+    leaders.push(certificates.keep(&server, &leading));
+    signal.await??;
     tracing::info!("stopping");
+    // Those who lead let go, so that others need not wait until they are missed.
+    leading.cancel();
+    for part in leaders {
+        let _ = part.await;
+    }
     stop.cancel();
-    for part in parts {
+    let _ = serving.await;
+    if let Some(members) = &opened.members {
+        let _ = tokio::time::timeout(Duration::from_secs(3), members.step_down()).await;
+    }
+    last.cancel();
+    for part in opened.parts.into_iter().chain(node_parts) {
         // Panics have been logged where they happened.
         let _ = part.await;
     }
     Ok(())
 }
 
-fn components(
-    plan: &Plan,
-    server: &Arc<Server>,
-    certificates: &Certificates,
-    stop: &CancellationToken,
-) -> Vec<tokio::task::JoinHandle<()>> {
-    let client = |name: &str, groups: &[&str]| -> Client {
-        let (server, user) = (server.clone(), UserInfo::new(name, groups));
-        seawall_client::in_process(move |request| {
-            let (server, user) = (server.clone(), user.clone());
-            async move { server.handle(request, Some(user)).await }
-        })
+/// Starts the API; where others keep the store with us, it may have to wait for them.
+async fn start(config: Config, store: &Arc<dyn Store>, stop: &CancellationToken) -> anyhow::Result<Arc<Server>> {
+    let mut said = Instant::now();
+    loop {
+        // What a failed start left behind ends before the next one.
+        let token = stop.child_token();
+        match Server::start(config.clone(), store.clone(), token.clone()).await {
+            Ok(server) => return Ok(server),
+            Err(StartError::Store { what, message }) if config.shared_store => {
+                token.cancel();
+                if said.elapsed() > SAY {
+                    said = Instant::now();
+                    tracing::warn!("waits for the store: {what}: {message}");
+                }
+                tokio::time::sleep(RETRY).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "everything that the API is told comes together here")]
+fn server_config(
+    args: &Args,
+    machine: &Machine,
+    state: &ServerState,
+    timing: &Timing,
+    certificates: &ServerCertificates,
+    opened: &Opened,
+    files: &Files,
+    this: &Arc<OnceLock<Weak<Server>>>,
+) -> anyhow::Result<Config> {
+    let cluster = &state.cluster;
+    let (ca, server) = (certificates.authority.pem.clone(), this.clone());
+    let joining = Joining {
+        files: files.clone(),
+        cluster: cluster.clone(),
+        ca: Arc::new(move || ca.clone()),
+        servers: Arc::new(move || {
+            server.get().and_then(Weak::upgrade).map(|server| server.servers()).unwrap_or_default()
+        }),
+        store: state.store.clone(),
+        members: opened.members.clone(),
     };
+    Ok(Config {
+        service_cidr: cluster.service_cidr,
+        node_ports: cluster.node_ports.0..=cluster.node_ports.1,
+        advertise: (machine.ip, args.port),
+        service_account_key: pki::service_account_key(&files.tls())?,
+        issuer: format!("https://kubernetes.default.svc.{}", cluster.domain),
+        ca_pem: certificates.authority.pem.clone(),
+        kubelet_client: (certificates.kubelet_client.certificate.clone(), certificates.kubelet_client.key.clone()),
+        version: VERSION.to_owned(),
+        name: machine.name.clone(),
+        presence: presence::Times { renew: timing.server_renew, expiry: timing.server_expiry },
+        paths: Some(Arc::new(joining)),
+        shared_store: state.store != StoreKind::Embedded,
+    })
+}
+
+/// A client whose requests this process answers itself.
+fn in_process(server: &Arc<Server>, name: &str, groups: &[&str]) -> Client {
+    let (server, user) = (server.clone(), UserInfo::new(name, groups));
+    seawall_client::in_process(move |request| {
+        let (server, user) = (server.clone(), user.clone());
+        async move { server.handle(request, Some(user)).await }
+    })
+}
+
+/// The scheduler and the controllers. With other servers beside this one, they act where they lead.
+fn leaders(
+    machine: &Machine,
+    state: &ServerState,
+    timing: &Timing,
+    server: &Arc<Server>,
+    certificates: &ServerCertificates,
+    stop: &CancellationToken,
+) -> Vec<JoinHandle<()>> {
     let mut parts = Vec::new();
-    if plan.runs(Component::Controllers) {
-        let client = client("system:kube-controller-manager", &[]);
+    // Two lives of one server are two candidates.
+    let identity = format!("{}_{:08x}", machine.name, rand::random::<u32>());
+    let alone = state.store == StoreKind::Embedded;
+    if machine.runs(Component::Controllers) {
+        let client = in_process(server, "system:kube-controller-manager", &[]);
         let config = seawall_controllers::Config {
-            cluster_cidr: plan.args.cluster_cidr,
-            service_cidr: Some(plan.args.service_cidr),
+            cluster_cidr: state.cluster.cluster_cidr,
+            service_cidr: Some(state.cluster.service_cidr),
             root_ca: certificates.authority.pem.clone(),
-            ..Default::default()
+            ..certificates.controllers()
         };
+        let election =
+            Election { lease: "kube-controller-manager".into(), identity: identity.clone(), timing: *timing };
         parts.push(component("controllers", stop.clone(), move |stop| {
-            seawall_controllers::run(client.clone(), config.clone(), stop)
+            let (client, config, election) = (client.clone(), config.clone(), election.clone());
+            async move {
+                match alone {
+                    true => seawall_controllers::run(client, config, stop).await,
+                    false => {
+                        let run = move |client, stop| seawall_controllers::run(client, config.clone(), stop);
+                        lead(client, election, stop, run).await
+                    }
+                }
+            }
         }));
     }
-    if plan.runs(Component::Scheduler) {
-        let client = client("system:kube-scheduler", &[]);
+    if machine.runs(Component::Scheduler) {
+        let client = in_process(server, "system:kube-scheduler", &[]);
         let config = seawall_scheduler::SchedulerConfig::default();
+        let election = Election { lease: "kube-scheduler".into(), identity, timing: *timing };
         parts.push(component("scheduler", stop.clone(), move |stop| {
-            seawall_scheduler::run(client.clone(), config.clone(), stop)
-        }));
-    }
-    let node_user = format!("system:node:{}", plan.node_name);
-    if plan.runs(Component::Agent) {
-        let client = client(&node_user, &[NODES]);
-        let config = agent_config(plan, certificates);
-        parts.push(component("agent", stop.clone(), move |stop| {
-            seawall_node::run(client.clone(), config.clone(), stop)
-        }));
-    }
-    if plan.runs(Component::Proxy) {
-        let client = client(&node_user, &[NODES]);
-        let config = seawall_network::proxy::ProxyConfig {
-            node_name: plan.node_name.clone(),
-            node_ips: vec![plan.node_ip],
-            cluster_cidr: plan.args.cluster_cidr,
-            ..Default::default()
-        };
-        parts.push(component("proxy", stop.clone(), move |stop| {
-            seawall_network::proxy::run(client.clone(), config.clone(), stop)
+            let (client, config, election) = (client.clone(), config.clone(), election.clone());
+            async move {
+                match alone {
+                    true => seawall_scheduler::run(client, config, stop).await,
+                    false => {
+                        let run = move |client, stop| seawall_scheduler::run(client, config.clone(), stop);
+                        lead(client, election, stop, run).await
+                    }
+                }
+            }
         }));
     }
     parts
 }
 
-fn agent_config(plan: &Plan, certificates: &Certificates) -> seawall_node::NodeConfig {
-    let args = &plan.args;
-    let mut config = seawall_node::NodeConfig::new(&plan.node_name, plan.node_ip);
-    config.data_dir = args.data_dir.join("agent");
-    config.run_dir = args.run_dir.clone();
-    config.log_dir = args.pod_log_dir.clone();
-    config.runtime = match &args.container_runtime_endpoint {
-        Some(endpoint) => seawall_node::Runtime::External { endpoint: endpoint.clone() },
-        None => seawall_node::Runtime::Supervised {},
+/// The node of a machine whose server is one of several: it reaches the API through the balancer, so that it does not
+/// depend on the server beside it.
+async fn clustered_node(
+    machine: &Arc<Machine>,
+    files: &Files,
+    state: &ServerState,
+    certificates: &ServerCertificates,
+    timing: &Timing,
+    port: u16,
+    stop: &CancellationToken,
+) -> anyhow::Result<Vec<JoinHandle<()>>> {
+    let user = format!("system:node:{}", machine.name);
+    let pair = certificates.authority.client(&user, NODES)?;
+    let credentials = Credentials {
+        ca_pem: certificates.authority.pem.clone(),
+        certificate: Some((pair.certificate, pair.key)),
+        token: None,
     };
-    config.cluster_dns = args.cluster_dns.clone();
-    config.cluster_domain = args.cluster_domain.clone();
-    config.cni_conf_dir = args.cni_conf_dir.clone();
-    config.serving_cert_pem = certificates.agent.certificate.clone();
-    config.serving_key_pem = certificates.agent.key.clone();
-    config.client_ca_pem = certificates.authority.pem.clone();
-    config.api_users = vec!["kube-apiserver-kubelet-client".into()];
-    config.port = args.agent_port;
-    config.node_labels = plan.node_labels.clone();
-    // A machine that runs a server says so, as kubeadm's do.
-    config.node_labels.insert("node-role.kubernetes.io/control-plane".into(), String::new());
-    config
+    let client = tls::connect(node::balancer_address(machine), &Tls::new(&credentials)?);
+    let mut initial: Vec<SocketAddr> = vec![SocketAddr::new(machine.ip, port)];
+    if let StoreKind::Stacked(local) = &state.store {
+        // Where members of etcd are, servers are.
+        let hosts = local.others.iter().filter_map(|url| url.parse::<http::Uri>().ok()?.host()?.parse().ok());
+        initial.extend(hosts.map(|ip: IpAddr| SocketAddr::new(ip, port)));
+    }
+    let mut parts = Vec::new();
+    if machine.runs(Component::Balancer) {
+        let config = balancer::Config {
+            listen: node::balancer_address(machine),
+            initial,
+            local: Some(SocketAddr::new(machine.ip, port)),
+            file: files.balancer_list(),
+            ca_pem: certificates.authority.pem.clone(),
+            probe_interval: timing.probe_interval,
+            probe_timeout: timing.probe_timeout,
+            ..balancer::Config::default()
+        };
+        let follower = client.clone();
+        parts.push(component("balancer", stop.clone(), move |stop| {
+            balancer::run(config.clone(), follower.clone(), stop)
+        }));
+    }
+    parts.extend(node::components(machine, &state.cluster, &client, &certificates.node_identity(), stop));
+    Ok(parts)
 }
 
-fn write_kubeconfig(plan: &Plan, authority: &Authority) -> anyhow::Result<()> {
+fn write_kubeconfig(args: &Args, authority: &Authority) -> anyhow::Result<()> {
     let admin = authority.client("kubernetes-admin", MASTERS)?;
-    let host = match plan.args.bind_address {
+    let host = match args.bind_address {
         ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         ip => ip,
     };
-    let url = format!("https://{}", SocketAddr::new(host, plan.args.port));
+    let url = format!("https://{}", SocketAddr::new(host, args.port));
     let text = kubeconfig::text(&url, &authority.pem, &admin.certificate, &admin.key)?;
-    pki::write(&kubeconfig::path(&plan.args.data_dir), &text, 0o600)?;
+    pki::write(&kubeconfig::path(&args.machine.data_dir), &text, 0o600)?;
     Ok(())
 }
 
 /// Forgets old history now and then: every five minutes, all that is older than five minutes.
 async fn compact(store: Arc<dyn Store>, stop: CancellationToken) {
-    const EVERY: std::time::Duration = std::time::Duration::from_secs(300);
+    const EVERY: Duration = Duration::from_secs(300);
     let mut before = None;
     loop {
         tokio::select! {
@@ -372,7 +595,7 @@ async fn compact(store: Arc<dyn Store>, stop: CancellationToken) {
     }
 }
 
-fn raise_open_files() {
+pub(crate) fn raise_open_files() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
@@ -381,7 +604,7 @@ fn raise_open_files() {
     }
 }
 
-async fn wait_for_signal() -> anyhow::Result<()> {
+pub(crate) async fn wait_for_signal() -> anyhow::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {

@@ -85,6 +85,8 @@ pub struct Config {
     pub presence: presence::Times,
     /// Who answers below [`paths::PREFIX`].
     pub paths: Option<Arc<dyn paths::Paths>>,
+    /// Whether other servers use the same store.
+    pub shared_store: bool,
 }
 
 /// The API server.
@@ -205,6 +207,11 @@ impl Server {
         });
         server.ready.store(true, std::sync::atomic::Ordering::Release);
         Ok(server)
+    }
+
+    /// An object as the cache has it.
+    pub fn peek(&self, group: &str, plural: &str, namespace: &str, name: &str) -> Option<serde_json::Value> {
+        Some(self.lookup(&self.cache.snapshot(), group, plural, namespace, name)?.value())
     }
 
     /// Answers a request. `user` is who the connection proved to be: by client certificate, or a component in this

@@ -61,13 +61,18 @@ fn bad(what: &str) -> impl Fn(rcgen::Error) -> PkiError + '_ {
 }
 
 impl Authority {
+    /// Reads the authority in `dir`, which has to be there.
+    pub fn open_existing(dir: &Path) -> Result<Authority, PkiError> {
+        let pem = read(&dir.join("ca.crt"))?;
+        let key = KeyPair::from_pem(&read(&dir.join("ca.key"))?).map_err(bad("ca.key"))?;
+        Ok(Authority { pem, key })
+    }
+
     /// Reads the authority in `dir` (`ca.crt`, `ca.key`), or makes one.
     pub fn open(dir: &Path) -> Result<Authority, PkiError> {
         let (certificate, key) = (dir.join("ca.crt"), dir.join("ca.key"));
         if certificate.exists() && key.exists() {
-            let pem = read(&certificate)?;
-            let key = KeyPair::from_pem(&read(&key)?).map_err(bad("ca.key"))?;
-            return Ok(Authority { pem, key });
+            return Authority::open_existing(dir);
         }
         let pair = KeyPair::generate().map_err(bad("the key of the authority"))?;
         let mut params = params("seawall-ca", "", CA_DAYS);

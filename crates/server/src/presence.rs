@@ -129,6 +129,11 @@ pub async fn keep(server: Arc<Server>) {
 }
 
 impl Server {
+    /// Where the servers are, by their Leases.
+    pub fn servers(&self) -> Vec<SocketAddr> {
+        self.server_leases().into_iter().map(|(_, _, address)| address).collect()
+    }
+
     fn lease_key(&self, name: &str) -> String {
         let row = self.registry.by_name("coordination.k8s.io", "leases").map(|(_, row)| row);
         row.map(|row| row.key(NAMESPACE, name)).unwrap_or_default()

@@ -42,6 +42,7 @@ impl Api {
             name: "s1".into(),
             presence: Default::default(),
             paths: None,
+            shared_store: false,
         };
         let server = Server::start(config, store.clone(), CancellationToken::new()).await.unwrap();
         let api = Api { server, store, user: Some(UserInfo::new("admin", &[MASTERS])), _dir: dir };

@@ -1,0 +1,205 @@
+//! `seawall agent`: a node.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, bail};
+use seawall_client::tls::{self, Credentials, Tls};
+use seawall_network::balancer;
+use seawall_server::pki::Pair;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    csr,
+    files::{AgentState, Files},
+    join, node,
+    options::{Component, Machine, MachineOptions, TimingOptions},
+    paths,
+    server::{raise_open_files, wait_for_signal},
+    supervise::component,
+};
+
+/// How long a machine tries to join.
+const JOIN: Duration = Duration::from_secs(120);
+
+/// Options of `seawall agent`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Join the cluster of the server at this address, e.g. https://192.0.2.1:6443. Only at the first start.
+    #[arg(long, value_name = "URL", requires = "token")]
+    join: Option<String>,
+    /// What `seawall token create` printed.
+    #[arg(long, env = "SEAWALL_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    #[command(flatten)]
+    machine: MachineOptions,
+    #[command(flatten)]
+    timing: TimingOptions,
+}
+
+/// Runs a node until it is told to stop. Its pods go on.
+///
+/// # Errors
+/// What kept it from starting.
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let (join, token, timing) = (args.join, args.token, args.timing);
+    let machine = Arc::new(Machine::new(args.machine)?);
+    machine.may_run_pods()?;
+    raise_open_files();
+    let files = Files::new(&machine.options.data_dir);
+    let mut signal = tokio::spawn(wait_for_signal());
+    let state = tokio::select! {
+        state = decide(&machine, &files, join.as_deref(), token.as_deref()) => state?,
+        _ = &mut signal => return Ok(()),
+    };
+    machine.fits(&state.cluster)?;
+    let timing = timing.resolve(state.cluster.timing)?;
+    let stop = CancellationToken::new();
+    let client_pair = csr::read(&files.agent_client())?.context("the agent's certificate is gone: join again")?;
+    let credentials = |pair: &Pair| Credentials {
+        ca_pem: state.ca.clone(),
+        certificate: Some((pair.certificate.clone(), pair.key.clone())),
+        token: None,
+    };
+    let tls = Tls::new(&credentials(&client_pair))?;
+    let client = tls::connect(node::balancer_address(&machine), &tls);
+    let mut parts = Vec::new();
+    if machine.runs(Component::Balancer) {
+        let config = balancer::Config {
+            listen: node::balancer_address(&machine),
+            initial: state.servers.clone(),
+            file: files.balancer_list(),
+            ca_pem: state.ca.clone(),
+            probe_interval: timing.probe_interval,
+            probe_timeout: timing.probe_timeout,
+            ..balancer::Config::default()
+        };
+        let follower = client.clone();
+        parts.push(component("balancer", stop.clone(), move |stop| {
+            balancer::run(config.clone(), follower.clone(), stop)
+        }));
+    }
+    let serving = tokio::select! {
+        serving = serving(&machine, &files, &client) => serving?,
+        _ = &mut signal => { stop.cancel(); return Ok(()) }
+    };
+    let identity = node::Identity { serving, ca: state.ca.clone(), is_server: false };
+    parts.extend(node::components(&machine, &state.cluster, &client, &identity, &stop));
+    parts.push(csr::keep_client(&machine.name, &files.agent_client(), client.clone(), stop.clone(), {
+        let (tls, state) = (tls.clone(), state.clone());
+        move |pair: &Pair| {
+            let credentials = Credentials {
+                ca_pem: state.ca.clone(),
+                certificate: Some((pair.certificate.clone(), pair.key.clone())),
+                token: None,
+            };
+            tls.replace(&credentials).map_err(Into::into)
+        }
+    }));
+    signal.await??;
+    tracing::info!("stopping; pods go on");
+    stop.cancel();
+    for part in parts {
+        let _ = part.await;
+    }
+    Ok(())
+}
+
+async fn decide(
+    machine: &Machine,
+    files: &Files,
+    url: Option<&str>,
+    token: Option<&str>,
+) -> anyhow::Result<AgentState> {
+    if let Some(state) = files.read_agent()? {
+        if url.is_some() {
+            tracing::info!("this machine has joined already: --join and --token are for its first start");
+        }
+        return Ok(state);
+    }
+    let (Some(url), Some(token)) = (url, token) else {
+        bail!(
+            "this machine has not joined a cluster: give --join https://SERVER:6443 and --token, as printed by `seawall \
+             token create` on a server"
+        );
+    };
+    let token: join::Token = token.parse().map_err(|e| anyhow::anyhow!("--token: {e}"))?;
+    let deadline = Instant::now() + JOIN;
+    let mut said: Option<Instant> = None;
+    loop {
+        match try_join(machine, files, url, &token).await {
+            Ok(state) => return Ok(state),
+            Err((error, temporary)) => {
+                if !temporary || Instant::now() > deadline {
+                    return Err(error.context("this machine did not join"));
+                }
+                if said.is_none_or(|at| at.elapsed() > Duration::from_secs(5)) {
+                    said = Some(Instant::now());
+                    tracing::info!("waits to join: {error:#}");
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(400)).await;
+    }
+}
+
+async fn try_join(
+    machine: &Machine,
+    files: &Files,
+    url: &str,
+    token: &join::Token,
+) -> Result<AgentState, (anyhow::Error, bool)> {
+    let to = join::connect(url, token).await.map_err(|error| {
+        // A wrong hash stays wrong.
+        let temporary = !format!("{error:#}").contains("is not a server of the cluster");
+        (error, temporary)
+    })?;
+    let answer: join::ClusterAnswer =
+        join::ask(&to.client, paths::CONFIG, None::<&()>).await.map_err(|error| match error {
+            kube::Error::Api(status) => {
+                let way_out = match status.code {
+                    401 | 403 => " (a token of `seawall token create` is needed, and it must not be older than its --ttl)",
+                    _ => "",
+                };
+                (anyhow::anyhow!("{url} said: {}{way_out}", status.message), status.code >= 500)
+            }
+            error => (anyhow::anyhow!("{url}: {error}"), true),
+        })?;
+    machine.fits(&answer.cluster).map_err(|e| (e, false))?;
+    let pair = csr::request_client(&to.client, &machine.name).await.map_err(|e| (e, true))?;
+    csr::write(&files.agent_client(), &pair).map_err(|e| (e, false))?;
+    let mut servers: Vec<SocketAddr> = answer.servers;
+    if servers.is_empty() {
+        servers.extend(join::address_of(url).await.ok());
+    }
+    let state = AgentState { cluster: answer.cluster, ca: to.ca, servers };
+    files.write_agent(&state).map_err(|e| (e, false))?;
+    tracing::info!(url, "joined the cluster");
+    Ok(state)
+}
+
+/// The certificate that the agent shows its callers: the one on disk, or a new one.
+async fn serving(machine: &Machine, files: &Files, client: &kube::Client) -> anyhow::Result<Pair> {
+    let path = files.agent_serving();
+    if let Some(pair) = csr::read(&path)?
+        && !csr::is_due(&pair)
+    {
+        return Ok(pair);
+    }
+    let mut said: Option<Instant> = None;
+    loop {
+        match csr::request_serving(client, &machine.name, &[machine.ip]).await {
+            Ok(pair) => {
+                csr::write(&path, &pair)?;
+                return Ok(pair);
+            }
+            Err(error) => {
+                if said.is_none_or(|at| at.elapsed() > Duration::from_secs(5)) {
+                    said = Some(Instant::now());
+                    tracing::warn!("waits for the agent's serving certificate: {error:#}");
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(400)).await;
+    }
+}

@@ -1,0 +1,272 @@
+//! How machines join: what the newcomer does.
+//!
+//! A token is three parts, `<id>.<secret>.<hash>`: the first two are a bootstrap token
+//! (<https://kubernetes.io/docs/reference/access-authn-authz/bootstrap-tokens/>), the third is the SHA-256 of the
+//! cluster's certificate authority. The newcomer asks the server for the authority, believes it only if the hash is
+//! right, and shows the secret only after that.
+
+use std::{fmt, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, bail};
+use http::Request;
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper_util::rt::TokioIo;
+use kube::Client;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::CryptoProvider,
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
+use seawall_client::tls::{self, Credentials, Tls};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tokio::net::TcpStream;
+
+use crate::options::Cluster;
+
+/// How long one request to a server may take.
+const REQUEST: Duration = Duration::from_secs(10);
+/// The largest answer.
+const ANSWER: usize = 1 << 20;
+
+/// What lets a machine join.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token {
+    /// `<id>.<secret>`.
+    pub bearer: String,
+    /// The SHA-256 of the authority's certificate, in hexadecimal.
+    pub hash: String,
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.bearer, self.hash)
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The secret stays out of logs.
+        write!(f, "Token({}.…)", self.bearer.split('.').next().unwrap_or_default())
+    }
+}
+
+impl FromStr for Token {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Token, String> {
+        let text = text.trim();
+        let parts: Vec<&str> = text.split('.').collect();
+        let of = |part: &str, n: usize| part.len() == n && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        match parts.as_slice() {
+            [id, secret, hash] if of(id, 6) && of(secret, 16) && of(hash, 64) => {
+                Ok(Token { bearer: format!("{id}.{secret}"), hash: (*hash).to_owned() })
+            }
+            _ => Err("this is no token of `seawall token create`: it has three parts with dots between, \
+                      of 6, 16 and 64 small letters and digits"
+                .to_owned()),
+        }
+    }
+}
+
+/// The SHA-256 of an authority, which is the first certificate of `pem`.
+///
+/// # Errors
+/// If there is none.
+pub fn hash(pem: &str) -> anyhow::Result<String> {
+    let der = CertificateDer::from_pem_slice(pem.as_bytes()).context("the certificate authority cannot be read")?;
+    Ok(Sha256::digest(&der).iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The address in `https://address:port`.
+///
+/// # Errors
+/// If it is something else, or a name that has no address.
+pub async fn address_of(url: &str) -> anyhow::Result<SocketAddr> {
+    let way_out = || format!("--join {url:?}: write https://ADDRESS:6443, the address of a server of the cluster");
+    let uri: http::Uri = url.parse().with_context(way_out)?;
+    let (Some("https"), Some(host)) = (uri.scheme_str(), uri.host()) else { bail!(way_out()) };
+    let port = uri.port_u16().unwrap_or(6443);
+    let host = host.trim_matches(['[', ']']);
+    let found = tokio::net::lookup_host((host, port)).await.with_context(way_out)?.next();
+    found.with_context(way_out)
+}
+
+/// What every machine of the cluster may know.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ClusterAnswer {
+    /// The cluster.
+    pub cluster: Cluster,
+    /// Where its servers are.
+    pub servers: Vec<SocketAddr>,
+}
+
+/// What a machine says that wants to be a server.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServerAsk {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub ip: std::net::IpAddr,
+}
+
+/// What it is given.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct ServerAnswer {
+    /// The cluster.
+    pub cluster: Cluster,
+    /// The files of `tls/` by name: authorities and keys.
+    pub tls: std::collections::BTreeMap<String, String>,
+    /// How to start its etcd member; none if the store is elsewhere.
+    pub etcd: Option<crate::etcd::Local>,
+    /// The external store.
+    pub external: Option<(Vec<String>, Option<[String; 3]>)>,
+}
+
+/// A connection to a server whose authority has been checked.
+pub struct Introduced {
+    /// The authority, in PEM.
+    pub ca: String,
+    /// A client that shows the token.
+    pub client: Client,
+}
+
+/// Asks the server for the authority and checks its hash.
+///
+/// # Errors
+/// If the server cannot be reached, or is not of the cluster that the token is for.
+pub async fn connect(url: &str, token: &Token) -> anyhow::Result<Introduced> {
+    let address = address_of(url).await?;
+    let ca = tokio::time::timeout(REQUEST, fetch_authority(address))
+        .await
+        .map_err(|_| anyhow::anyhow!("{url} did not answer within {REQUEST:?}"))?
+        .with_context(|| format!("{url} cannot be asked for its certificate authority"))?;
+    let found = hash(&ca)?;
+    if found != token.hash {
+        bail!(
+            "{url} is not a server of the cluster that the token is for: its certificate authority has the hash \
+             {found}, and the token says {}. Nothing was sent to it. Make a token on that cluster",
+            token.hash
+        );
+    }
+    let credentials = Credentials { ca_pem: ca.clone(), certificate: None, token: Some(token.bearer.clone()) };
+    Ok(Introduced { ca, client: tls::connect(address, &Tls::new(&credentials)?) })
+}
+
+/// Asks below `/seawall/v1/`.
+///
+/// # Errors
+/// What the server said.
+pub async fn ask<T: serde::de::DeserializeOwned>(
+    client: &Client,
+    path: &str,
+    body: Option<&impl Serialize>,
+) -> kube::Result<T> {
+    let request = match body {
+        Some(body) => Request::post(path)
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(serde_json::to_vec(body).map_err(kube::Error::SerdeError)?),
+        None => Request::get(path).body(Vec::new()),
+    };
+    client.request(request.map_err(kube::Error::HttpError)?).await
+}
+
+/// The server's certificate authority, which nothing vouches for yet.
+async fn fetch_authority(address: SocketAddr) -> anyhow::Result<String> {
+    #[derive(Deserialize)]
+    struct Answer {
+        ca: String,
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Unverified(provider)))
+        .with_no_client_auth();
+    let stream = TcpStream::connect(address).await?;
+    let name = ServerName::try_from(tls::SERVER_NAME)?;
+    let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let driver = tokio::spawn(connection);
+    let request = Request::get(seawall_server::paths::CA)
+        .header(http::header::HOST, tls::SERVER_NAME)
+        .body(Empty::<bytes::Bytes>::new())?;
+    let answer = sender.send_request(request).await?;
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), ANSWER).collect().await.map_err(|e| anyhow::anyhow!("{e}"))?.to_bytes();
+    driver.abort();
+    if !status.is_success() {
+        bail!("it said {status}: {}", String::from_utf8_lossy(&body));
+    }
+    Ok(serde_json::from_slice::<Answer>(&body)?.ca)
+}
+
+/// Accepts any certificate: only for the one public answer whose hash is checked afterwards.
+#[derive(Debug)]
+struct Unverified(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Unverified {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, cert, signed, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, signed, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens() {
+        let hash = "a1".repeat(32);
+        let text = format!("abcdef.0123456789abcdef.{hash}");
+        let token: Token = text.parse().unwrap();
+        assert_eq!(token.to_string(), text);
+        assert_eq!(format!("{token:?}"), "Token(abcdef.…)");
+        for bad in ["", "abcdef.0123456789abcdef", "abcdef.0123456789abcdef.12", "ABCDEF.0123456789abcdef.00"] {
+            let error = bad.parse::<Token>().unwrap_err();
+            assert!(error.contains("seawall token create"), "{bad}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_to_join() {
+        assert_eq!(address_of("https://192.0.2.1:7443").await.unwrap().to_string(), "192.0.2.1:7443");
+        assert_eq!(address_of("https://[2001:db8::1]").await.unwrap().to_string(), "[2001:db8::1]:6443");
+        for bad in ["192.0.2.1", "http://192.0.2.1:6443", "https://"] {
+            let error = format!("{:#}", address_of(bad).await.unwrap_err());
+            assert!(error.contains("write https://ADDRESS:6443"), "{bad}: {error}");
+        }
+    }
+}

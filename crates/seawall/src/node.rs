@@ -1,0 +1,92 @@
+//! What makes a machine a node: the agent, the service proxy, the balancer, the routes.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use kube::Client;
+use seawall_network::{proxy, routes};
+use seawall_server::pki::Pair;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    files::Files,
+    options::{Cluster, Component, Machine},
+    supervise::component,
+};
+
+/// How a node shows who it is to those who call its agent.
+#[derive(Clone)]
+pub struct Identity {
+    /// The agent's certificate as a server.
+    pub serving: Pair,
+    /// Who signs the certificates of those who may call it, in PEM.
+    pub ca: String,
+    /// Whether a server runs on this machine.
+    pub is_server: bool,
+}
+
+/// Starts the parts that talk to the API as this node.
+pub fn components(
+    machine: &Arc<Machine>,
+    cluster: &Cluster,
+    client: &Client,
+    identity: &Identity,
+    stop: &CancellationToken,
+) -> Vec<JoinHandle<()>> {
+    let mut parts = Vec::new();
+    if machine.runs(Component::Agent) {
+        let (client, config) = (client.clone(), agent_config(machine, cluster, identity));
+        parts.push(component("agent", stop.clone(), move |stop| {
+            seawall_node::run(client.clone(), config.clone(), stop)
+        }));
+    }
+    if machine.runs(Component::Proxy) {
+        let config = proxy::ProxyConfig {
+            node_name: machine.name.clone(),
+            node_ips: vec![machine.ip],
+            cluster_cidr: cluster.cluster_cidr,
+            ..Default::default()
+        };
+        let client = client.clone();
+        parts.push(component("proxy", stop.clone(), move |stop| proxy::run(client.clone(), config.clone(), stop)));
+    }
+    if machine.runs(Component::Routes) && machine.runs(Component::Agent) {
+        let (client, config) = (client.clone(), routes::Config { node_name: machine.name.clone(), ..Default::default() });
+        parts.push(component("routes", stop.clone(), move |stop| routes::run(client.clone(), config.clone(), stop)));
+    }
+    parts
+}
+
+fn agent_config(machine: &Machine, cluster: &Cluster, identity: &Identity) -> seawall_node::NodeConfig {
+    let options = &machine.options;
+    let mut config = seawall_node::NodeConfig::new(&machine.name, machine.ip);
+    config.data_dir = Files::new(&options.data_dir).agent();
+    config.run_dir = options.run_dir.clone();
+    config.log_dir = options.pod_log_dir.clone();
+    config.runtime = match &options.container_runtime_endpoint {
+        Some(endpoint) => seawall_node::Runtime::External { endpoint: endpoint.clone() },
+        None => seawall_node::Runtime::Supervised {},
+    };
+    config.cluster_dns = cluster.dns.clone();
+    config.cluster_domain = cluster.domain.clone();
+    config.cni_conf_dir = options.cni_conf_dir.clone();
+    config.serving_cert_pem = identity.serving.certificate.clone();
+    config.serving_key_pem = identity.serving.key.clone();
+    config.client_ca_pem = identity.ca.clone();
+    config.api_users = vec!["kube-apiserver-kubelet-client".into()];
+    config.port = options.agent_port;
+    config.node_labels = machine.labels.clone();
+    if identity.is_server {
+        // A machine that runs a server says so, as kubeadm's do.
+        config.node_labels.insert("node-role.kubernetes.io/control-plane".into(), String::new());
+    }
+    config
+}
+
+/// Where this machine's balancer listens.
+pub fn balancer_address(machine: &Machine) -> SocketAddr {
+    SocketAddr::new(IpAddr::from([127, 0, 0, 1]), machine.options.balancer_port)
+}

@@ -1,0 +1,425 @@
+//! Options that commands share, and what follows from them.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use seawall_quorum::timing::{Profile, Timing};
+use serde::{Deserialize, Serialize};
+
+/// Parts that can be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Component {
+    /// The scheduler.
+    Scheduler,
+    /// The controllers.
+    Controllers,
+    /// The node agent.
+    Agent,
+    /// The service proxy.
+    Proxy,
+    /// The balancer in front of the servers.
+    Balancer,
+    /// The routes to other nodes' pods.
+    Routes,
+}
+
+/// Options of a machine.
+#[derive(clap::Args, Clone)]
+pub struct MachineOptions {
+    /// Where everything is kept that must survive a restart.
+    #[arg(long, default_value = "/var/lib/seawall")]
+    pub data_dir: PathBuf,
+    /// Where sockets and everything else is kept that ends with the machine's uptime.
+    #[arg(long, default_value = "/run/seawall")]
+    pub run_dir: PathBuf,
+    /// The name of this machine's Node [default: the host name].
+    #[arg(long)]
+    pub node_name: Option<String>,
+    /// The address under which other machines reach this one [default: that of the default route].
+    #[arg(long)]
+    pub node_ip: Option<IpAddr>,
+    /// A label for the Node, as KEY=VALUE. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub node_label: Vec<String>,
+    /// The port of the node agent.
+    #[arg(long, default_value_t = 10250)]
+    pub agent_port: u16,
+    /// Use the container runtime at this socket instead of starting containerd.
+    #[arg(long, value_name = "SOCKET")]
+    pub container_runtime_endpoint: Option<PathBuf>,
+    /// The directory of your own CNI configuration [default: one is written].
+    #[arg(long, value_name = "DIRECTORY")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Where the logs of pods go.
+    #[arg(long, default_value = "/var/log/pods")]
+    pub pod_log_dir: PathBuf,
+    /// The port of this machine's balancer, on 127.0.0.1.
+    #[arg(long, default_value_t = 6444)]
+    pub balancer_port: u16,
+    /// Parts to leave out. May be repeated.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub disable: Vec<Component>,
+}
+
+/// The times of a cluster, by a profile and by what differs from it.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct TimingOptions {
+    /// The time profile: fast, kubernetes or wan [default: fast].
+    #[arg(long, value_name = "PROFILE")]
+    pub timing: Option<Profile>,
+    /// How long a leader that is not heard of is still believed in, e.g. 1s.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    leader_elect_lease_duration: Option<Duration>,
+    /// How long a leader that cannot renew goes on.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    leader_elect_renew_deadline: Option<Duration>,
+    /// How often a leader renews.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    leader_elect_retry_period: Option<Duration>,
+    /// How long the store must have answered before the silence of a leader counts.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    leader_elect_grace: Option<Duration>,
+    /// How often etcd's leader is heard.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    etcd_heartbeat_interval: Option<Duration>,
+    /// How long etcd's members wait for their leader.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    etcd_election_timeout: Option<Duration>,
+    /// How long one member of the store has to answer.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    store_request_timeout: Option<Duration>,
+    /// How long a request tries, on all members of the store together.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    store_budget: Option<Duration>,
+    /// How often a server says that it lives.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    server_renew_interval: Option<Duration>,
+    /// How long a silent server stays an endpoint of the kubernetes Service.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    server_expiry: Option<Duration>,
+    /// How often a node's balancer asks each server.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    balancer_probe_interval: Option<Duration>,
+    /// How long a server has to answer that.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    balancer_probe_timeout: Option<Duration>,
+}
+
+/// Reads a time such as `250ms`, `1.5s` or `1m`.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("{text:?} is no time: write a number and ms, s, m or h, e.g. 250ms");
+    let unit = text.find(|c: char| c.is_ascii_alphabetic()).ok_or_else(bad)?;
+    let (number, unit) = text.split_at(unit);
+    let number: f64 = number.parse().map_err(|_| bad())?;
+    let seconds = match unit {
+        "ms" => number / 1e3,
+        "s" => number,
+        "m" => number * 60.0,
+        "h" => number * 3600.0,
+        _ => return Err(bad()),
+    };
+    Duration::try_from_secs_f64(seconds).map_err(|_| bad())
+}
+
+impl TimingOptions {
+    /// The times, all of which fit together.
+    ///
+    /// # Errors
+    /// The sums that do not hold, with the flags that are in them.
+    pub fn resolve(&self, default: Profile) -> anyhow::Result<Timing> {
+        let mut timing = Timing::of(self.timing.unwrap_or(default));
+        for (given, place) in [
+            (self.leader_elect_lease_duration, &mut timing.lease_duration),
+            (self.leader_elect_renew_deadline, &mut timing.renew_deadline),
+            (self.leader_elect_retry_period, &mut timing.retry_period),
+            (self.leader_elect_grace, &mut timing.grace),
+            (self.etcd_heartbeat_interval, &mut timing.etcd_heartbeat),
+            (self.etcd_election_timeout, &mut timing.etcd_election),
+            (self.store_request_timeout, &mut timing.store_request),
+            (self.store_budget, &mut timing.store_budget),
+            (self.server_renew_interval, &mut timing.server_renew),
+            (self.server_expiry, &mut timing.server_expiry),
+            (self.balancer_probe_interval, &mut timing.probe_interval),
+            (self.balancer_probe_timeout, &mut timing.probe_timeout),
+        ] {
+            if let Some(given) = given {
+                *place = given;
+            }
+        }
+        timing.check()?;
+        Ok(timing)
+    }
+}
+
+/// What all machines of a cluster have in common. It is decided by the first server and handed to those that join.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Cluster {
+    /// The addresses of pods.
+    pub cluster_cidr: ipnet::IpNet,
+    /// The addresses of Services.
+    pub service_cidr: ipnet::IpNet,
+    /// The ports of Services on nodes: first and last.
+    pub node_ports: (u16, u16),
+    /// The domain of the cluster.
+    pub domain: String,
+    /// The addresses of the cluster's DNS.
+    #[serde(default)]
+    pub dns: Vec<IpAddr>,
+    /// The time profile.
+    #[serde(default)]
+    pub timing: Profile,
+}
+
+/// Options of the server that begins a cluster.
+#[derive(clap::Args)]
+pub struct ClusterOptions {
+    /// The addresses of pods.
+    #[arg(long, default_value = "10.244.0.0/16")]
+    cluster_cidr: ipnet::IpNet,
+    /// The addresses of Services.
+    #[arg(long, default_value = "10.96.0.0/16")]
+    service_cidr: ipnet::IpNet,
+    /// The ports of Services on nodes.
+    #[arg(long, default_value = "30000-32767", value_name = "FIRST-LAST")]
+    service_node_port_range: String,
+    /// The domain of the cluster.
+    #[arg(long, default_value = "cluster.local")]
+    cluster_domain: String,
+    /// The address of the cluster's DNS. May be repeated [default: pods use the node's].
+    #[arg(long, value_name = "ADDRESS")]
+    cluster_dns: Vec<IpAddr>,
+}
+
+impl ClusterOptions {
+    /// Reads and checks them.
+    ///
+    /// # Errors
+    /// Those that are malformed or contradict one another.
+    pub fn resolve(&self, timing: Profile) -> anyhow::Result<Cluster> {
+        let ports = parse_range(&self.service_node_port_range)?;
+        let (pods, services) = (self.cluster_cidr, self.service_cidr);
+        if pods.contains(&services.network()) || services.contains(&pods.network()) {
+            bail!("--cluster-cidr {pods} and --service-cidr {services} overlap: choose two ranges apart");
+        }
+        Ok(Cluster {
+            cluster_cidr: pods,
+            service_cidr: services,
+            node_ports: (*ports.start(), *ports.end()),
+            domain: self.cluster_domain.clone(),
+            dns: self.cluster_dns.clone(),
+            timing,
+        })
+    }
+}
+
+/// What is decided about this machine before anything is started.
+pub struct Machine {
+    /// The options.
+    pub options: MachineOptions,
+    /// The Node's name.
+    pub name: String,
+    /// The address.
+    pub ip: IpAddr,
+    /// The labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Machine {
+    /// Reads and checks the options.
+    ///
+    /// # Errors
+    /// Those that are malformed.
+    pub fn new(options: MachineOptions) -> anyhow::Result<Machine> {
+        let name = match &options.node_name {
+            Some(name) => name.clone(),
+            None => {
+                nix::unistd::gethostname().context("the host name cannot be read")?.to_string_lossy().to_lowercase()
+            }
+        };
+        seawall_api::names::dns_subdomain(&name).map_err(|e| anyhow::anyhow!("--node-name {name:?}: {e}"))?;
+        let ip = match options.node_ip {
+            Some(ip) => ip,
+            None => default_address().context("no address of this machine was found: give --node-ip")?,
+        };
+        let mut labels = BTreeMap::new();
+        for label in &options.node_label {
+            let (key, value) =
+                label.split_once('=').with_context(|| format!("--node-label {label:?}: write KEY=VALUE"))?;
+            seawall_api::names::qualified_name(key).map_err(|e| anyhow::anyhow!("--node-label {label:?}: {e}"))?;
+            seawall_api::names::label_value(value).map_err(|e| anyhow::anyhow!("--node-label {label:?}: {e}"))?;
+            labels.insert(key.to_owned(), value.to_owned());
+        }
+        Ok(Machine { options, name, ip, labels })
+    }
+
+    /// Whether a part is run.
+    pub fn runs(&self, part: Component) -> bool {
+        !self.options.disable.contains(&part)
+    }
+
+    /// Whether this machine can be in that cluster.
+    ///
+    /// # Errors
+    /// If its address lies in one of the cluster's ranges.
+    pub fn fits(&self, cluster: &Cluster) -> anyhow::Result<()> {
+        let (ip, pods, services) = (self.ip, cluster.cluster_cidr, cluster.service_cidr);
+        if pods.contains(&ip) || services.contains(&ip) {
+            bail!(
+                "the address {ip} of this machine lies in --cluster-cidr {pods} or --service-cidr {services}: \
+                 choose others"
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether we may do what a node agent does.
+    ///
+    /// # Errors
+    /// If we are not root.
+    pub fn may_run_pods(&self) -> anyhow::Result<()> {
+        if !nix::unistd::geteuid().is_root() && (self.runs(Component::Agent) || self.runs(Component::Proxy)) {
+            bail!("the node agent and the service proxy need root: run as root, or with --disable agent,proxy");
+        }
+        Ok(())
+    }
+}
+
+fn parse_range(text: &str) -> anyhow::Result<RangeInclusive<u16>> {
+    let range = text.split_once('-').and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
+    match range {
+        Some((first, last)) if first > 0 && first < last => Ok(first..=last),
+        _ => bail!("--service-node-port-range {text:?}: write FIRST-LAST, e.g. 30000-32767"),
+    }
+}
+
+/// The address that the default route leaves by, else the first that is not the loopback's.
+fn default_address() -> Option<IpAddr> {
+    // Connecting a datagram socket sends nothing; it asks the routing table. The address is of a documentation range.
+    let routed = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| {
+        socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9))?;
+        socket.local_addr()
+    });
+    if let Ok(address) = routed
+        && !address.ip().is_loopback()
+        && !address.ip().is_unspecified()
+    {
+        return Some(address.ip());
+    }
+    let addresses = nix::ifaddrs::getifaddrs().ok()?;
+    let mut found = addresses.filter_map(|a| a.address?.as_sockaddr_in().map(|a| IpAddr::V4(a.ip())));
+    found.find(|ip| !ip.is_loopback())
+}
+
+/// The arguments of a configuration file (`--config FILE`): YAML with the same words as the flags. What is given on the
+/// command line comes later and wins.
+///
+/// # Errors
+/// A file that cannot be read, or has something else than words and values.
+pub fn with_config_file(arguments: Vec<String>) -> anyhow::Result<Vec<String>> {
+    let mut out = Vec::new();
+    let mut rest = Vec::new();
+    let mut arguments = arguments.into_iter().peekable();
+    // The program and the command come before what the file says.
+    out.extend(arguments.next());
+    if let Some(command) = arguments.next_if(|a| !a.starts_with('-')) {
+        out.push(command);
+    }
+    while let Some(argument) = arguments.next() {
+        let file = match argument.strip_prefix("--config=") {
+            Some(file) => file.to_owned(),
+            None if argument == "--config" => arguments.next().context("--config: a file is missing")?,
+            None => {
+                rest.push(argument);
+                continue;
+            }
+        };
+        let text = std::fs::read_to_string(&file).with_context(|| format!("--config {file}"))?;
+        let entries: BTreeMap<String, serde_json::Value> =
+            serde_yaml_ng::from_str(&text).with_context(|| format!("--config {file}: write one `flag: value` a line"))?;
+        for (key, value) in entries {
+            out.extend(flag(&key, &value).with_context(|| format!("--config {file}: {key}"))?);
+        }
+    }
+    out.extend(rest);
+    Ok(out)
+}
+
+fn flag(key: &str, value: &serde_json::Value) -> anyhow::Result<Vec<String>> {
+    use serde_json::Value;
+    Ok(match value {
+        Value::Bool(true) => vec![format!("--{key}")],
+        Value::Bool(false) | Value::Null => Vec::new(),
+        Value::Number(n) => vec![format!("--{key}={n}")],
+        Value::String(text) => vec![format!("--{key}={text}")],
+        Value::Array(items) => {
+            let mut all = Vec::new();
+            for item in items {
+                all.extend(flag(key, item)?);
+            }
+            all
+        }
+        Value::Object(entries) if entries.values().all(Value::is_string) => {
+            // As labels are written in YAML.
+            let pair = |(k, v): (&String, &Value)| format!("--{key}={k}={}", v.as_str().unwrap_or_default());
+            entries.iter().map(pair).collect()
+        }
+        Value::Object(_) => bail!("a value, a list of values or a map of texts is expected"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times() {
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
+        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        for bad in ["", "5", "s", "5 days", "-1s", "1e400s"] {
+            let error = duration(bad).unwrap_err();
+            assert!(error.contains("write a number and ms, s, m or h"), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_sum_that_does_not_hold_is_refused() {
+        let options =
+            TimingOptions { leader_elect_lease_duration: Some(Duration::from_millis(800)), ..Default::default() };
+        let error = options.resolve(Profile::Fast).unwrap_err().to_string();
+        assert!(error.contains("--leader-elect-lease-duration is 800ms and must be at least 1s"), "{error}");
+        assert!(options.resolve(Profile::Kubernetes).is_err());
+        assert_eq!(TimingOptions::default().resolve(Profile::Wan).unwrap(), Timing::of(Profile::Wan));
+    }
+
+    #[test]
+    fn the_file_says_what_the_flags_say() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.yaml");
+        std::fs::write(
+            &file,
+            "cluster-init: true\nport: 7443\ntls-san: [a.example, b.example]\nnode-label: {tier: web}\ndisable: null\n",
+        )
+        .unwrap();
+        let arguments = |list: &[&str]| list.iter().map(|a| (*a).to_owned()).collect::<Vec<_>>();
+        let config = file.display().to_string();
+        let all = with_config_file(arguments(&["seawall", "server", "--config", &config, "--port=8443"])).unwrap();
+        let expect = [
+            "seawall", "server", "--cluster-init", "--node-label=tier=web", "--port=7443", "--tls-san=a.example",
+            "--tls-san=b.example", "--port=8443",
+        ];
+        assert_eq!(all, expect);
+        std::fs::write(&file, "cluster-init: {a: [1]}\n").unwrap();
+        let error = with_config_file(arguments(&["seawall", "server", "--config", &config])).unwrap_err();
+        assert!(format!("{error:#}").contains("cluster-init: a value, a list of values"), "{error:#}");
+        let error = with_config_file(arguments(&["seawall", "server", "--config", "/nowhere"])).unwrap_err();
+        assert!(format!("{error:#}").contains("--config /nowhere: No such file"), "{error:#}");
+    }
+}
