@@ -14,6 +14,7 @@ use futures::stream::BoxStream;
 pub mod contract;
 pub mod embedded;
 pub mod etcd;
+pub mod migrate;
 
 /// The number of a change. Every write of the store gets its own, larger than all before; a crash never takes one back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]

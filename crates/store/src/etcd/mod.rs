@@ -37,7 +37,7 @@ pub use link::{ConfigError, Tls};
 
 use link::Patience;
 use pool::{Limits, Pool, Trouble, unavailable};
-use proto::{CompactionRequest, KeyValue, RangeRequest};
+use proto::{CompactionRequest, Compare, DeleteRangeRequest, KeyValue, Op, PutRequest, RangeRequest, TxnRequest};
 
 /// Where the offset of revisions is kept, as a decimal number.
 pub const OFFSET_KEY: &str = "/seawall/revision-offset";
@@ -138,6 +138,16 @@ pub struct Etcd {
     shared: Arc<Shared>,
 }
 
+fn open_pool(options: &Options) -> Result<Arc<Pool>, ConfigError> {
+    let tls = options.tls.as_ref().map(Tls::config).transpose()?;
+    let patience = Patience { connect: options.attempt.min(Duration::from_millis(500)), keepalive: options.keepalive };
+    let limits = Limits { budget: options.budget, attempt: options.attempt, probe: options.probe, patience };
+    let seed = rand::rng().random_range(0..1000);
+    let pool = Pool::new(limits, endpoint::Timing::default(), tls, seed);
+    pool.set_endpoints(&options.endpoints)?;
+    Ok(pool)
+}
+
 /// What the store and its watches share.
 struct Shared {
     pool: Arc<Pool>,
@@ -161,12 +171,7 @@ impl Etcd {
     /// # Errors
     /// [`Error::Unavailable`] if no member answers within the budget, or if the options cannot be used.
     pub async fn connect(options: Options) -> Result<Etcd> {
-        let tls = options.tls.as_ref().map(Tls::config).transpose()?;
-        let patience =
-            Patience { connect: options.attempt.min(Duration::from_millis(500)), keepalive: options.keepalive };
-        let limits = Limits { budget: options.budget, attempt: options.attempt, probe: options.probe, patience };
-        let seed = rand::rng().random_range(0..1000);
-        let pool = Pool::new(limits, endpoint::Timing::default(), tls, seed);
+        let pool = open_pool(&options)?;
         // From here on, dropping it ends the tasks that it starts.
         let etcd = Etcd {
             shared: Arc::new(Shared {
@@ -177,7 +182,6 @@ impl Etcd {
                 writes: write::Writes::new(),
             }),
         };
-        etcd.set_endpoints(options.endpoints)?;
         etcd.read_offset().await?;
         if !options.migrating && etcd.shared.read(MIGRATION_KEY, false).await?.0.is_some() {
             return Err(unavailable(format!(
@@ -208,6 +212,28 @@ impl Etcd {
     /// The administration of this etcd, over the same connections.
     pub fn admin(&self) -> admin::Admin {
         admin::Admin::new(self.shared.pool.clone())
+    }
+
+    /// Sets the offset of revisions and takes the marker of the migration away, at once. Returns the newest revision, with
+    /// the offset.
+    pub(crate) async fn finish_migration(&self, offset: Revision, fence: &Fence) -> Result<Revision> {
+        let key = |key: &'static str| Bytes::from_static(key.as_bytes());
+        let put = PutRequest { key: key(OFFSET_KEY), value: offset.to_string().into(), lease: 0 };
+        let delete = DeleteRangeRequest { key: key(MIGRATION_KEY), range_end: Bytes::new() };
+        let created = self.shared.offset.exactly(fence.created);
+        let request = TxnRequest {
+            compare: vec![Compare::created(key(MIGRATION_KEY), created), Compare::modified(key(OFFSET_KEY), 0)],
+            success: vec![Op::Put(put).into(), Op::Delete(delete).into()],
+            failure: Vec::new(),
+        };
+        let done = self.shared.pool.ask(request).await?.succeeded;
+        // If it did not succeed, it may have, by a try whose answer was lost.
+        let marker = self.shared.read(MIGRATION_KEY, true).await?.0;
+        self.read_offset().await?;
+        if !done && (marker.is_some() || self.shared.offset.get() != offset.0) {
+            return Err(Error::Fenced { key: fence.key.clone() });
+        }
+        self.revision().await
     }
 
     async fn read_offset(&self) -> Result<()> {
@@ -359,7 +385,7 @@ impl From<Trouble> for Error {
 fn refusal(said: String) -> Error {
     let way_out = if said.contains("database space exceeded") {
         ": its database has reached --quota-backend-bytes; compact, defragment, and disarm the alarm NOSPACE"
-    } else if said.contains("too large") {
+    } else if said.contains("too large") || said.contains("larger than max") {
         ": the value exceeds etcd's --max-request-bytes (1.5 MiB by default)"
     } else if said.contains("permission denied") || said.contains("user name") || said.contains("auth token") {
         ": etcd's own authentication is on; the name in our certificate needs a role that may do this"

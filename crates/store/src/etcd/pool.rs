@@ -154,8 +154,9 @@ impl Pool {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    pub(super) fn members(&self) -> Vec<Arc<Member>> {
-        self.members.read().all.clone()
+    /// A connection to a member that need not be one of these.
+    pub(super) fn link_to(&self, url: &str, patience: Patience) -> Result<Link, ConfigError> {
+        Ok(Link::new(&Address::parse(url)?, self.tls.read().clone(), patience))
     }
 
     pub(super) fn seen(&self) -> i64 {

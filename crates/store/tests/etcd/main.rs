@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod admin;
 mod cluster;
 mod contract;
 mod faults;
+mod migration;
