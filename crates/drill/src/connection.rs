@@ -64,6 +64,11 @@ impl Target {
         })
     }
 
+    /// The same cluster and user by another of its servers.
+    pub fn at(&self, host: &str, port: u16) -> Target {
+        Target { host: host.to_owned(), port, tls: self.tls.clone() }
+    }
+
     /// Connects.
     pub async fn connect(&self) -> anyhow::Result<Connection> {
         let stream = TcpStream::connect((self.host.as_str(), self.port))

@@ -1,5 +1,6 @@
-//! Benchmarks now; drills, faults, traffic, checks and the lab as they arrive.
+//! Machines of a lab on one host, and benchmarks.
 
 pub mod bench;
 mod connection;
+pub mod lab;
 mod process;

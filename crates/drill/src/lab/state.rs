@@ -1,0 +1,172 @@
+//! What is remembered of a lab, and who may change it.
+
+use std::{
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use super::{
+    error::{Cause, Error, Of as _, Result, Step},
+    layout::{Place, Spec, Subnet},
+};
+
+/// How long a command waits for another one on the same lab.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A lab, as it was asked for. What runs is never read from here but from the kernel.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Where the LAN is.
+    pub subnet: Subnet,
+    /// All machines.
+    pub machines: Vec<Spec>,
+    /// The program that they run.
+    pub binary: PathBuf,
+    /// CPUs for each of them.
+    #[serde(default)]
+    pub cpus: Option<f64>,
+    /// The cluster on them; none on bare machines.
+    #[serde(default)]
+    pub cluster: Option<Cluster>,
+    /// Whether `up` came to its end.
+    pub finished: bool,
+}
+
+/// How the machines' services are started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// `--timing`.
+    pub timing: String,
+    /// Further arguments of every server.
+    #[serde(default)]
+    pub server_args: Vec<String>,
+    /// Further arguments of every agent.
+    #[serde(default)]
+    pub agent_args: Vec<String>,
+    /// What services log: `SEAWALL_LOG`.
+    pub log: String,
+}
+
+impl State {
+    /// Reads a lab's state; none if there is no lab.
+    pub fn read(place: &Place) -> Result<Option<State>> {
+        let path = place.state_file();
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => {
+                return Err(Cause::io(path.display().to_string())(error)).of_lab(&place.lab, "read its state");
+            }
+        };
+        let broken = |e: serde_json::Error| {
+            Cause::Other(format!(
+                "{}: {e}; `seawall lab down --name {}` takes it away all the same",
+                path.display(),
+                place.lab
+            ))
+        };
+        serde_json::from_str(&text).map(Some).map_err(broken).of_lab(&place.lab, "read its state")
+    }
+
+    /// Writes it, whole or not at all.
+    pub fn write(&self, place: &Place) -> Result<()> {
+        let written = serde_json::to_string_pretty(self).map_err(std::io::Error::from);
+        let written = written.and_then(|text| replace_file(&place.state_file(), &text));
+        written.map_err(Cause::io(place.state_file().display().to_string())).of_lab(&place.lab, "write its state")
+    }
+}
+
+/// Writes a file whole or not at all.
+pub fn replace_file(path: &Path, text: &str) -> std::io::Result<()> {
+    let next = path.with_extension("next");
+    let mut file = File::create(&next)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&next, path)
+}
+
+/// The right to work on something, until it is dropped or the process ends.
+#[derive(Debug)]
+pub struct Guard {
+    _lock: Flock<File>,
+}
+
+/// How something is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// Others may hold it in this way at the same time.
+    Shared,
+    /// Nobody else may.
+    Alone,
+}
+
+/// Locks a file, and waits for whoever has it.
+pub async fn lock(path: &Path, hold: Hold, lab: &str) -> Result<Guard> {
+    let started = Instant::now();
+    loop {
+        match attempt(path, hold).of_lab(lab, "lock it")? {
+            Some(guard) => return Ok(guard),
+            None if started.elapsed() > PATIENCE => {
+                let mut holder = String::new();
+                let _ = File::open(path).and_then(|mut f| f.read_to_string(&mut holder));
+                let holder = if holder.is_empty() { "(unknown)".into() } else { holder };
+                return Err(Error::Busy { lab: lab.into(), holder, waited: started.elapsed() });
+            }
+            None => tokio::time::sleep(Duration::from_millis(10)).await,
+        }
+    }
+}
+
+fn attempt(path: &Path, hold: Hold) -> Step<Option<Guard>> {
+    let shown = || path.display().to_string();
+    let file = if path.is_dir() {
+        File::open(path).map_err(Cause::io(shown()))?
+    } else {
+        File::options().create(true).append(true).read(true).open(path).map_err(Cause::io(shown()))?
+    };
+    let how = if hold == Hold::Alone { FlockArg::LockExclusiveNonblock } else { FlockArg::LockSharedNonblock };
+    let lock = match Flock::lock(file, how) {
+        Ok(lock) => lock,
+        Err((_, nix::errno::Errno::EWOULDBLOCK | nix::errno::Errno::EINTR)) => return Ok(None),
+        Err((_, errno)) => return Err(Cause::errno(shown())(errno)),
+    };
+    // Whoever held it may have removed the file; a lock on what nobody else can find is none.
+    let ours = lock.metadata().map_err(Cause::io(shown()))?;
+    if fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (ours.dev(), ours.ino())) {
+        if hold == Hold::Alone && ours.is_file() {
+            // For the one who waits too long; a lock without a name still locks.
+            let _ = lock.set_len(0).and_then(|()| (&*lock).write_all(std::process::id().to_string().as_bytes()));
+        }
+        return Ok(Some(Guard { _lock: lock }));
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn one_at_a_time_and_the_one_who_waits_learns_for_whom() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let shared = lock(&path, Hold::Shared, "x").await.unwrap();
+        drop(lock(&path, Hold::Shared, "x").await.unwrap());
+        assert!(attempt(&path, Hold::Alone).unwrap().is_none());
+        drop(shared);
+        let alone = lock(&path, Hold::Alone, "x").await.unwrap();
+        let said = lock(&path, Hold::Shared, "x").await.unwrap_err().to_string();
+        assert!(said.starts_with(&format!("lab x is in use by process {}, for 60 s", std::process::id())), "{said}");
+        // A lock on a file that was removed is not one.
+        fs::remove_file(&path).unwrap();
+        drop(lock(&path, Hold::Alone, "x").await.unwrap());
+        drop(alone);
+    }
+}
