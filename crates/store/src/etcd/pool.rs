@@ -81,6 +81,7 @@ struct Members {
 pub(super) struct Turn {
     deadline: Instant,
     budget: Duration,
+    /// The members that failed in this round.
     tried: Vec<Id>,
     rounds: usize,
     said: Vec<(String, String)>,
@@ -224,13 +225,17 @@ impl Pool {
         if left.is_zero() {
             return Err(Trouble::Over(turn.over()));
         }
-        turn.tried.push(member.id);
         let link = member.link();
         match self.call(&member, &link, request, left.min(self.limits.attempt)).await {
-            Ok(answer) => Ok(answer),
+            Ok(answer) => {
+                // What the operation needs next, it is best placed to do.
+                turn.tried.retain(|id| *id != member.id);
+                Ok(answer)
+            }
             Err(Failure { kind: Kind::Final, said }) => Err(Trouble::Refused(said)),
             Err(failure) => {
                 tracing::debug!(member = member.url, said = failure.said, "an attempt failed");
+                turn.tried.push(member.id);
                 turn.note(&member.url, failure.said);
                 Err(Trouble::Again { ambiguous: failure.kind.is_ambiguous() })
             }
@@ -279,6 +284,7 @@ impl Pool {
     }
 
     fn step(&self, event: Event) {
+        tracing::trace!(?event);
         let effects = self.choice.lock().step(Instant::now(), event);
         for effect in effects {
             let members = self.members.read();

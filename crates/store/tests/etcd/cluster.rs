@@ -45,6 +45,9 @@ struct Member {
 impl EtcdCluster {
     /// Starts `count` members and waits until they serve.
     pub async fn start(count: u8, tls: bool) -> EtcdCluster {
+        // RUST_LOG shows what the store does. Another test of this process may have begun it.
+        let log = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env());
+        let _ = log.with_test_writer().try_init();
         let mut cluster = EtcdCluster::prepare(count, tls);
         for index in 0..cluster.members.len() {
             cluster.run(index);
