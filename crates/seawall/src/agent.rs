@@ -5,7 +5,10 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::{Context as _, bail};
 use seawall_client::tls::{self, Credentials, Tls};
 use seawall_network::balancer;
-use seawall_server::pki::Pair;
+use seawall_server::{
+    pki::Pair,
+    tls::{ClientAuthorities, ServingCertificate, server_config},
+};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -79,11 +82,19 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             balancer::run(config.clone(), follower.clone(), stop)
         }));
     }
-    let serving = tokio::select! {
-        serving = serving(&machine, &files, &client) => serving?,
-        _ = &mut signal => { stop.cancel(); return Ok(()) }
-    };
-    let identity = node::Identity { serving, ca: state.ca.clone(), is_server: false };
+    // Its serving certificate comes when its Node is known.
+    let certificate = ServingCertificate::pending();
+    let authorities = ClientAuthorities::new(&state.ca)?;
+    let serving = server_config(certificate.clone(), authorities, &["http/1.1"])?;
+    parts.push(csr::keep_serving(
+        &machine.name,
+        &[machine.ip],
+        &files.agent_serving(),
+        client.clone(),
+        certificate,
+        stop.clone(),
+    ));
+    let identity = node::Identity { tls: Arc::new(serving), is_server: false };
     parts.extend(node::components(&machine, &state.cluster, &client, &identity, &stop));
     parts.push(csr::keep_client(&machine.name, &files.agent_client(), client.clone(), stop.clone(), {
         let (tls, state) = (tls.clone(), state.clone());
@@ -166,7 +177,10 @@ async fn try_join(
             error => (anyhow::anyhow!("{url}: {error}"), true),
         })?;
     machine.fits(&answer.cluster).map_err(|e| (e, false))?;
-    let pair = csr::request_client(&to.client, &machine.name).await.map_err(|e| (e, true))?;
+    let pair = csr::request_client(&to.client, &machine.name).await.map_err(|e| {
+        let temporary = !matches!(e, csr::Error::Denied { .. });
+        (e.into(), temporary)
+    })?;
     csr::write(&files.agent_client(), &pair).map_err(|e| (e, false))?;
     let mut servers: Vec<SocketAddr> = answer.servers;
     if servers.is_empty() {
@@ -176,30 +190,4 @@ async fn try_join(
     files.write_agent(&state).map_err(|e| (e, false))?;
     tracing::info!(url, "joined the cluster");
     Ok(state)
-}
-
-/// The certificate that the agent shows its callers: the one on disk, or a new one.
-async fn serving(machine: &Machine, files: &Files, client: &kube::Client) -> anyhow::Result<Pair> {
-    let path = files.agent_serving();
-    if let Some(pair) = csr::read(&path)?
-        && !csr::is_due(&pair)
-    {
-        return Ok(pair);
-    }
-    let mut said: Option<Instant> = None;
-    loop {
-        match csr::request_serving(client, &machine.name, &[machine.ip]).await {
-            Ok(pair) => {
-                csr::write(&path, &pair)?;
-                return Ok(pair);
-            }
-            Err(error) => {
-                if said.is_none_or(|at| at.elapsed() > Duration::from_secs(5)) {
-                    said = Some(Instant::now());
-                    tracing::warn!("waits for the agent's serving certificate: {error:#}");
-                }
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(400)).await;
-    }
 }

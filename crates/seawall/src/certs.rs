@@ -9,6 +9,8 @@ use std::{
 
 use clap::Subcommand;
 use jiff::{Timestamp, Unit};
+use k8s_openapi::{api::core::v1::ConfigMap, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use kube::{Api, api::PostParams};
 use rustls::ServerConfig;
 use seawall_server::{
     Server,
@@ -40,7 +42,7 @@ pub struct ServerCertificates {
     pub authority: Arc<Authority>,
     /// With which the server calls node agents.
     pub kubelet_client: Pair,
-    agent: Pair,
+    agent: Arc<ServerConfig>,
     serving: Arc<ServingCertificate>,
     authorities: Arc<ClientAuthorities>,
     names: Arc<Names>,
@@ -103,12 +105,15 @@ impl ServerCertificates {
         keep_copy(files, "apiserver", &serving)?;
         keep_copy(files, "agent", &agent)?;
         keep_copy(files, "kubelet-client", &kubelet_client)?;
+        let authorities = ClientAuthorities::new(&authority.pem)?;
+        // Upgrades need HTTP/1.1.
+        let agent = tls::server_config(ServingCertificate::new(&agent)?, authorities.clone(), &["http/1.1"])?;
         Ok(ServerCertificates {
             serving: ServingCertificate::new(&serving)?,
-            authorities: ClientAuthorities::new(&authority.pem)?,
+            authorities,
             authority: Arc::new(authority),
             kubelet_client,
-            agent,
+            agent: Arc::new(agent),
             names: Arc::new(names),
             files: files.clone(),
         })
@@ -124,7 +129,7 @@ impl ServerCertificates {
 
     /// What the node on this machine shows.
     pub fn node_identity(&self) -> node::Identity {
-        node::Identity { serving: self.agent.clone(), ca: self.authority.pem.clone(), is_server: true }
+        node::Identity { tls: self.agent.clone(), is_server: true }
     }
 
     /// What the controllers need of them.
@@ -141,13 +146,18 @@ impl ServerCertificates {
                 let mut has: Vec<String> = Vec::new();
                 loop {
                     let wanted = entry_names(&server);
-                    if wanted != has || is_due(this.serving.not_before(), this.serving.not_after(), Timestamp::now()) {
+                    let asked = renewal(&this.files);
+                    let forced = asked.exists();
+                    if wanted != has || forced || is_due(this.serving.not_before(), this.serving.not_after(), Timestamp::now()) {
                         let (names, addresses) = this.names.with(wanted.iter().map(String::as_str));
                         let pair = this.authority.server("kube-apiserver", "", &names, &addresses)?;
                         this.serving.replace(&pair)?;
                         keep_copy(&this.files, "apiserver", &pair)?;
                         tracing::info!(entry = ?wanted, "the API's certificate was issued again");
                         has = wanted;
+                        if forced {
+                            std::fs::remove_file(&asked)?;
+                        }
                     }
                     tokio::select! {
                         () = tokio::time::sleep(LOOK) => {}
@@ -185,14 +195,89 @@ pub enum Command {
         #[command(flatten)]
         place: Place,
     },
+    /// Issue this machine's certificates again now, without a restart.
+    Renew {
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Add names or addresses of an entry in front of the servers to all their certificates, without a restart.
+    AddName {
+        /// Names or addresses.
+        #[arg(required = true)]
+        names: Vec<String>,
+        #[command(flatten)]
+        place: Place,
+    },
 }
 
 /// Runs a command.
 ///
 /// # Errors
 /// What went wrong.
-pub fn run(command: &Command) -> anyhow::Result<()> {
-    let Command::List { place } = command;
+pub async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::List { place } => list(&place),
+        Command::Renew { place } => {
+            let files = Files::new(&place.data_dir);
+            let asked = renewal(&files);
+            pki::write(&asked, "", 0o600)?;
+            let gone = async {
+                while asked.exists() {
+                    tokio::time::sleep(LOOK / 10).await;
+                }
+            };
+            if tokio::time::timeout(LOOK * 10, gone).await.is_err() {
+                let _ = std::fs::remove_file(&asked);
+                anyhow::bail!(
+                    "--data-dir {}: no server has taken note: it renews its certificates when it starts",
+                    place.data_dir.display()
+                );
+            }
+            list(&place)
+        }
+        Command::AddName { names, place } => add_names(&names, &place).await,
+    }
+}
+
+/// A file that asks the server to issue its certificates again.
+fn renewal(files: &Files) -> std::path::PathBuf {
+    files.tls().join("renew")
+}
+
+async fn add_names(names: &[String], place: &Place) -> anyhow::Result<()> {
+    for name in names {
+        if name.parse::<IpAddr>().is_err() {
+            seawall_api::names::dns_subdomain(name).map_err(|e| anyhow::anyhow!("{name:?}: {e}"))?;
+        }
+    }
+    let admin = crate::kubeconfig::admin(&place.data_dir).await?;
+    let maps = Api::<ConfigMap>::namespaced(admin.client, "kube-system");
+    loop {
+        let mut map = maps.get_opt(ENTRY).await?.unwrap_or_else(|| ConfigMap {
+            metadata: ObjectMeta { name: Some(ENTRY.into()), ..ObjectMeta::default() },
+            ..ConfigMap::default()
+        });
+        let text = map.data.get_or_insert_default().entry("names".into()).or_default();
+        let mut all: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+        all.extend(names.iter().filter(|n| !text.split_whitespace().any(|known| known == *n)).cloned());
+        *text = all.join(" ");
+        let written = match map.metadata.resource_version {
+            Some(_) => maps.replace(ENTRY, &PostParams::default(), &map).await,
+            None => maps.create(&PostParams::default(), &map).await,
+        };
+        match written {
+            Ok(_) => {
+                println!("the servers' certificates are issued again with: {}", all.join(" "));
+                return Ok(());
+            }
+            // Someone else added one at the same time.
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn list(place: &Place) -> anyhow::Result<()> {
     let mut found = Vec::new();
     collect(&place.data_dir, 0, &mut found)?;
     if found.is_empty() {

@@ -125,6 +125,22 @@ impl Files {
         write(&self.server_state(), state)
     }
 
+    /// The cluster of a server that stands alone, as it was at its last start.
+    ///
+    /// # Errors
+    /// If the file cannot be read or has been changed into something else.
+    pub fn read_cluster(&self) -> anyhow::Result<Option<Cluster>> {
+        read(&self.root.join("cluster.json"))
+    }
+
+    /// Writes it down.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write_cluster(&self, cluster: &Cluster) -> anyhow::Result<()> {
+        write(&self.root.join("cluster.json"), cluster)
+    }
+
     /// What the agent wrote down when it joined.
     ///
     /// # Errors

@@ -5,9 +5,11 @@ mod certs;
 mod csr;
 mod etcd;
 mod files;
+mod install;
 mod join;
 mod kubeconfig;
 mod machine;
+mod migrate;
 mod node;
 mod options;
 mod paths;
@@ -54,6 +56,10 @@ enum Command {
     /// The certificates on this machine.
     #[command(subcommand)]
     Certs(certs::Command),
+    /// Take the objects of a server that stands alone to an etcd, so that others can join it.
+    Migrate(migrate::Args),
+    /// Write a systemd unit, so that this machine is a server or an agent after every boot.
+    Install(install::Args),
     /// Print a kubeconfig for a running server.
     Kubeconfig(kubeconfig::Args),
     /// Build container images from files of this machine and import them, without a registry.
@@ -103,8 +109,10 @@ fn main() -> ExitCode {
             Command::Agent(args) => agent::run(*args).await,
             Command::Token(command) => token::run(command).await,
             Command::Member(command) => etcd::members::run(command).await,
-            Command::Certs(command) => certs::run(&command),
-            Command::Kubeconfig(args) => kubeconfig::run(&args),
+            Command::Certs(command) => certs::run(command).await,
+            Command::Migrate(args) => migrate::run(args).await,
+            Command::Install(args) => install::run(&args),
+            Command::Kubeconfig(args) => kubeconfig::run(&args).await,
             Command::Image(args) => machine::image(args).await,
             Command::Clean(args) => machine::clean(args).await,
             Command::Lab(args) => seawall_drill::lab::run(args).await,

@@ -6,8 +6,8 @@ use std::{
 };
 
 use kube::Client;
+use rustls::ServerConfig;
 use seawall_network::{proxy, routes};
-use seawall_server::pki::Pair;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -20,10 +20,8 @@ use crate::{
 /// How a node shows who it is to those who call its agent.
 #[derive(Clone)]
 pub struct Identity {
-    /// The agent's certificate as a server.
-    pub serving: Pair,
-    /// Who signs the certificates of those who may call it, in PEM.
-    pub ca: String,
+    /// What handshakes with the agent are made with.
+    pub tls: Arc<ServerConfig>,
     /// Whether a server runs on this machine.
     pub is_server: bool,
 }
@@ -73,9 +71,7 @@ fn agent_config(machine: &Machine, cluster: &Cluster, identity: &Identity) -> se
     config.cluster_dns = cluster.dns.clone();
     config.cluster_domain = cluster.domain.clone();
     config.cni_conf_dir = options.cni_conf_dir.clone();
-    config.serving_cert_pem = identity.serving.certificate.clone();
-    config.serving_key_pem = identity.serving.key.clone();
-    config.client_ca_pem = identity.ca.clone();
+    config.tls = Some(identity.tls.clone());
     config.api_users = vec!["kube-apiserver-kubelet-client".into()];
     config.port = options.agent_port;
     config.node_labels = machine.labels.clone();

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
     ops::RangeInclusive,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -65,6 +65,25 @@ pub struct MachineOptions {
     /// Parts to leave out. May be repeated.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub disable: Vec<Component>,
+}
+
+impl MachineOptions {
+    /// The defaults, with these directories.
+    pub fn of(data_dir: &Path, run_dir: &Path) -> MachineOptions {
+        MachineOptions {
+            data_dir: data_dir.to_owned(),
+            run_dir: run_dir.to_owned(),
+            node_name: None,
+            node_ip: None,
+            node_label: Vec::new(),
+            agent_port: 10250,
+            container_runtime_endpoint: None,
+            cni_conf_dir: None,
+            pod_log_dir: "/var/log/pods".into(),
+            balancer_port: 6444,
+            disable: Vec::new(),
+        }
+    }
 }
 
 /// The times of a cluster, by a profile and by what differs from it.

@@ -143,9 +143,10 @@ async fn decide(args: &Args, machine: &Machine, files: &Files) -> anyhow::Result
         }
     };
     machine.fits(&state.cluster)?;
-    if state.store != StoreKind::Embedded {
-        // A server that stands alone takes its options anew at every start, as it always did.
-        files.write_server(&state)?;
+    match state.store {
+        // A server that stands alone takes its options anew at every start; they are noted for a migration.
+        StoreKind::Embedded => files.write_cluster(&state.cluster)?,
+        _ => files.write_server(&state)?,
     }
     Ok(state)
 }
@@ -572,7 +573,7 @@ fn write_kubeconfig(args: &Args, authority: &Authority) -> anyhow::Result<()> {
         ip => ip,
     };
     let url = format!("https://{}", SocketAddr::new(host, args.port));
-    let text = kubeconfig::text(&url, &authority.pem, &admin.certificate, &admin.key)?;
+    let text = kubeconfig::text(&[("seawall".to_owned(), url)], &authority.pem, &admin.certificate, &admin.key)?;
     pki::write(&kubeconfig::path(&args.machine.data_dir), &text, 0o600)?;
     Ok(())
 }
