@@ -26,11 +26,14 @@ pub async fn run_all<S: Store, F: Future<Output = S>>(make: impl Fn() -> F) {
         put_and_get,
         compare_and_put,
         compare_and_delete,
+        revision_zero_is_no_write,
         lists_are_ordered_and_bounded_by_their_prefix,
         lists_in_pages,
+        lists_of_many_bytes_are_of_one_instant,
         lists_at_a_revision,
         watch_from_any_retained_revision,
         watch_reports_progress,
+        watch_reaches_what_was_told,
         watch_keeps_to_its_prefix,
         compaction,
         the_future,
@@ -140,6 +143,26 @@ async fn compare_and_delete<S: Store>(store: Arc<S>) {
     assert_eq!(unchanged, gone, "deleting what is not there takes no revision");
 }
 
+async fn revision_zero_is_no_write<S: Store>(store: Arc<S>) {
+    // To etcd's transactions, 0 means that a key does not exist.
+    let zero = Expect::At(Revision(0));
+    let put_at_zero = within(store.put("/a", Bytes::new(), zero, None)).await;
+    assert!(matches!(put_at_zero, Err(Error::Conflict { actual: None, .. })), "{put_at_zero:?}");
+    let fence = Fence { key: "/lock".into(), created: Revision(0) };
+    let fenced = within(store.put("/a", Bytes::new(), Expect::Any, Some(&fence))).await;
+    assert!(matches!(fenced, Err(Error::Fenced { .. })), "{fenced:?}");
+    let absent = within(store.delete("/a", Expect::Absent, None)).await;
+    assert!(matches!(absent, Err(Error::Conflict { actual: None, .. })), "nothing can be deleted: {absent:?}");
+    let first = put(&*store, "/a", "").await;
+    for expect in [zero, Expect::Absent] {
+        let refused = within(store.delete("/a", expect, None)).await;
+        assert!(matches!(refused, Err(Error::Conflict { actual: Some(r), .. }) if r == first), "{refused:?}");
+    }
+    // If neither holds, the end of the term is what the writer has to know.
+    let both = within(store.put("/a", Bytes::new(), Expect::Absent, Some(&fence))).await;
+    assert!(matches!(both, Err(Error::Fenced { .. })), "{both:?}");
+}
+
 async fn lists_are_ordered_and_bounded_by_their_prefix<S: Store>(store: Arc<S>) {
     // '.' sorts before '/', '0' after it; the last one has the largest character that a name may end with.
     for key in ["/p/b", "/p/a", "/p.x/a", "/p", "/p/", "/p0", "/o/z", "/q/a", "/p/a/b", "/p/\u{10ffff}"] {
@@ -177,6 +200,49 @@ async fn lists_in_pages<S: Store>(store: Arc<S>) {
     assert_eq!(keys(&*store, "/q", before).await, ["/q"], "starting before the prefix starts at the prefix");
     let beyond = ListOptions { after: Some("/z".into()), ..ListOptions::default() };
     assert_eq!(keys(&*store, "/q", beyond).await, Vec::<String>::new());
+}
+
+async fn lists_of_many_bytes_are_of_one_instant<S: Store>(store: Arc<S>) {
+    // More than fits into one answer of a backend behind a network.
+    const KEYS: usize = 1300;
+    let value = Bytes::from(vec![b'x'; 16 << 10]);
+    let mut tasks = JoinSet::new();
+    for writer in 0..10 {
+        let (store, value) = (store.clone(), value.clone());
+        tasks.spawn(async move {
+            for index in (writer..KEYS).step_by(10) {
+                within(store.put(&format!("/p/{index:05}"), value.clone(), Expect::Absent, None)).await.expect("put");
+            }
+        });
+    }
+    join(tasks).await;
+    // Meanwhile each change deletes the first key and makes a last one, in this order, so there are never more.
+    let stop = tokio_util::sync::CancellationToken::new();
+    let changes = {
+        let (store, stop) = (store.clone(), stop.clone());
+        tokio::spawn(async move {
+            for index in 0.. {
+                if stop.is_cancelled() {
+                    break;
+                }
+                within(store.delete(&format!("/p/{index:05}"), Expect::Any, None)).await.expect("delete");
+                put(&*store, &format!("/p/{:05}", KEYS + index), "").await;
+            }
+        })
+    };
+    for limit in [0, 700, 0, 1250] {
+        let options = ListOptions { limit, ..ListOptions::default() };
+        let listing = within(store.list("/p/", options)).await.expect("list");
+        let numbers: Vec<usize> = listing.entries.iter().map(|e| e.key[3..].parse().expect("a number")).collect();
+        assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "keys of different instants: {numbers:?}");
+        assert!(listing.entries.iter().all(|e| e.revision <= listing.revision), "newer than the list");
+        match limit {
+            0 => assert!((KEYS - 1..=KEYS).contains(&numbers.len()) && !listing.more, "{} keys", numbers.len()),
+            limit => assert!(numbers.len() == limit && listing.more, "{} keys of {limit}", numbers.len()),
+        }
+    }
+    stop.cancel();
+    changes.await.expect("the writer ends");
 }
 
 async fn lists_at_a_revision<S: Store>(store: Arc<S>) {
@@ -238,6 +304,24 @@ async fn watch_reports_progress<S: Store>(store: Arc<S>) {
     let mut watch = within(store.watch("/a/", Revision(now.0 - 1))).await.expect("watch");
     let first = next(&mut watch).await;
     assert!(first.events.is_empty() && first.revision >= now, "{first:?}");
+}
+
+async fn watch_reaches_what_was_told<S: Store>(store: Arc<S>) {
+    // A consistent read from a cache: ask for the revision, wait until the watch has passed it.
+    let start = within(store.revision()).await.expect("revision");
+    let mut watch = within(store.watch("/a/", start)).await.expect("watch");
+    for index in 0..5 {
+        put(&*store, &format!("/elsewhere/{index}"), "").await;
+        let told = within(store.revision()).await.expect("revision");
+        loop {
+            let step = next(&mut watch).await;
+            assert!(step.events.is_empty(), "{step:?}");
+            if step.revision >= told {
+                break;
+            }
+        }
+    }
+    assert_eq!(keys(&*store, "/a/", ListOptions::default()).await, Vec::<String>::new());
 }
 
 async fn watch_keeps_to_its_prefix<S: Store>(store: Arc<S>) {

@@ -42,8 +42,10 @@ impl Default for Timing {
 /// How a member failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// It cannot be reached, or answers nothing at all. Its connections are worth nothing.
+    /// It cannot be reached, or its connection broke.
     Gone,
+    /// It does not answer a probe. If another member is well, it is not waited for; if not, it may be this machine that is slow.
+    Mute,
     /// One request had no answer in time. That may be the member, or an election, so a probe has to tell.
     Slow,
     /// It answers, but cannot serve: it has no leader, or is a learner.
@@ -127,6 +129,7 @@ impl Choice {
                 }
             }
             Event::Failed(id, fault) => {
+                let others = self.members.iter().any(|m| m.id != id && m.well());
                 let Some(member) = self.members.iter_mut().find(|m| m.id == id) else { return Vec::new() };
                 let was_well = member.well();
                 member.failures = member.failures.saturating_add(1);
@@ -140,8 +143,9 @@ impl Choice {
                 let mut effects = Vec::new();
                 match fault {
                     Fault::Gone => effects.push(Effect::Cut(id)),
+                    Fault::Mute if others => effects.push(Effect::Cut(id)),
                     Fault::Slow if was_well => effects.push(Effect::Probe(id)),
-                    Fault::Slow | Fault::Unfit => {}
+                    Fault::Mute | Fault::Slow | Fault::Unfit => {}
                 }
                 if was_well {
                     effects.push(Effect::Changed);
@@ -265,6 +269,7 @@ mod tests {
         let now = start();
         for (fault, expected) in [
             (Fault::Gone, vec![Cut(LOCAL), Changed]),
+            (Fault::Mute, vec![Cut(LOCAL), Changed]),
             (Fault::Slow, vec![Probe(LOCAL), Changed]),
             (Fault::Unfit, vec![Changed]),
         ] {
@@ -312,6 +317,17 @@ mod tests {
     }
 
     #[test]
+    fn a_member_that_is_mute_is_waited_for_when_nobody_else_is_there() {
+        let now = start();
+        let mut choice = three(now);
+        choice.step(now, Event::Failed(5, Fault::Gone));
+        choice.step(now, Event::Failed(9, Fault::Mute));
+        assert_eq!(choice.step(now, Event::Failed(LOCAL, Fault::Mute)), [Effect::Changed]);
+        choice.step(now + ms(10), Event::Served(5));
+        assert_eq!(choice.step(now + ms(200), Event::Failed(LOCAL, Fault::Mute)), [Effect::Cut(LOCAL)]);
+    }
+
+    #[test]
     fn members_come_and_go() {
         let now = start();
         let mut choice = three(now);
@@ -330,7 +346,7 @@ mod tests {
     proptest! {
         #[test]
         fn somebody_is_always_asked_and_never_the_unwell_before_the_well(
-            events in prop::collection::vec((0..4u32, 0..4u8, 0..2000u64), 0..60), seed in 0..9usize,
+            events in prop::collection::vec((0..4u32, 0..5u8, 0..2000u64), 0..60), seed in 0..9usize,
         ) {
             let mut now = start();
             let mut choice = Choice::new(Timing::default(), seed);
@@ -341,6 +357,7 @@ mod tests {
                     0 => choice.step(now, Event::Served(id)),
                     1 => choice.step(now, Event::Failed(id, Fault::Gone)),
                     2 => choice.step(now, Event::Failed(id, Fault::Slow)),
+                    3 => choice.step(now, Event::Failed(id, Fault::Mute)),
                     _ => choice.step(now, Event::Failed(id, Fault::Unfit)),
                 };
                 if what == 1 {

@@ -1,6 +1,10 @@
 //! One connection to one member: TCP, perhaps TLS, HTTP/2, gRPC.
 
-use std::{fmt, io, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use http::{Uri, uri::PathAndQuery};
 use hyper_util::rt::TokioIo;
@@ -131,6 +135,8 @@ pub(super) struct Link {
     channel: Channel,
     /// Done when the member has been left: nothing that comes is of interest any more.
     pub(super) cut: CancellationToken,
+    /// Why it was left.
+    why: Arc<OnceLock<String>>,
 }
 
 impl Link {
@@ -150,7 +156,19 @@ impl Link {
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(16 << 20)
             .connect_with_connector_lazy(connector);
-        Link { channel, cut: CancellationToken::new() }
+        Link { channel, cut: CancellationToken::new(), why: Arc::default() }
+    }
+
+    /// Breaks off whatever uses this connection.
+    pub(super) fn sever(&self, why: &str) {
+        // The first reason stays.
+        let _ = self.why.set(why.to_owned());
+        self.cut.cancel();
+    }
+
+    /// The failure of a call that was broken off.
+    pub(super) fn severed(&self) -> Failure {
+        Failure { kind: Kind::Broken, said: self.why.get().cloned().unwrap_or_else(|| "it was left".into()) }
     }
 
     /// One call with one answer. The member is told the limit, too; keeping it is the caller's business.
@@ -250,10 +268,6 @@ impl Failure {
 
     pub(super) fn silent(limit: Duration) -> Failure {
         Failure { kind: Kind::Silent, said: format!("no answer within {} ms", limit.as_millis()) }
-    }
-
-    pub(super) fn cut() -> Failure {
-        Failure { kind: Kind::Broken, said: "it stopped answering".into() }
     }
 }
 

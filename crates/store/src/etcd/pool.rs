@@ -136,12 +136,15 @@ impl Pool {
         }
         let order = new.iter().map(|m| (m.id, m.local)).collect();
         let old = std::mem::replace(&mut members.all, new);
-        for member in old.iter().filter(|old| members.all.iter().all(|new| new.id != old.id)) {
-            member.gone.cancel();
-            member.link().cut.cancel();
-        }
+        // In one step with the members, so that nobody is told of one that is not there.
+        let effects = self.choice.lock().step(Instant::now(), Event::Members(order));
+        let left: Vec<_> = old.into_iter().filter(|old| members.all.iter().all(|new| new.id != old.id)).collect();
         drop(members);
-        self.step(Event::Members(order));
+        for member in left {
+            member.gone.cancel();
+            member.link().sever("it is no longer one of the endpoints");
+        }
+        self.carry_out(effects, "");
         Ok(())
     }
 
@@ -171,8 +174,9 @@ impl Pool {
 
     /// The best member now.
     pub(super) fn best(&self, tried: &[Id]) -> Option<Arc<Member>> {
+        let members = self.members.read();
         let id = self.choice.lock().best(tried)?;
-        self.members.read().all.iter().find(|m| m.id == id).cloned()
+        members.all.iter().find(|m| m.id == id).cloned()
     }
 
     /// Whether something that lasts should leave this member.
@@ -257,35 +261,41 @@ impl Pool {
                 Ok(Err(status)) => Err(Failure::of(&status)),
                 Err(_) => Err(Failure::silent(limit)),
             },
-            () = link.cut.cancelled() => Err(Failure::cut()),
+            () = link.cut.cancelled() => Err(link.severed()),
         };
         match &outcome {
             Ok(answer) => {
                 self.seen.fetch_max(answer.header().revision, Ordering::AcqRel);
-                self.step(Event::Served(member.id));
+                self.step(Event::Served(member.id), "");
             }
-            Err(failure) => self.failed(member.id, link, failure.kind),
+            Err(failure) => self.failed(member.id, link, failure),
         }
         outcome
     }
 
     /// Takes note that something failed on this connection.
-    pub(super) fn failed(&self, id: Id, link: &Link, kind: Kind) {
+    pub(super) fn failed(&self, id: Id, link: &Link, failure: &Failure) {
         // What fails because a connection was cut says nothing about the next one.
         if link.cut.is_cancelled() {
             return;
         }
-        match kind {
-            Kind::Unreachable | Kind::Broken => self.step(Event::Failed(id, Fault::Gone)),
-            Kind::Silent => self.step(Event::Failed(id, Fault::Slow)),
-            Kind::Unfit | Kind::Unsure => self.step(Event::Failed(id, Fault::Unfit)),
-            Kind::Final => {}
-        }
+        let fault = match failure.kind {
+            Kind::Unreachable | Kind::Broken => Fault::Gone,
+            Kind::Silent => Fault::Slow,
+            Kind::Unfit | Kind::Unsure => Fault::Unfit,
+            Kind::Final => return,
+        };
+        self.step(Event::Failed(id, fault), &failure.said);
     }
 
-    fn step(&self, event: Event) {
-        tracing::trace!(?event);
+    /// Takes in an event and carries out what it leads to. `why` is what a member said when it failed.
+    fn step(&self, event: Event, why: &str) {
+        tracing::trace!(?event, why);
         let effects = self.choice.lock().step(Instant::now(), event);
+        self.carry_out(effects, why);
+    }
+
+    fn carry_out(&self, effects: Vec<Effect>, why: &str) {
         for effect in effects {
             let members = self.members.read();
             let find = |id| members.all.iter().find(|m| m.id == id);
@@ -294,7 +304,7 @@ impl Pool {
                     if let Some(member) = find(id) {
                         let fresh = Link::new(&member.address, self.tls.read().clone(), self.limits.patience);
                         let old = std::mem::replace(&mut *member.link.lock(), fresh);
-                        old.cut.cancel();
+                        old.sever(why);
                     }
                 }
                 Effect::Probe(id) => {
@@ -342,18 +352,23 @@ impl Pool {
         if link.cut.is_cancelled() {
             return;
         }
-        let event = match answer {
-            Ok(Ok(status)) if status.leader == 0 || status.is_learner => Event::Failed(member.id, Fault::Unfit),
-            Ok(Ok(_)) => Event::Served(member.id),
-            Err(_) => Event::Failed(member.id, Fault::Gone),
-            Ok(Err(status)) => match Failure::of(&status).kind {
-                Kind::Unreachable | Kind::Broken | Kind::Silent => Event::Failed(member.id, Fault::Gone),
-                Kind::Unfit | Kind::Unsure => Event::Failed(member.id, Fault::Unfit),
-                // It answers; that it may not tell us how it is does not matter.
-                Kind::Final => Event::Served(member.id),
-            },
+        let (fault, said) = match answer {
+            Ok(Ok(status)) if status.is_learner => (Fault::Unfit, "it is a learner".to_owned()),
+            Ok(Ok(status)) if status.leader == 0 => (Fault::Unfit, "no leader".to_owned()),
+            Ok(Ok(_)) => return self.step(Event::Served(member.id), ""),
+            Err(_) => (Fault::Mute, "it stopped answering".to_owned()),
+            Ok(Err(status)) => {
+                let Failure { kind, said } = Failure::of(&status);
+                match kind {
+                    Kind::Unreachable | Kind::Broken => (Fault::Gone, said),
+                    Kind::Silent => (Fault::Mute, "it stopped answering".to_owned()),
+                    Kind::Unfit | Kind::Unsure => (Fault::Unfit, said),
+                    // It answers; that it may not tell us how it is does not matter.
+                    Kind::Final => return self.step(Event::Served(member.id), ""),
+                }
+            }
         };
-        self.step(event);
+        self.step(Event::Failed(member.id, fault), &said);
     }
 }
 

@@ -231,8 +231,8 @@ impl Task {
                         if written && now >= since + BEHIND {
                             if self.sentinels.is_empty() {
                                 // The write is done and does not show here.
-                                pool.failed(member.id, &link, Kind::Unfit);
-                                return End::Move;
+                                let said = "it is behind the others".to_owned();
+                                return self.failed(member, &link, Failure { kind: Kind::Unfit, said });
                             }
                             still = Some(now);
                         } else if !written && now >= since + quiet {
@@ -244,7 +244,7 @@ impl Task {
                         return self.failed(member, &link, Failure::silent(SILENCE));
                     } else if now >= heard + DOUBT && !doubted {
                         doubted = true;
-                        pool.failed(member.id, &link, Kind::Silent);
+                        pool.failed(member.id, &link, &Failure::silent(DOUBT));
                     } else if now >= heard + BEAT && !asked {
                         asked = true;
                         // If the queue is full, enough has been asked.
@@ -264,7 +264,7 @@ impl Task {
             return End::Error(refusal(failure.said));
         }
         tracing::debug!(member = member.url, said = failure.said, "the stream of a watch failed");
-        self.shared.pool.failed(member.id, link, failure.kind);
+        self.shared.pool.failed(member.id, link, &failure);
         End::Move
     }
 

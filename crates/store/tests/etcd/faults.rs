@@ -154,7 +154,8 @@ async fn write(etcd: &Etcd, writer: usize, stop: &AtomicBool, done: &AtomicU64) 
                 written.acknowledged.push((revision, key, value));
                 done.fetch_add(1, Ordering::AcqRel);
             }
-            Err(Error::Unavailable { .. }) => {
+            Err(error @ Error::Unavailable { .. }) => {
+                eprintln!("writer {writer}, after {:?}: {error}", begun.elapsed());
                 written.unknown += 1;
                 // What is there now is what the next write goes on from.
                 loop {
@@ -518,6 +519,48 @@ async fn a_write_whose_answer_is_lost_is_not_a_conflict_with_itself() {
     // Each happened once.
     let follower = Follower::start(&direct, "/w/", start).await;
     assert_eq!(follower.finish(&direct).await.len(), 2 * 5);
+}
+
+/// The wire goes dead: packets are sent and nothing comes back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_wire_costs_less_than_a_second_and_a_half() {
+    let cluster = EtcdCluster::start(3, false).await;
+    let direct = cluster.connect(None).await;
+    let proxy = Proxy::start(&cluster.url(0)).await;
+    let mut options = proxy.options();
+    options.endpoints.push(Endpoint { url: cluster.url(1), local: false });
+    let etcd = Etcd::connect(options).await.unwrap();
+    let follower = Follower::start(&etcd, "/w/", etcd.revision().await.unwrap()).await;
+    direct.put("/w/a", Bytes::new(), Expect::Any, None).await.unwrap();
+    follower.passes(&direct).await;
+    proxy.swallow();
+    let begun = Instant::now();
+    direct.put("/w/b", Bytes::new(), Expect::Any, None).await.unwrap();
+    // Nobody asks anything: the watch finds out by itself.
+    follower.passes(&direct).await;
+    let watch = begun.elapsed();
+    proxy.mend();
+    eprintln!("the watch went on after {watch:?}");
+    assert!(watch < Duration::from_millis(2500), "{watch:?}");
+    let events = follower.finish(&direct).await;
+    assert_eq!(events.len(), 2, "{events:?}");
+}
+
+/// A watch that is behind by many large values, which etcd delivers in pieces.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_backlog_comes_in_pieces_and_whole() {
+    const COUNT: u64 = 150;
+    let cluster = EtcdCluster::start(1, false).await;
+    let etcd = cluster.connect(Some(0)).await;
+    let start = etcd.revision().await.unwrap();
+    for index in 0..COUNT {
+        let value = Bytes::from(vec![b'0' + (index % 10) as u8; 400_000]);
+        etcd.put(&format!("/w/{}", index % 3), value, Expect::Any, None).await.unwrap();
+    }
+    let follower = Follower::start(&etcd, "/w/", start).await;
+    let events = follower.finish(&etcd).await;
+    let revisions: Vec<u64> = events.iter().map(|e| e.revision().0 - start.0).collect();
+    assert_eq!(revisions, (1..=COUNT).collect::<Vec<_>>());
 }
 
 /// A request that is on its way to a frozen member is done there when nobody expects it any more.
