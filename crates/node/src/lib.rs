@@ -90,6 +90,8 @@ pub struct NodeConfig {
     pub cgroup_root: String,
     /// A CNI configuration directory that the user provides; ours is written if there is none.
     pub cni_conf_dir: Option<PathBuf>,
+    /// The TLS of the agent's own API, if its certificates may be exchanged. Without it, those that follow are used.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
     /// The certificate of the agent's own API.
     pub serving_cert_pem: String,
     /// Its key.
@@ -122,6 +124,7 @@ impl NodeConfig {
             cluster_domain: "cluster.local".into(),
             cgroup_root: "/kubepods".into(),
             cni_conf_dir: None,
+            tls: None,
             serving_cert_pem: String::new(),
             serving_key_pem: String::new(),
             client_ca_pem: String::new(),

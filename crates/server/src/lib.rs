@@ -34,7 +34,8 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use auth::{
     UserInfo,
-    authorize::{Attributes, Authorizer, BuiltIn},
+    authorize::{Attributes, Authorizer, BuiltIn, field_selector},
+    node::Known,
     token::Tokens,
 };
 use bytes::Bytes;
@@ -178,6 +179,7 @@ impl Server {
         let cache = Cache::start(registry.clone(), store.clone(), stop.clone())
             .await
             .map_err(|e| StartError::Store { what: "the store cannot be read", message: e.message })?;
+        let known = Known { registry: registry.clone(), cache: cache.clone() };
         let server = Arc::new(Server {
             config,
             registry,
@@ -185,7 +187,7 @@ impl Server {
             cache,
             pages: Pages::default(),
             tokens,
-            authorizer: Box::new(BuiltIn),
+            authorizer: Box::new(BuiltIn(known)),
             kubelet,
             openapi: openapi::Documents::default(),
             metrics: metrics::Metrics::default(),
@@ -264,15 +266,8 @@ impl Server {
             return self.plain(&parts.method, &path, &query, &parts.headers).await;
         };
         let verb = verb(&parts.method, &target, &query);
-        let attributes = Attributes {
-            verb,
-            group: &target.group,
-            resource: &target.resource,
-            subresource: target.subresource.as_deref().unwrap_or_default(),
-            namespace: target.namespace.as_deref().unwrap_or_default(),
-            name: target.name.as_deref().unwrap_or_default(),
-            path: "",
-        };
+        let fields = field_selector(verb, &query);
+        let attributes = Attributes::of(verb, &target, &fields);
         if let Err(why) = self.authorizer.authorize(&user, &attributes) {
             return Err(denied(&user, &attributes, &why));
         }

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use http::{Response, StatusCode};
-use seawall_api::schema::check::conform;
+use seawall_api::{
+    schema::check::conform,
+    selector::{FieldRequirement, parse_fields},
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -72,7 +75,9 @@ impl Server {
         let [group, plural, sub, namespace, name] =
             ["group", "resource", "subresource", "namespace", "name"].map(|key| text(&resource[key]));
         let path = text(&path["path"]);
+        let fields = selector(&resource["fieldSelector"]);
         let attributes = Attributes {
+            fields: &fields,
             verb: &verb,
             group: &group,
             resource: &plural,
@@ -86,4 +91,20 @@ impl Server {
             Err(reason) => json!({"allowed": false, "reason": reason}),
         }
     }
+}
+
+/// The field selector of a question, in either of its two forms (KEP-4601).
+fn selector(value: &Value) -> Vec<FieldRequirement> {
+    let list = value["requirements"].as_array().into_iter().flatten();
+    let one = |requirement: &Value| {
+        let [value] = requirement["values"].as_array()?.as_slice() else { return None };
+        let equal = match requirement["operator"].as_str()? {
+            "In" => true,
+            "NotIn" => false,
+            _ => return None,
+        };
+        Some(FieldRequirement { field: requirement["key"].as_str()?.into(), equal, value: value.as_str()?.into() })
+    };
+    let raw = value["rawSelector"].as_str().and_then(|text| parse_fields(text).ok()).unwrap_or_default();
+    list.filter_map(one).chain(raw).collect()
 }

@@ -232,6 +232,7 @@ impl Server {
             .get(context.served.id, &row.key(context.namespace(), name))
             .ok_or_else(|| ApiError::not_found(row, name))?;
         let pod = pod.value();
+        self.restrict_node_deletion(context, &pod)?;
         let asked = &eviction["deleteOptions"];
         let options = DeleteOptions {
             grace: asked["gracePeriodSeconds"].as_i64(),
@@ -335,6 +336,7 @@ impl Server {
             ..Default::default()
         };
         let wanted = &request["spec"]["boundObjectRef"];
+        self.restrict_node_token(context, &request, None)?;
         if wanted.is_object() {
             let kind = text(&wanted["kind"]);
             let plural = match kind.as_str() {
@@ -366,6 +368,7 @@ impl Server {
             }
             let reference = Some(Reference { name: object_name.clone(), uid });
             if kind == "Pod" {
+                self.restrict_node_token(context, &request, Some(&object))?;
                 if object["spec"]["serviceAccountName"] != name {
                     return Err(ApiError::forbidden(
                         row,

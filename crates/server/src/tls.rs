@@ -3,9 +3,9 @@
 //! A handshake takes what is current; connections that are open keep what they were made with. So a certificate is
 //! renewed, an address added to it, or an authority rotated, without anyone being cut off.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, net::IpAddr, sync::Arc};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use jiff::Timestamp;
 use rustls::{
     DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
@@ -18,6 +18,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject};
+use x509_parser::extensions::GeneralName;
 
 use crate::pki::Pair;
 
@@ -73,6 +74,25 @@ pub fn not_after(pem: &str) -> Result<Timestamp, TlsError> {
     validity(&certificates(pem, "the certificate")?[0], "the certificate").map(|(_, end)| end)
 }
 
+/// The alternative names of the first certificate of a PEM file: hosts and addresses.
+pub fn names(pem: &str) -> Result<Vec<String>, TlsError> {
+    const WHAT: &str = "the certificate";
+    let list = certificates(pem, WHAT)?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(&list[0]).map_err(|e| TlsError::unusable(WHAT, e))?;
+    let found = parsed.subject_alternative_name().map_err(|e| TlsError::unusable(WHAT, e))?;
+    let found = found.iter().flat_map(|extension| &extension.value.general_names);
+    Ok(found
+        .filter_map(|name| match name {
+            GeneralName::DNSName(name) => Some((*name).to_owned()),
+            GeneralName::IPAddress(bytes) => {
+                let four = <[u8; 4]>::try_from(*bytes).map(IpAddr::from);
+                four.or_else(|_| <[u8; 16]>::try_from(*bytes).map(IpAddr::from)).ok().map(|ip| ip.to_string())
+            }
+            _ => None,
+        })
+        .collect())
+}
+
 /// When a certificate begins and ends to be valid.
 fn validity(der: &CertificateDer<'_>, what: &'static str) -> Result<(Timestamp, Timestamp), TlsError> {
     let (_, parsed) = x509_parser::parse_x509_certificate(der).map_err(|e| TlsError::unusable(what, e))?;
@@ -102,28 +122,38 @@ impl Serving {
 }
 
 /// The certificate that a server shows.
-pub struct ServingCertificate(ArcSwap<Serving>);
+pub struct ServingCertificate(ArcSwapOption<Serving>);
 
 impl ServingCertificate {
     /// Begins with this one.
     pub fn new(pair: &Pair) -> Result<Arc<ServingCertificate>, TlsError> {
-        Ok(Arc::new(ServingCertificate(ArcSwap::from_pointee(Serving::new(pair)?))))
+        Ok(Arc::new(ServingCertificate(ArcSwapOption::from_pointee(Serving::new(pair)?))))
+    }
+
+    /// Begins without one: handshakes fail until it is there.
+    pub fn pending() -> Arc<ServingCertificate> {
+        Arc::new(ServingCertificate(ArcSwapOption::empty()))
     }
 
     /// From now on handshakes get this one. If it cannot be used, the one before stays.
     pub fn replace(&self, pair: &Pair) -> Result<(), TlsError> {
-        self.0.store(Arc::new(Serving::new(pair)?));
+        self.0.store(Some(Arc::new(Serving::new(pair)?)));
         Ok(())
     }
 
-    /// When the current one begins to be valid.
-    pub fn not_before(&self) -> Timestamp {
-        self.0.load().not_before
+    /// Whether there is one.
+    pub fn is_there(&self) -> bool {
+        self.0.load().is_some()
     }
 
-    /// When the current one ends.
+    /// When the current one begins to be valid; long ago if there is none.
+    pub fn not_before(&self) -> Timestamp {
+        self.0.load().as_ref().map_or(Timestamp::UNIX_EPOCH, |c| c.not_before)
+    }
+
+    /// When the current one ends; long ago if there is none.
     pub fn not_after(&self) -> Timestamp {
-        self.0.load().not_after
+        self.0.load().as_ref().map_or(Timestamp::UNIX_EPOCH, |c| c.not_after)
     }
 }
 
@@ -135,7 +165,7 @@ impl fmt::Debug for ServingCertificate {
 
 impl ResolvesServerCert for ServingCertificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.0.load().key.clone())
+        self.0.load().as_ref().map(|c| c.key.clone())
     }
 }
 

@@ -329,29 +329,29 @@ mod tests {
     #[test]
     fn decisions_are_for_good() {
         let condition = |ty: &str, status: &str| json!({"type": ty, "status": status});
-        let object = |conditions: &[Value]| json!({"status": {"conditions": conditions}});
-        let check = |old: &[Value], new: &[Value], subresource: &str, expect: &[&str]| {
+        let object = |conditions: &[&Value]| json!({"status": {"conditions": conditions}});
+        let check = |old: &[&Value], new: &[&Value], subresource: &str, expect: &[&str]| {
             assert_eq!(errors(&object(new), Some(&object(old)), subresource), expect, "{subresource} {old:?} {new:?}");
         };
         let (yes, no, failed) =
             (condition("Approved", "True"), condition("Denied", "True"), condition("Failed", "True"));
-        check(&[], &[yes.clone()], "approval", &[]);
-        check(&[], &[no.clone()], "approval", &[]);
+        check(&[], &[&yes], "approval", &[]);
+        check(&[], &[&no], "approval", &[]);
         check(
             &[],
-            &[yes.clone()],
+            &[&yes],
             "status",
             &["status.conditions: Forbidden: updates may not add a condition of type \"Approved\""],
         );
-        check(&[yes.clone()], &[yes.clone(), failed.clone()], "status", &[]);
+        check(&[&yes], &[&yes, &failed], "status", &[]);
         check(
-            &[yes.clone()],
+            &[&yes],
             &[],
             "approval",
             &["status.conditions: Forbidden: updates may not remove a condition of type \"Approved\""],
         );
         check(
-            &[failed.clone()],
+            &[&failed],
             &[],
             "status",
             &["status.conditions: Forbidden: updates may not remove a condition of type \"Failed\""],
@@ -359,14 +359,14 @@ mod tests {
         let mut reworded = yes.clone();
         reworded["message"] = "x".into();
         check(
-            &[yes.clone()],
-            &[reworded],
+            &[&yes],
+            &[&reworded],
             "status",
             &["status.conditions: Forbidden: updates may not modify a condition of type \"Approved\""],
         );
         check(
-            &[yes.clone()],
-            &[yes.clone(), no.clone()],
+            &[&yes],
+            &[&yes, &no],
             "approval",
             &[
                 "status.conditions[1].type: Invalid value: \"Denied\": Approved and Denied conditions are mutually exclusive",
@@ -374,15 +374,15 @@ mod tests {
         );
         check(
             &[],
-            &[condition("Approved", "False")],
+            &[&condition("Approved", "False")],
             "approval",
             &["status.conditions[0].status: Unsupported value: \"False\": supported values: \"True\""],
         );
-        check(&[], &[condition("Custom", "")], "status", &["status.conditions[0].status: Required value"]);
-        check(&[], &[condition("", "True")], "status", &["status.conditions[0].type: Required value"]);
+        check(&[], &[&condition("Custom", "")], "status", &["status.conditions[0].status: Required value"]);
+        check(&[], &[&condition("", "True")], "status", &["status.conditions[0].type: Required value"]);
         check(
             &[],
-            &[yes.clone(), yes.clone()],
+            &[&yes, &yes],
             "approval",
             &["status.conditions[1].type: Duplicate value: \"Approved\""],
         );

@@ -74,8 +74,8 @@ pub fn plan(csr: &CertificateSigningRequest, issued_until: Option<Timestamp>, fa
 }
 
 fn condition(csr: &CertificateSigningRequest, ty: &str) -> Option<Timestamp> {
-    let conditions = csr.status.iter().flat_map(|s| s.conditions.iter().flatten());
-    let found = conditions.filter(|c| c.type_ == ty && c.status == "True").next()?;
+    let mut conditions = csr.status.iter().flat_map(|s| s.conditions.iter().flatten());
+    let found = conditions.find(|c| c.type_ == ty && c.status == "True")?;
     Some(found.last_update_time.as_ref().map_or(created(csr), |t| t.0))
 }
 

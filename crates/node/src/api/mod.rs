@@ -86,7 +86,10 @@ pub async fn bind(config: &NodeConfig) -> anyhow::Result<TcpListener> {
 
 /// Serves on a port until shutdown.
 pub async fn run(agent: Arc<Agent>, listener: TcpListener, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let acceptor = TlsAcceptor::from(Arc::new(tls(&agent.config)?));
+    let acceptor = TlsAcceptor::from(match &agent.config.tls {
+        Some(tls) => Arc::clone(tls),
+        None => Arc::new(tls(&agent.config)?),
+    });
     let mut connections = JoinSet::new();
     loop {
         let stream = tokio::select! {

@@ -1,9 +1,15 @@
 //! Whether a user may do something.
 //!
-//! The seam is [`Authorizer`]. The one here knows administrators, nodes and the components; rules of RBAC are not
-//! evaluated yet (see `docs/DIFFERENCES.md`).
+//! The seam is [`Authorizer`]. The one here knows administrators, the components, nodes and those who want to become
+//! nodes; rules of RBAC are not evaluated yet (see `docs/DIFFERENCES.md`).
 
-use super::{AUTHENTICATED, MASTERS, NODES, UserInfo, bootstrap_token};
+use seawall_api::selector::{FieldRequirement, parse_fields};
+
+use super::{
+    AUTHENTICATED, MASTERS, NODES, UserInfo, bootstrap_token,
+    node::{self, Relations},
+};
+use crate::request::{Query, ResourcePath};
 
 /// What a user wants to do.
 #[derive(Clone, Debug, Default)]
@@ -18,10 +24,39 @@ pub struct Attributes<'a> {
     pub subresource: &'a str,
     /// The namespace.
     pub namespace: &'a str,
-    /// The object's name.
+    /// The object's name. Of a list or watch, the one that its field selector says.
     pub name: &'a str,
+    /// The field selector of a list or watch.
+    pub fields: &'a [FieldRequirement],
     /// The path, if no resource is asked for.
     pub path: &'a str,
+}
+
+impl<'a> Attributes<'a> {
+    /// What a request for a resource wants. `fields` is its [`field_selector`].
+    pub(crate) fn of(verb: &'a str, target: &'a ResourcePath, fields: &'a [FieldRequirement]) -> Attributes<'a> {
+        let selected = fields.iter().find(|f| f.equal && f.field == "metadata.name").map(|f| f.value.as_str());
+        Attributes {
+            verb,
+            group: &target.group,
+            resource: &target.resource,
+            subresource: target.subresource.as_deref().unwrap_or_default(),
+            namespace: target.namespace.as_deref().unwrap_or_default(),
+            name: target.name.as_deref().or(selected).unwrap_or_default(),
+            fields,
+            path: "",
+        }
+    }
+}
+
+/// The field selector of a request that selects. One that cannot be read selects nothing; it is refused later.
+pub(crate) fn field_selector(verb: &str, query: &Query) -> Vec<FieldRequirement> {
+    match verb {
+        "list" | "watch" | "deletecollection" => {
+            parse_fields(query.get("fieldSelector").unwrap_or_default()).unwrap_or_default()
+        }
+        _ => Vec::new(),
+    }
 }
 
 /// Decides.
@@ -32,12 +67,15 @@ pub trait Authorizer: Send + Sync {
 
 /// Administrators may do everything, components and nodes what they need, every user may look at what the server
 /// offers and ask about themselves, and everyone may ask whether it is healthy.
-pub struct BuiltIn;
+pub struct BuiltIn<R>(
+    /// What nodes have to do with.
+    pub R,
+);
 
 const COMPONENTS: [&str; 4] =
     ["system:kube-controller-manager", "system:kube-scheduler", "system:apiserver", "system:seawall"];
 
-impl Authorizer for BuiltIn {
+impl<R: Relations> Authorizer for BuiltIn<R> {
     fn authorize(&self, user: &UserInfo, a: &Attributes<'_>) -> Result<(), String> {
         let health = ["/healthz", "/livez", "/readyz", "/version"];
         let under = |path: &str| a.path == path || a.path.starts_with(&format!("{path}/"));
@@ -67,10 +105,11 @@ impl Authorizer for BuiltIn {
         if user.is_in(bootstrap_token::GROUP) && bootstrapper_may(a) {
             return Ok(());
         }
-        if user.is_in(NODES) && user.username.starts_with("system:node:") && node_may(user, a) {
-            return Ok(());
+        match node::identity(user) {
+            None => Err(String::new()),
+            Some("") => Err(format!("unknown node for user {:?}", user.username)),
+            Some(name) => node::authorize(name, a, &self.0),
         }
-        Err(String::new())
     }
 }
 
@@ -90,34 +129,32 @@ fn bootstrapper_may(a: &Attributes<'_>) -> bool {
         && matches!(a.verb, "create" | "get" | "list" | "watch")
 }
 
-/// What a node agent needs. That it may only touch its own objects follows with the node authorizer.
-fn node_may(user: &UserInfo, a: &Attributes<'_>) -> bool {
-    let node = user.username.trim_start_matches("system:node:");
-    // Reading an object is not entering it: `pods/exec` is a get as well.
-    let read = matches!(a.verb, "get" | "list" | "watch") && matches!(a.subresource, "" | "status");
-    match (a.group, a.resource) {
-        ("", "nodes") => read || a.verb == "create" || (a.name == node && matches!(a.verb, "update" | "patch")),
-        ("", "pods") => {
-            read || a.verb == "delete" || (a.subresource == "status" && matches!(a.verb, "update" | "patch"))
-        }
-        ("", "services" | "endpoints" | "persistentvolumes" | "persistentvolumeclaims") => read,
-        ("", "configmaps" | "secrets") => read,
-        ("", "serviceaccounts") => a.subresource == "token" && a.verb == "create" || a.verb == "get",
-        ("", "events") | ("events.k8s.io", "events") => matches!(a.verb, "create" | "update" | "patch"),
-        ("discovery.k8s.io", "endpointslices") | ("node.k8s.io", "runtimeclasses") => read,
-        ("coordination.k8s.io", "leases") => a.namespace == "kube-node-lease" && a.verb != "list",
-        ("storage.k8s.io", "csidrivers" | "csinodes" | "volumeattachments") => read || a.resource == "csinodes",
-        ("certificates.k8s.io", "certificatesigningrequests") => matches!(a.verb, "create" | "get" | "list" | "watch"),
-        ("authentication.k8s.io", "tokenreviews") | ("authorization.k8s.io", "subjectaccessreviews") => {
-            a.verb == "create"
-        }
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Nodes have nothing.
+    struct Nothing;
+
+    impl Relations for Nothing {
+        fn relate(&self, _: &str, _: node::Kind, _: &str, _: &str) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn a_selector_names_an_object() {
+        let target = ResourcePath::parse("/api/v1/namespaces/a/secrets").unwrap();
+        let check = |verb: &str, query: &str, expect: &str| {
+            let fields = field_selector(verb, &Query::parse(Some(query)));
+            assert_eq!(Attributes::of(verb, &target, &fields).name, expect, "{verb} {query}");
+        };
+        check("watch", "fieldSelector=metadata.name%3Dx", "x");
+        check("list", "fieldSelector=type%3DOpaque,metadata.name%3D%3Dx", "x");
+        check("list", "fieldSelector=metadata.name!%3Dx", "");
+        check("create", "fieldSelector=metadata.name%3Dx", "");
+        check("list", "fieldSelector=x", "");
+    }
 
     #[test]
     fn who_may_what() {
@@ -126,7 +163,7 @@ mod tests {
         let check = |user: &UserInfo, verb: &str, resource: &str, name: &str, expect: bool| {
             let attributes = Attributes { verb, resource, name, ..Default::default() };
             assert_eq!(
-                BuiltIn.authorize(user, &attributes).is_ok(),
+                BuiltIn(Nothing).authorize(user, &attributes).is_ok(),
                 expect,
                 "{} {verb} {resource} {name}",
                 user.username
@@ -134,16 +171,22 @@ mod tests {
         };
         check(&UserInfo::new("admin", &[MASTERS]), "delete", "nodes", "x", true);
         check(&node, "patch", "nodes", "n1", true);
-        check(&node, "patch", "nodes", "n2", false);
+        check(&node, "get", "secrets", "s", false);
         check(&node, "delete", "nodes", "n1", false);
-        check(&node, "create", "pods", "", false);
+        check(&node, "create", "deployments", "", false);
         check(&someone, "list", "secrets", "", false);
         check(&UserInfo::anonymous(), "list", "pods", "", false);
         let path = |user: &UserInfo, path: &str| {
-            BuiltIn.authorize(user, &Attributes { verb: "get", path, ..Default::default() }).is_ok()
+            BuiltIn(Nothing).authorize(user, &Attributes { verb: "get", path, ..Default::default() }).is_ok()
         };
         let enter = Attributes { verb: "get", resource: "pods", subresource: "exec", ..Default::default() };
-        assert!(BuiltIn.authorize(&node, &enter).is_err(), "a node must not enter pods through the API");
+        assert!(BuiltIn(Nothing).authorize(&node, &enter).is_err(), "a node must not enter pods through the API");
+        let unnamed = UserInfo::new("system:node:", &[NODES]);
+        let anything = Attributes { verb: "get", resource: "nodes", ..Default::default() };
+        assert_eq!(
+            BuiltIn(Nothing).authorize(&unnamed, &anything),
+            Err("unknown node for user \"system:node:\"".to_owned())
+        );
         assert!(path(&UserInfo::anonymous(), "/readyz"));
         assert!(!path(&UserInfo::anonymous(), "/apis"));
         assert!(!path(&UserInfo::anonymous(), "/metrics"));

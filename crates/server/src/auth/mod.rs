@@ -2,6 +2,7 @@
 
 pub mod authorize;
 pub mod bootstrap_token;
+pub mod node;
 pub mod token;
 
 use std::collections::BTreeMap;

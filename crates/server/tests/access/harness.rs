@@ -53,6 +53,7 @@ impl Api {
             name: "test".into(),
             presence: Default::default(),
             paths: None,
+            shared_store: false,
         };
         let stop = CancellationToken::new();
         let server = Server::start(config, store, stop.clone()).await.unwrap();

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
 
+mod certificates;
 mod harness;
+mod nodes;
 mod tls;
 mod tokens;

@@ -1,6 +1,9 @@
 //! Admission: what is completed or refused between decoding and storing
 //! (<https://kubernetes.io/docs/reference/access-authn-authz/admission-controllers/>).
 
+mod certificates;
+mod node_restriction;
+
 use std::sync::Arc;
 
 use seawall_api::Scope;
@@ -26,8 +29,12 @@ impl Server {
         context: &Context<'_>,
         operation: Operation,
         object: &mut Value,
-        _old: Option<&Value>,
+        old: Option<&Value>,
     ) -> Result<()> {
+        self.restrict_node(context, operation, object, old)?;
+        if context.row.plural == "certificatesigningrequests" {
+            self.admit_signing_request(context, object, old)?;
+        }
         if operation != Operation::Create {
             return Ok(());
         }
@@ -72,6 +79,7 @@ impl Server {
 
     /// Admits a deletion.
     pub(crate) fn admit_delete(&self, context: &Context<'_>, object: &Value) -> Result<()> {
+        self.restrict_node_deletion(context, object)?;
         let name = object["metadata"]["name"].as_str().unwrap_or_default();
         if context.row.plural == "namespaces" && context.row.group.is_empty() && IMMORTAL.contains(&name) {
             return Err(ApiError::forbidden(&context.row, name, "this namespace may not be deleted"));
