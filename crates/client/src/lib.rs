@@ -2,6 +2,7 @@
 
 pub mod election;
 pub mod tls;
+pub mod watch;
 
 use std::{convert::Infallible, future::Future};
 

@@ -15,6 +15,7 @@ use kube::{
     runtime::{WatchStreamExt, watcher},
 };
 use parking_lot::RwLock;
+use seawall_client::watch::Backoff;
 use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -35,7 +36,7 @@ struct Manager {
 pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={}", agent.config.node_name));
     let api: Api<Pod> = Api::all(agent.client.clone());
-    let mut events = watcher(api, config).default_backoff().into_stream().boxed();
+    let mut events = watcher(api, config).backoff(Backoff::default()).into_stream().boxed();
     let mut manager = Manager { agent, shutdown: shutdown.clone(), inputs: HashMap::new(), workers: JoinSet::new() };
     let mut listed: Option<HashSet<String>> = None;
     loop {

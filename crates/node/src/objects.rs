@@ -17,6 +17,7 @@ use kube::{
     runtime::{WatchStreamExt, watcher},
 };
 use parking_lot::Mutex;
+use seawall_client::watch::Backoff;
 use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -94,7 +95,7 @@ impl Watches {
         let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
         let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
         tokio::spawn(cancel.run_until_cancelled_owned(async move {
-            let mut events = watcher(api, config).default_backoff().into_stream().boxed();
+            let mut events = watcher(api, config).backoff(Backoff::default()).into_stream().boxed();
             loop {
                 match events.try_next().await {
                     // The first listing counts too: the object may have come between the subscriber's look and ours.

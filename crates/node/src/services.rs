@@ -9,6 +9,7 @@ use kube::{
     runtime::{WatchStreamExt, watcher},
 };
 use parking_lot::RwLock;
+use seawall_client::watch::Backoff;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -45,8 +46,10 @@ impl Services {
 
     /// Follows the API until shutdown.
     pub async fn run(&self, client: Client, shutdown: CancellationToken) {
-        let mut events =
-            watcher(Api::<Service>::all(client), watcher::Config::default()).default_backoff().into_stream().boxed();
+        let mut events = watcher(Api::<Service>::all(client), watcher::Config::default())
+            .backoff(Backoff::default())
+            .into_stream()
+            .boxed();
         let mut listed = BTreeMap::new();
         loop {
             let event = tokio::select! {

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use plan::{Stale, plan, stale};
 use rules::Ruleset;
+use seawall_client::watch::Backoff;
 
 /// How the proxy of a node works.
 #[derive(Clone, Debug)]
@@ -136,8 +137,9 @@ async fn claim() -> anyhow::Result<UnixListener> {
 pub async fn run(client: Client, config: ProxyConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     let claim = claim().await?;
     let mut services =
-        watcher(Api::<Service>::all(client.clone()), watcher::Config::default()).default_backoff().boxed();
-    let mut slices = watcher(Api::<EndpointSlice>::all(client), watcher::Config::default()).default_backoff().boxed();
+        watcher(Api::<Service>::all(client.clone()), watcher::Config::default()).backoff(Backoff::default()).boxed();
+    let mut slices =
+        watcher(Api::<EndpointSlice>::all(client), watcher::Config::default()).backoff(Backoff::default()).boxed();
     let (mut of_services, mut of_slices) = (Fed { fresh: None }, Fed { fresh: None });
     let mut state = State::default();
     let mut synced = (false, false);
