@@ -94,7 +94,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         certificate,
         stop.clone(),
     ));
-    let identity = node::Identity { tls: Arc::new(serving), is_server: false };
+    let identity = node::Identity { tls: Arc::new(serving) };
     parts.extend(node::components(&machine, &state.cluster, &client, &identity, &stop));
     parts.push(csr::keep_client(&machine.name, &files.agent_client(), client.clone(), stop.clone(), {
         let (tls, state) = (tls.clone(), state.clone());
@@ -169,7 +169,9 @@ async fn try_join(
         join::ask(&to.client, paths::CONFIG, None::<&()>).await.map_err(|error| match error {
             kube::Error::Api(status) => {
                 let way_out = match status.code {
-                    401 | 403 => " (a token of `seawall token create` is needed, and it must not be older than its --ttl)",
+                    401 | 403 => {
+                        " (a token of `seawall token create` is needed, and it must not be older than its --ttl)"
+                    }
                     _ => "",
                 };
                 (anyhow::anyhow!("{url} said: {}{way_out}", status.message), status.code >= 500)

@@ -129,12 +129,21 @@ impl ServerCertificates {
 
     /// What the node on this machine shows.
     pub fn node_identity(&self) -> node::Identity {
-        node::Identity { tls: self.agent.clone(), is_server: true }
+        node::Identity { tls: self.agent.clone() }
     }
 
     /// What the controllers need of them.
-    pub fn controllers(&self) -> seawall_controllers::Config {
-        seawall_controllers::Config::default()
+    ///
+    /// # Errors
+    /// If the authority cannot sign.
+    pub fn controllers(&self) -> anyhow::Result<seawall_controllers::Config> {
+        let authority =
+            seawall_controllers::certificates::Authority::new(&self.authority.pem, &self.authority.key_pem())?;
+        Ok(seawall_controllers::Config {
+            root_ca: self.authority.pem.clone(),
+            authority: Some(authority),
+            ..Default::default()
+        })
     }
 
     /// Issues the serving certificate again when an entry address is added, and before it ends.
@@ -148,7 +157,10 @@ impl ServerCertificates {
                     let wanted = entry_names(&server);
                     let asked = renewal(&this.files);
                     let forced = asked.exists();
-                    if wanted != has || forced || is_due(this.serving.not_before(), this.serving.not_after(), Timestamp::now()) {
+                    if wanted != has
+                        || forced
+                        || is_due(this.serving.not_before(), this.serving.not_after(), Timestamp::now())
+                    {
                         let (names, addresses) = this.names.with(wanted.iter().map(String::as_str));
                         let pair = this.authority.server("kube-apiserver", "", &names, &addresses)?;
                         this.serving.replace(&pair)?;
@@ -292,7 +304,11 @@ fn list(place: &Place) -> anyhow::Result<()> {
         let days = now.until((Unit::Hour, end)).map_or(0, |span| span.get_hours() / 24);
         let name = path.strip_prefix(&place.data_dir).unwrap_or(&path).display().to_string();
         let renewed = if name.ends_with("ca.crt") { "by seawall certs rotate-ca" } else { "by itself" };
-        println!("{name:<44} {:<22} {:<12} {renewed}", end.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(), format!("{days} days"));
+        println!(
+            "{name:<44} {:<22} {:<12} {renewed}",
+            end.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            format!("{days} days")
+        );
     }
     Ok(())
 }

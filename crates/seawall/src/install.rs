@@ -142,10 +142,7 @@ mod tests {
         let arguments = ["--join".to_owned(), "https://192.0.2.1:6443".to_owned(), "--node-label=a=b c".to_owned()];
         let unit = unit("agent", Path::new("/usr/local/bin/seawall"), Path::new("/etc/seawall/agent.env"), &arguments);
         let line = unit.lines().find(|l| l.starts_with("ExecStart=")).unwrap();
-        assert_eq!(
-            line,
-            "ExecStart=/usr/local/bin/seawall agent --join https://192.0.2.1:6443 \"--node-label=a=b c\""
-        );
+        assert_eq!(line, "ExecStart=/usr/local/bin/seawall agent --join https://192.0.2.1:6443 \"--node-label=a=b c\"");
         assert!(unit.contains("KillMode=process\n") && unit.contains("EnvironmentFile=-/etc/seawall/agent.env\n"));
     }
 

@@ -58,7 +58,9 @@ impl FromStr for Token {
     fn from_str(text: &str) -> Result<Token, String> {
         let text = text.trim();
         let parts: Vec<&str> = text.split('.').collect();
-        let of = |part: &str, n: usize| part.len() == n && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let of = |part: &str, n: usize| {
+            part.len() == n && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
+        };
         match parts.as_slice() {
             [id, secret, hash] if of(id, 6) && of(secret, 16) && of(hash, 64) => {
                 Ok(Token { bearer: format!("{id}.{secret}"), hash: (*hash).to_owned() })

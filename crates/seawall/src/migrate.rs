@@ -92,7 +92,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             match Etcd::connect(options.clone()).await {
                 Ok(to) => break to,
                 Err(error) if tokio::time::Instant::now() > deadline => {
-                    return Err(error).context(format!("etcd does not answer; {} says why", files.etcd_log().display()));
+                    return Err(error)
+                        .context(format!("etcd does not answer; {} says why", files.etcd_log().display()));
                 }
                 Err(_) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
             }
@@ -106,7 +107,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     files.write_server(&ServerState { cluster, store: StoreKind::Stacked(local) })?;
     drop(from);
     let kept = args.data_dir.join("store.migrated");
-    std::fs::rename(files.store(), &kept).with_context(|| format!("the old files cannot be moved to {}", kept.display()))?;
+    std::fs::rename(files.store(), &kept)
+        .with_context(|| format!("the old files cannot be moved to {}", kept.display()))?;
     println!(
         "{} objects ({} bytes) are in etcd, and every resourceVersion from now on is larger than {} ({:.1} s). Start the \
          server as before; others join with seawall server --join. The old files are kept in {}.",

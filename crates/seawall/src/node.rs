@@ -22,8 +22,6 @@ use crate::{
 pub struct Identity {
     /// What handshakes with the agent are made with.
     pub tls: Arc<ServerConfig>,
-    /// Whether a server runs on this machine.
-    pub is_server: bool,
 }
 
 /// Starts the parts that talk to the API as this node.
@@ -52,7 +50,8 @@ pub fn components(
         parts.push(component("proxy", stop.clone(), move |stop| proxy::run(client.clone(), config.clone(), stop)));
     }
     if machine.runs(Component::Routes) && machine.runs(Component::Agent) {
-        let (client, config) = (client.clone(), routes::Config { node_name: machine.name.clone(), ..Default::default() });
+        let (client, config) =
+            (client.clone(), routes::Config { node_name: machine.name.clone(), ..Default::default() });
         parts.push(component("routes", stop.clone(), move |stop| routes::run(client.clone(), config.clone(), stop)));
     }
     parts
@@ -75,10 +74,6 @@ fn agent_config(machine: &Machine, cluster: &Cluster, identity: &Identity) -> se
     config.api_users = vec!["kube-apiserver-kubelet-client".into()];
     config.port = options.agent_port;
     config.node_labels = machine.labels.clone();
-    if identity.is_server {
-        // A machine that runs a server says so, as kubeadm's do.
-        config.node_labels.insert("node-role.kubernetes.io/control-plane".into(), String::new());
-    }
     config
 }
 

@@ -360,8 +360,8 @@ pub fn with_config_file(arguments: Vec<String>) -> anyhow::Result<Vec<String>> {
             }
         };
         let text = std::fs::read_to_string(&file).with_context(|| format!("--config {file}"))?;
-        let entries: BTreeMap<String, serde_json::Value> =
-            serde_yaml_ng::from_str(&text).with_context(|| format!("--config {file}: write one `flag: value` a line"))?;
+        let entries: BTreeMap<String, serde_json::Value> = serde_yaml_ng::from_str(&text)
+            .with_context(|| format!("--config {file}: write one `flag: value` a line"))?;
         for (key, value) in entries {
             out.extend(flag(&key, &value).with_context(|| format!("--config {file}: {key}"))?);
         }
@@ -431,8 +431,14 @@ mod tests {
         let config = file.display().to_string();
         let all = with_config_file(arguments(&["seawall", "server", "--config", &config, "--port=8443"])).unwrap();
         let expect = [
-            "seawall", "server", "--cluster-init", "--node-label=tier=web", "--port=7443", "--tls-san=a.example",
-            "--tls-san=b.example", "--port=8443",
+            "seawall",
+            "server",
+            "--cluster-init",
+            "--node-label=tier=web",
+            "--port=7443",
+            "--tls-san=a.example",
+            "--tls-san=b.example",
+            "--port=8443",
         ];
         assert_eq!(all, expect);
         std::fs::write(&file, "cluster-init: {a: [1]}\n").unwrap();

@@ -8,7 +8,11 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use kube::Client;
+use k8s_openapi::api::core::v1::Node;
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams},
+};
 use seawall_client::{
     election::{Election, lead},
     tls::{self, Credentials, Tls},
@@ -44,6 +48,8 @@ use crate::{
 const RETRY: Duration = Duration::from_millis(200);
 /// How often a server that waits says so.
 const SAY: Duration = Duration::from_secs(5);
+/// How often a labelled Node is looked at: it may have been deleted and registered anew.
+const LABELLED: Duration = Duration::from_secs(10);
 /// How long a server tries to join.
 const JOIN: Duration = Duration::from_secs(120);
 
@@ -105,7 +111,9 @@ impl Args {
 async fn decide(args: &Args, machine: &Machine, files: &Files) -> anyhow::Result<ServerState> {
     if let Some(mut state) = files.read_server()? {
         if args.join.is_some() || args.cluster_init {
-            tracing::info!("this machine is a server already: --cluster-init, --join and --token are for its first start");
+            tracing::info!(
+                "this machine is a server already: --cluster-init, --join and --token are for its first start"
+            );
         }
         // Where an external etcd is may change; that it is external does not.
         if let (StoreKind::External { .. }, Some(external)) = (&state.store, args.external()) {
@@ -163,8 +171,10 @@ async fn join_cluster(url: &str, token: &str, machine: &Machine, files: &Files) 
                 Ok(answer) => break answer,
                 Err(kube::Error::Api(status)) => {
                     let way_out = match status.code {
-                        401 | 403 => " (a token of `seawall token create --role server` is needed, and it must not be \
-                                      older than its --ttl)",
+                        401 | 403 => {
+                            " (a token of `seawall token create --role server` is needed, and it must not be \
+                                      older than its --ttl)"
+                        }
                         _ => "",
                     };
                     (anyhow::anyhow!("{url} said: {}{way_out}", status.message), status.code >= 500)
@@ -240,13 +250,7 @@ async fn open_store(
             process::check_program()?;
             process::measure_disk(&args.machine.data_dir)?;
             let certificates = members::certificates(files, local)?;
-            let settings = Arc::new(process::Settings::new(
-                files,
-                &args.machine.run_dir,
-                local,
-                &certificates,
-                timing,
-            ));
+            let settings = Arc::new(process::Settings::new(files, &args.machine.run_dir, local, &certificates, timing));
             let part = component("etcd", stop.clone(), move |stop| {
                 let settings = settings.clone();
                 async move { process::run(&settings, stop).await }
@@ -369,12 +373,20 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         let client = in_process(&server, &user, &[NODES]);
         node_parts = node::components(&machine, &state.cluster, &client, &identity, &leading);
     }
-    let mut leaders = leaders(&machine, &state, &timing, &server, &certificates, &leading);
+    let mut leaders = leaders(&machine, &state, &timing, &server, &certificates, &leading)?;
     if let (Some(members), Some(etcd)) = (&opened.members, &opened.etcd) {
         let (members, etcd) = (members.clone(), etcd.clone());
         leaders.push(component("members", leading.clone(), move |stop| members.clone().look_after(etcd.clone(), stop)));
     }
     leaders.push(certificates.keep(&server, &leading));
+    if machine.runs(Component::Agent) {
+        let client = in_process(&server, "system:seawall", &[]);
+        let name = machine.name.clone();
+        leaders.push(component("node role", leading.clone(), move |stop| {
+            let (client, name) = (client.clone(), name.clone());
+            async move { stop.run_until_cancelled(label_node(client, &name)).await.unwrap_or(Ok(())) }
+        }));
+    }
     signal.await??;
     tracing::info!("stopping");
     // Those who lead let go, so that others need not wait until they are missed.
@@ -455,6 +467,24 @@ fn server_config(
     })
 }
 
+/// Says of this machine's Node that a server runs there, as kubeadm does of its own. The node may not say so itself.
+async fn label_node(client: Client, name: &str) -> anyhow::Result<()> {
+    const ROLE: &str = "node-role.kubernetes.io/control-plane";
+    let nodes = Api::<Node>::all(client);
+    loop {
+        let pause = match nodes.get_metadata_opt(name).await? {
+            Some(node) if node.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(ROLE)) => LABELLED,
+            Some(_) => {
+                let patch = serde_json::json!({"metadata": {"labels": {ROLE: ""}}});
+                nodes.patch_metadata(name, &PatchParams::default(), &Patch::Merge(patch)).await?;
+                LABELLED
+            }
+            None => RETRY,
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
 /// A client whose requests this process answers itself.
 fn in_process(server: &Arc<Server>, name: &str, groups: &[&str]) -> Client {
     let (server, user) = (server.clone(), UserInfo::new(name, groups));
@@ -472,7 +502,7 @@ fn leaders(
     server: &Arc<Server>,
     certificates: &ServerCertificates,
     stop: &CancellationToken,
-) -> Vec<JoinHandle<()>> {
+) -> anyhow::Result<Vec<JoinHandle<()>>> {
     let mut parts = Vec::new();
     // Two lives of one server are two candidates.
     let identity = format!("{}_{:08x}", machine.name, rand::random::<u32>());
@@ -482,8 +512,7 @@ fn leaders(
         let config = seawall_controllers::Config {
             cluster_cidr: state.cluster.cluster_cidr,
             service_cidr: Some(state.cluster.service_cidr),
-            root_ca: certificates.authority.pem.clone(),
-            ..certificates.controllers()
+            ..certificates.controllers()?
         };
         let election =
             Election { lease: "kube-controller-manager".into(), identity: identity.clone(), timing: *timing };
@@ -517,7 +546,7 @@ fn leaders(
             }
         }));
     }
-    parts
+    Ok(parts)
 }
 
 /// The node of a machine whose server is one of several: it reaches the API through the balancer, so that it does not

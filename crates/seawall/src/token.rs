@@ -89,9 +89,8 @@ pub async fn run(command: Command) -> anyhow::Result<()> {
             println!("{:<8} {:<22} {:<40} DESCRIPTION", "TOKEN", "EXPIRES", "GROUPS");
             for secret in secrets {
                 let data = secret.data.unwrap_or_default();
-                let field = |key: &str| {
-                    data.get(key).map(|v| String::from_utf8_lossy(&v.0).into_owned()).unwrap_or_default()
-                };
+                let field =
+                    |key: &str| data.get(key).map(|v| String::from_utf8_lossy(&v.0).into_owned()).unwrap_or_default();
                 let expires = match field("expiration") {
                     text if text.is_empty() => "never".to_owned(),
                     text => text,

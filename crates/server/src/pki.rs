@@ -87,6 +87,11 @@ impl Authority {
         Ok(Authority { pem, key: pair })
     }
 
+    /// Its key in PEM.
+    pub fn key_pem(&self) -> String {
+        self.key.serialize_pem()
+    }
+
     fn sign(&self, params: CertificateParams, what: &str) -> Result<Pair, PkiError> {
         let key = KeyPair::generate().map_err(bad(what))?;
         let issuer = Issuer::from_ca_cert_pem(&self.pem, &self.key).map_err(bad("ca.crt"))?;

@@ -1,11 +1,6 @@
 //! The members of etcd: who joins, who leaves, and what one of them has to do for all.
 
-use std::{
-    net::IpAddr,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
@@ -311,7 +306,10 @@ pub async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::List { place } => {
             let members = open(&place.data_dir).await?;
-            println!("{:<16} {:<24} {:<10} {:<8} {:<10} {:<10} ADDRESS", "MEMBER", "NAME", "STATE", "LEADER", "VERSION", "SIZE");
+            println!(
+                "{:<16} {:<24} {:<10} {:<8} {:<10} {:<10} ADDRESS",
+                "MEMBER", "NAME", "STATE", "LEADER", "VERSION", "SIZE"
+            );
             for (member, status) in members.list().await? {
                 let state = match (&status, member.learner) {
                     (None, _) => "gone",
@@ -367,11 +365,8 @@ async fn open(data_dir: &PathBuf) -> anyhow::Result<Members> {
     };
     let authority = Authority::open_existing(&files.etcd_tls()).context("the authority of etcd")?;
     let client = authority.client("seawall-member", "")?;
-    let tls = seawall_store::etcd::Tls {
-        ca_pem: authority.pem.clone(),
-        cert_pem: client.certificate,
-        key_pem: client.key,
-    };
+    let tls =
+        seawall_store::etcd::Tls { ca_pem: authority.pem.clone(), cert_pem: client.certificate, key_pem: client.key };
     let options = options(&local, tls, &seawall_quorum::timing::Timing::of(state_timing(&files)));
     Ok(Members::new(Admin::open(&options)?, &files, &local.name))
 }
@@ -381,11 +376,7 @@ fn state_timing(files: &Files) -> seawall_quorum::timing::Profile {
 }
 
 /// How the store of this machine's member is reached.
-pub fn options(
-    local: &Local,
-    tls: seawall_store::etcd::Tls,
-    timing: &seawall_quorum::timing::Timing,
-) -> Options {
+pub fn options(local: &Local, tls: seawall_store::etcd::Tls, timing: &seawall_quorum::timing::Timing) -> Options {
     let endpoints: Vec<Endpoint> = local.endpoints();
     Options {
         endpoints,

@@ -182,8 +182,7 @@ fn start(settings: &Settings) -> anyhow::Result<Process> {
     let log = settings.files.etcd_log();
     // What the last one said is kept; what this one says decides whether it is started again.
     let _ = fs::rename(&log, log.with_extension("log.1"));
-    let out =
-        OpenOptions::new().create_new(true).append(true).open(&log).with_context(|| log.display().to_string())?;
+    let out = OpenOptions::new().create_new(true).append(true).open(&log).with_context(|| log.display().to_string())?;
     let mut command = Command::new("etcd");
     command.args(&settings.arguments).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
     // What stops the server from a terminal must not stop etcd before it has handed on its leadership.
