@@ -8,6 +8,7 @@ mod allocate;
 pub mod auth;
 mod bootstrap;
 mod cache;
+mod consistent;
 mod delete;
 mod discovery;
 mod encode;
@@ -103,6 +104,7 @@ pub struct Server {
     openapi: openapi::Documents,
     metrics: metrics::Metrics,
     store_health: metrics::StoreHealth,
+    reads: consistent::Reads,
     ready: std::sync::atomic::AtomicBool,
     stop: CancellationToken,
 }
@@ -180,6 +182,7 @@ impl Server {
             .await
             .map_err(|e| StartError::Store { what: "the store cannot be read", message: e.message })?;
         let known = Known { registry: registry.clone(), cache: cache.clone() };
+        let reads = consistent::Reads::new(store.clone());
         let server = Arc::new(Server {
             config,
             registry,
@@ -192,6 +195,7 @@ impl Server {
             openapi: openapi::Documents::default(),
             metrics: metrics::Metrics::default(),
             store_health: metrics::StoreHealth::default(),
+            reads,
             ready: false.into(),
             stop,
         });

@@ -102,8 +102,12 @@ pub fn resource_version(query: &Query) -> Result<Option<Revision>> {
 impl Server {
     /// A snapshot that holds everything acknowledged before the call, by this server or another.
     pub(crate) async fn consistent(&self) -> Result<Arc<Snapshot>> {
-        let revision = self.store.revision().await.map_err(ApiError::store)?;
-        self.cache.at_least(revision).await
+        let revision = match self.config.shared_store {
+            true => self.reads.revision().await,
+            // In this process it costs less than sharing it.
+            false => self.store.revision().await,
+        };
+        self.cache.at_least(revision.map_err(ApiError::store)?).await
     }
 
     /// GET of one object.
