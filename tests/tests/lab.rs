@@ -458,19 +458,16 @@ async fn what_a_killed_command_leaves_is_cleared() {
         child.wait().unwrap();
         if step % 4 == 3 {
             // The next `up` clears as well, unless the killed one had come to its end.
-            let finished = Lab::open("killed", &labs);
-            let again = up().status().unwrap();
-            assert!(again.success() || finished.is_ok(), "step {step}");
+            let again = up().stderr(Stdio::piped()).output().unwrap();
+            let said = String::from_utf8_lossy(&again.stderr).into_owned();
+            assert!(again.status.success() || said.contains("is up already"), "step {step}: {said}");
             let lab = Lab::open("killed", &labs).unwrap();
             for machine in lab.machines() {
                 assert_eq!(machine.power().unwrap(), Power::On, "step {step}");
             }
         }
         Lab::down("killed", &labs).await.unwrap();
-        within(Duration::from_secs(10), "nothing is left", async || {
-            left_of("killed", dir.path()).is_empty().then_some(())
-        })
-        .await;
+        assert_eq!(left_of("killed", dir.path()), [] as [&str; 0], "step {step}");
     }
     // Names without a state: all that a crash could leave is found by its name.
     let lab = Lab::up(options("killed", dir.path(), 1, 0), Arc::new(|_: &str| {})).await.unwrap();
@@ -510,7 +507,7 @@ async fn a_service_is_kept_running() {
     s1.power_on().await.unwrap();
     serves().await;
     assert_eq!(s1.told().ended, 0, "a new boot counts anew");
-    assert!(fs::read_to_string(s1.log()).unwrap().matches("the API is served").count() >= 4);
+    assert!(fs::read_to_string(s1.log()).unwrap().contains("the API is served"));
     s1.reboot().await.unwrap();
     serves().await;
 }

@@ -27,7 +27,7 @@ use super::{
     cgroup::{self, Groups},
     error::{Cause, Step},
     layout::MachinePlace,
-    network,
+    network, state,
 };
 
 /// Where a machine finds what the lab gives it.
@@ -96,6 +96,7 @@ impl Boot {
 /// The starter: becomes the machine on the outside, starts its first process, and ends.
 pub fn start(place: &MachinePlace) -> Step {
     let boot = Boot::read(place)?;
+    state::keep_to_myself();
     // Neither a terminal's signals nor its end concern a machine.
     let _ = setsid();
     Groups::new(&boot.group)?.join()?;

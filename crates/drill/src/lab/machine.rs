@@ -27,7 +27,7 @@ use super::{
     init::{SERVICE_FILE, Service, TOLD_FILE, Told},
     layout::{MachinePlace, Place, Role, Spec},
     network,
-    state::{Guard, Hold, State, lock, replace_file},
+    state::{Guard, Hold, State, hand_on, lock, replace_file},
 };
 
 /// How long a boot may take before it has failed.
@@ -128,10 +128,11 @@ pub struct Running {
 impl Running {
     fn of(pid: i32) -> Option<Running> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The command may hold spaces; it ends at the last parenthesis. State is field 3, start time field 22.
+        // The command may hold spaces; it ends at the last parenthesis. State is field 3, threads 20, start time 22.
         let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
-        let alive = !matches!(fields.first(), Some(&("Z" | "X")));
-        alive.then_some(Running { pid, started: fields.get(19)?.parse().ok()? })
+        // The first thread may have ended while others, and with them all open files, have not.
+        let ended = matches!(fields.first(), Some(&("Z" | "X"))) && !fields.get(17)?.parse().is_ok_and(|n: u32| n > 1);
+        (!ended).then_some(Running { pid, started: fields.get(19)?.parse().ok()? })
     }
 
     /// The running boot of a machine.
@@ -279,23 +280,28 @@ impl Machine {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
         command.stderr(super::open_log(&place.console())?);
         let what = self.lab.state.binary.display().to_string();
+        hand_on(command.as_std_mut());
         let mut child = command.spawn().map_err(Cause::io(what.clone()))?;
         let Some(stdout) = child.stdout.take() else { return Err(Cause::Other("no words from the starter".into())) };
         let mut lines = BufReader::new(stdout).lines();
-        let mut running = None;
+        // In any order: the machine may be up before its starter gets to say what it started.
+        let (mut running, mut ready) = (None, false);
         while let Some(line) = lines.next_line().await.map_err(Cause::io(what.clone()))? {
             match line.split_once(' ').unwrap_or((&line, "")) {
                 ("pid", pid) => running = pid.parse().ok().and_then(Running::of),
                 ("error", said) => return Err(Cause::Other(said.into())),
-                ("ready", _) => {
-                    let ended = child.wait().await.map_err(Cause::io(what))?;
-                    let Some(running) = running.filter(|_| ended.success()) else { break };
-                    let text = serde_json::to_string(&running).map_err(std::io::Error::from);
-                    return text
-                        .and_then(|t| replace_file(&place.running_file(), &t))
-                        .map_err(Cause::io("running.json"));
-                }
+                ("ready", _) => ready = true,
                 _ => {}
+            }
+            if let Some(running) = running
+                && ready
+            {
+                let ended = child.wait().await.map_err(Cause::io(what))?;
+                if !ended.success() {
+                    return Err(Cause::Other(format!("its starter failed: {ended}")));
+                }
+                let text = serde_json::to_string(&running).map_err(std::io::Error::from);
+                return text.and_then(|t| replace_file(&place.running_file(), &t)).map_err(Cause::io("running.json"));
             }
         }
         Err(Cause::Other("it ended before it was up".into()))

@@ -155,7 +155,7 @@ impl Lab {
         probe::root()?;
         let place = Place::new(&options.name, &options.dir)?;
         probe::check(&options).await?;
-        let made = fs::create_dir_all(place.dir());
+        let made = probe::make_directory(&place.dir());
         made.map_err(Cause::io(place.dir().display().to_string())).of_lab(&place.lab, "make its directory")?;
         let held = lock(&place.lock_file(), Hold::Alone, &place.lab).await?;
         match State::read(&place)? {

@@ -17,6 +17,7 @@ use serde_json::Value;
 use super::{
     error::{Cause, Step},
     layout::{HOST, LINK_PREFIX, Place, Spec, Subnet},
+    state::hand_on,
 };
 
 /// Where named network namespaces are (`ip-netns(8)`).
@@ -37,6 +38,7 @@ pub fn run(program: &str, args: &[&str], input: &str) -> Step<String> {
     let shown = || format!("{program} {}", args.join(" "));
     let mut command = Command::new(program);
     command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    hand_on(&mut command);
     let mut child = command.spawn().map_err(Cause::io(shown()))?;
     if let Some(mut stdin) = child.stdin.take() {
         // A program that ends before it has read everything says why itself.

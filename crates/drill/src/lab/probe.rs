@@ -58,7 +58,12 @@ pub async fn check(options: &Options) -> Result<()> {
         unmet.extend(network::probe().await.into_iter().map(|refused| format!("the kernel refuses {refused}")));
     }
     unmet.extend(disk(options).await);
-    if unmet.is_empty() { Ok(()) } else { Err(Error::Unmet(unmet)) }
+    if unmet.is_empty() {
+        return Ok(());
+    }
+    // What was made for the attempts goes, unless others use it.
+    let _ = fs::remove_dir(&options.dir);
+    Err(Error::Unmet(unmet))
 }
 
 fn programs(cluster: bool) -> Vec<String> {
@@ -92,7 +97,7 @@ fn binary(path: &Path) -> Option<String> {
 }
 
 async fn disk(options: &Options) -> Vec<String> {
-    if let Err(error) = fs::create_dir_all(&options.dir) {
+    if let Err(error) = make_directory(&options.dir) {
         return vec![format!("--dir {}: {error}", options.dir.display())];
     }
     let mut unmet = Vec::new();
@@ -117,9 +122,18 @@ async fn disk(options: &Options) -> Vec<String> {
             options.dir.display()
         ));
     }
-    // What was made for the attempt goes, unless others use it.
-    let _ = fs::remove_dir(&options.dir);
     unmet
+}
+
+/// Makes a directory and all above it. The one of all labs may be removed with another lab just then.
+pub fn make_directory(path: &Path) -> std::io::Result<()> {
+    for _ in 0..10 {
+        match fs::create_dir_all(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            result => return result,
+        }
+    }
+    fs::create_dir_all(path)
 }
 
 /// Mounts an overlay in a mount namespace that vanishes with the attempt.
@@ -128,7 +142,7 @@ async fn overlay(dir: &Path) -> Step {
     let made = top.clone();
     let attempt = network::aside(move || {
         for part in ["upper", "work", "root"] {
-            fs::create_dir_all(made.join(part)).map_err(Cause::io(made.display().to_string()))?;
+            make_directory(&made.join(part)).map_err(Cause::io(made.display().to_string()))?;
         }
         unshare(CloneFlags::CLONE_NEWNS).map_err(Cause::errno("make a mount namespace"))?;
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;

@@ -1,14 +1,20 @@
 //! What is remembered of a lab, and who may change it.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{Read as _, Write as _},
-    os::unix::fs::MetadataExt as _,
+    os::{
+        fd::{AsRawFd as _, BorrowedFd, RawFd},
+        unix::{fs::MetadataExt as _, process::CommandExt as _},
+    },
     path::{Path, PathBuf},
+    process::Command,
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -92,10 +98,60 @@ pub fn replace_file(path: &Path, text: &str) -> std::io::Result<()> {
     fs::rename(&next, path)
 }
 
-/// The right to work on something, until it is dropped or the process ends.
+/// The right to work on something, until it is dropped or the process ends: this one, and those of its children that
+/// [`hand_on`] gave it to.
 #[derive(Debug)]
 pub struct Guard {
-    _lock: Flock<File>,
+    lock: Flock<File>,
+}
+
+/// The locks that this process holds.
+static HELD: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+
+impl Guard {
+    fn new(lock: Flock<File>) -> Guard {
+        HELD.lock().unwrap_or_else(PoisonError::into_inner).insert(lock.as_raw_fd());
+        Guard { lock }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        HELD.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.lock.as_raw_fd());
+    }
+}
+
+/// Lets a short-lived helper hold the locks that we hold. When we are killed, what it still makes is made under the lock,
+/// so whoever clears up after us waits for it.
+#[allow(unsafe_code)]
+pub fn hand_on(command: &mut Command) {
+    let held: Vec<RawFd> = HELD.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+    // SAFETY: between fork and exec only functions that are safe in a signal handler may be called; fcntl is a plain
+    // system call, and the list was made before. A descriptor that was closed meanwhile is an error without effect.
+    unsafe {
+        command.pre_exec(move || {
+            for fd in &held {
+                let _ = fcntl(BorrowedFd::borrow_raw(*fd), FcntlArg::F_SETFD(FdFlag::empty()));
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Lets nobody whom this process starts inherit what [`hand_on`] gave it.
+pub fn keep_to_myself() {
+    for entry in fs::read_dir("/proc/self/fd").into_iter().flatten().flatten() {
+        let number = entry.file_name().to_str().and_then(|n| n.parse::<RawFd>().ok()).filter(|n| *n > 2);
+        if let Some(number) = number {
+            close_on_exec(number);
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn close_on_exec(fd: RawFd) {
+    // SAFETY: the descriptor is only borrowed for one system call, which fails without effect if it is closed.
+    let _ = fcntl(unsafe { BorrowedFd::borrow_raw(fd) }, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC));
 }
 
 /// How something is locked.
@@ -144,7 +200,7 @@ fn attempt(path: &Path, hold: Hold) -> Step<Option<Guard>> {
             // For the one who waits too long; a lock without a name still locks.
             let _ = lock.set_len(0).and_then(|()| (&*lock).write_all(std::process::id().to_string().as_bytes()));
         }
-        return Ok(Some(Guard { _lock: lock }));
+        return Ok(Some(Guard::new(lock)));
     }
     Ok(None)
 }
