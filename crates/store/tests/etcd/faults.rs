@@ -580,7 +580,7 @@ async fn what_was_under_way_does_not_come_true_later() {
     assert_eq!(direct.get("/w/a").await.unwrap().0.unwrap().revision, created);
     within(etcd.delete("/w/a", Expect::At(created), None)).await.unwrap();
     proxy.release().await;
-    // It is carried out now: another request on the same connection has an answer after it.
+    // The member has seen it. What it did of it is in order before this.
     direct.put("/w/done", Bytes::new(), Expect::Any, None).await.unwrap();
     let (found, _) = direct.get("/w/a").await.unwrap();
     assert!(found.is_none(), "what was deleted is there again: {found:?}");

@@ -14,6 +14,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::watch,
+    time::Instant,
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -27,7 +28,7 @@ enum Mode {
     Swallow,
     /// What the client sends arrives; the first answer breaks the connection.
     Break,
-    /// What the client sends is kept.
+    /// What the client sends is kept; what it sends long after that is lost, so that it cannot take anything back.
     Hold,
     /// What was kept is sent.
     Release,
@@ -108,6 +109,7 @@ async fn forward(client: TcpStream, to: SocketAddr, mut mode: watch::Receiver<Mo
     let (mut from_server, mut to_server) = server.into_split();
     let (mut kept, mut buffer, mut answer) = (Vec::new(), vec![0; 64 << 10], vec![0; 64 << 10]);
     let mut client_open = true;
+    let mut kept_since = Instant::now();
     loop {
         let now = *mode.borrow_and_update();
         tokio::select! {
@@ -117,8 +119,11 @@ async fn forward(client: TcpStream, to: SocketAddr, mut mode: watch::Receiver<Mo
                     if now == Mode::Hold || (now == Mode::Release && !kept.is_empty()) {
                         if kept.is_empty() {
                             holding.fetch_add(1, Ordering::AcqRel);
+                            kept_since = Instant::now();
                         }
-                        kept.extend_from_slice(&buffer[..count]);
+                        if kept_since.elapsed() < Duration::from_millis(200) {
+                            kept.extend_from_slice(&buffer[..count]);
+                        }
                     } else if to_server.write_all(&buffer[..count]).await.is_err() {
                         break;
                     }
@@ -146,12 +151,15 @@ async fn forward(client: TcpStream, to: SocketAddr, mut mode: watch::Receiver<Mo
         if now == Mode::Release && !kept.is_empty() {
             let sent = to_server.write_all(&kept).await.is_ok();
             kept.clear();
-            // The member answers what it has carried out.
-            let answered = sent
-                && tokio::time::timeout(Duration::from_secs(5), from_server.read(&mut answer))
-                    .await
-                    .is_ok_and(|read| read.is_ok_and(|count| count > 0));
-            eprintln!("what was held back was sent: {sent}, and answered: {answered}");
+            // The member answers what it carries out, and then is quiet.
+            let mut answered = 0;
+            let quiet = Duration::from_millis(500);
+            while let Ok(Ok(count)) = tokio::time::timeout(quiet, from_server.read(&mut answer)).await
+                && count > 0
+            {
+                answered += count;
+            }
+            eprintln!("what was held back was sent: {sent}, and answered with {answered} bytes");
             holding.fetch_sub(1, Ordering::AcqRel);
             if !client_open {
                 break;
