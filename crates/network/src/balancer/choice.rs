@@ -99,6 +99,8 @@ struct Server {
     misses: u32,
     /// It was ready before it was anything else: there is nothing to settle.
     fresh: bool,
+    /// Its connections have been closed because it lives and does not serve.
+    shed: bool,
     /// Counts down with every list that it is not on.
     left: u64,
 }
@@ -142,6 +144,7 @@ impl Choice {
                 answered: None,
                 misses: 0,
                 fresh: true,
+                shed: false,
                 left: 0,
             });
             known.listed = true;
@@ -183,15 +186,37 @@ impl Choice {
         };
         let from = server.health;
         if from == to {
-            return Vec::new();
+            return self.shed(now, address);
         }
         server.fresh = to == Health::Ready && from == Health::Unknown;
-        (server.health, server.since) = (to, now);
+        (server.health, server.since, server.shed) = (to, now, false);
         let mut effects = vec![Effect::Turned { server: address, from, to }];
         if to == Health::Dead {
             effects.push(Effect::Close(address));
         }
         effects
+    }
+
+    /// A server that has not served for long, though it lives, has lost its store, and others have not: who is connected
+    /// to it would be refused again and again without ever coming to another one. A server that shuts down has ended
+    /// its connections by then.
+    fn shed(&mut self, now: Instant, address: SocketAddr) -> Vec<Effect> {
+        let settle = self.settings.settle;
+        let others = self.servers.iter().any(|(other, s)| {
+            *other != address && s.health == Health::Ready && s.listed && now.saturating_sub(s.since) >= settle
+        });
+        match self.servers.get_mut(&address) {
+            Some(server)
+                if others
+                    && !server.shed
+                    && server.health == Health::Unready
+                    && now.saturating_sub(server.since) >= settle * 2 =>
+            {
+                server.shed = true;
+                vec![Effect::Close(address)]
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// The servers in the order in which a new connection tries them. All are there: when none is ready, one that takes

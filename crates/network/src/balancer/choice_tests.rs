@@ -204,12 +204,43 @@ proptest! {
             // Connections are closed exactly when their server dies.
             for (server, was, _) in &before {
                 let died = *was != Health::Dead && after.iter().any(|(s, is, _)| s == server && *is == Health::Dead);
-                prop_assert_eq!(died, effects.contains(&Effect::Close(*server)));
+                let closed = effects.contains(&Effect::Close(*server));
+                prop_assert!(closed || !died);
+                // Else only if it lives and does not serve, and another one does.
+                let unready = choice.servers().any(|(a, health, _)| a == *server && health == Health::Unready);
+                prop_assert!(!closed || died || (unready && choice.any_ready()));
             }
             // Where nothing changes, nothing moves.
             if effects.is_empty() && before == after && !matches!(input, Input::Answer(..)) {
                 prop_assert_eq!(order, next);
             }
+        }
+    }
+}
+
+#[test]
+fn who_is_stuck_on_a_server_without_a_store_is_freed_once() {
+    let close = |effects: Vec<Effect>| effects.contains(&Effect::Close(at(2)));
+    let mut choice = choice(Some(2), &[1, 2, 3]);
+    for server in [1, 2, 3] {
+        tell(&mut choice, 0, server, Ready);
+    }
+    assert!(!close(tell(&mut choice, 1000, 2, Unready)));
+    assert!(!close(tell(&mut choice, 2900, 2, Unready)), "too early: it may be shutting down in order");
+    assert!(close(tell(&mut choice, 3000, 2, Unready)));
+    assert!(!close(tell(&mut choice, 3100, 2, Unready)), "what came since knows what it does");
+    tell(&mut choice, 4000, 2, Ready);
+    tell(&mut choice, 5000, 2, Unready);
+    assert!(close(tell(&mut choice, 7000, 2, Unready)), "every time anew");
+}
+
+#[test]
+fn without_another_server_nobody_is_sent_away() {
+    let mut choice = choice(None, &[1, 2]);
+    for now in (0..60).map(|n| n * 100) {
+        for server in [1, 2] {
+            let effects = tell(&mut choice, now, server, Unready);
+            assert!(!effects.contains(&Effect::Close(at(server))), "at {now}");
         }
     }
 }
