@@ -123,10 +123,24 @@ async fn decide(
     token: Option<&str>,
 ) -> anyhow::Result<AgentState> {
     if let Some(state) = files.read_agent()? {
-        if url.is_some() {
-            tracing::info!("this machine has joined already: --join and --token are for its first start");
+        let path = files.agent_client();
+        let usable = csr::read(&path)?.is_some_and(|pair| !csr::has_ended(&pair));
+        match (usable, url) {
+            (true, Some(_)) => {
+                tracing::info!("this machine has joined already: --join and --token are for its first start")
+            }
+            (true, None) => {}
+            // It was away for longer than its certificate lived.
+            (false, Some(_)) => tracing::info!("the certificate of this node is gone or has ended: it joins again"),
+            (false, None) => bail!(
+                "the certificate of this node ({}) is gone or has ended: give --join https://SERVER:6443 and --token once \
+                 more, as printed by `seawall token create` on a server",
+                path.display()
+            ),
         }
-        return Ok(state);
+        if usable {
+            return Ok(state);
+        }
     }
     let (Some(url), Some(token)) = (url, token) else {
         bail!(

@@ -186,7 +186,7 @@ pub fn has_ended(pair: &Pair) -> bool {
 /// at once (upstream's `jitteryDuration`). `share` is where between the two.
 fn renewal(not_before: Timestamp, not_after: Timestamp, share: f64) -> Timestamp {
     let life = not_after.as_second().saturating_sub(not_before.as_second());
-    let part = (life as f64 * (0.7 + 0.2 * share.clamp(0.0, 1.0))) as i64;
+    let part = (life as f64 * (0.7 + 0.2 * share.clamp(0.0, 1.0))).round() as i64;
     not_before.checked_add(SignedDuration::from_secs(part)).unwrap_or(not_after)
 }
 

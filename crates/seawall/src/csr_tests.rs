@@ -134,8 +134,7 @@ fn pem_of(pair: &Pair) -> Vec<u8> {
 #[tokio::test]
 async fn a_certificate_is_renewed_before_it_ends() {
     let cluster = Cluster::new().await;
-    // Ten minutes are the shortest life; it is older than 90 percent of it from the start, being dated back.
-    cluster.controllers(Duration::from_secs(600));
+    cluster.controllers(DAY);
     let path = cluster.dir.path().join("pki/client.pem");
     let first = request_client(&cluster.newcomer(), "a").await.unwrap();
     write(&path, &first).unwrap();

@@ -96,6 +96,10 @@ impl Cluster {
             ca_pem: authority.pem.clone(),
             kubelet_client: (kubelet_client.certificate, kubelet_client.key),
             version: "v1.37.0".into(),
+            name: "test".into(),
+            presence: Default::default(),
+            paths: None,
+            shared_store: false,
         };
         let tls = serve::tls(&serving, &authority.pem).unwrap();
         let server = Server::start(server_config, store, stop.child_token()).await.unwrap();
