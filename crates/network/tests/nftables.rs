@@ -9,7 +9,7 @@ use std::{
 };
 
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
-use seawall_network::proxy::{ProxyConfig, State, nft, plan::plan, rules::Ruleset};
+use seawall_network::proxy::{ProxyConfig, State, intact, nft, plan::plan, rules::Ruleset};
 use serde_json::{Value, json};
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
@@ -184,6 +184,42 @@ async fn a_service_is_reached_from_everywhere_and_follows_its_endpoints() {
         let error = net.ask(host, address, port).unwrap_err();
         assert!(error.contains("(7)"), "{host} {address} was not refused at once: {error}");
     }
+}
+
+/// Rules that somebody else takes away are missed.
+#[tokio::test]
+async fn what_others_do_to_the_table_is_noticed() {
+    let net = Net::new();
+    let config = net.config();
+    let service = json!({"type": "NodePort", "clusterIP": "10.96.0.9", "sessionAffinity": "ClientIP",
+        "ports": [{"port": 80, "nodePort": 30080}]});
+    let mut state = state(service, BOTH);
+    let udp = json!({"clusterIP": "10.96.0.10", "ports": [{"port": 53, "protocol": "UDP"}]});
+    let udp: Service =
+        serde_json::from_value(json!({"metadata": {"name": "u", "namespace": "n"}, "spec": udp})).unwrap();
+    state.services.insert(("n".into(), "u".into()), udp);
+    let rules = apply(&config, &state, None).await;
+    assert!(intact(&config, &rules).await, "nothing happened yet");
+    let nft = |words: &str| {
+        let words: Vec<&str> = ["nft"].into_iter().chain(words.split_whitespace()).collect();
+        assert!(net.command("node", &words).status().unwrap().success(), "{words:?}");
+    };
+    for damage in [
+        "flush ruleset",
+        "delete table inet seawall",
+        "flush chain inet seawall dispatch",
+        "flush map inet seawall services",
+        "add rule inet seawall refuse drop",
+        "delete element inet seawall nodeports { tcp . 30080 }",
+    ] {
+        nft(damage);
+        assert!(!intact(&config, &rules).await, "{damage} was not noticed");
+        apply(&config, &state, None).await;
+        assert!(intact(&config, &rules).await, "after {damage}");
+    }
+    // Another table is nobody's business.
+    nft("add table inet other");
+    assert!(intact(&config, &rules).await);
 }
 
 #[tokio::test]

@@ -34,6 +34,8 @@ pub struct ProxyConfig {
     pub cluster_cidr: IpNet,
     /// How long changes are collected before they are applied.
     pub debounce: Duration,
+    /// How often the kernel's table is compared with ours; less often where that is much work.
+    pub verify: Duration,
     /// The words that start `nft`, and those that start `conntrack`: another network namespace can be put in front.
     pub nft: Vec<String>,
     /// See `nft`.
@@ -47,6 +49,7 @@ impl Default for ProxyConfig {
             node_ips: Vec::new(),
             cluster_cidr: IpNet::from(IpAddr::from([10, 244, 0, 0])),
             debounce: Duration::from_millis(5),
+            verify: Duration::from_secs(5),
             nft: vec!["nft".into()],
             conntrack: vec!["conntrack".into()],
         }
@@ -146,6 +149,7 @@ pub async fn run(client: Client, config: ProxyConfig, shutdown: CancellationToke
     let mut applied: Option<Ruleset> = None;
     let mut due: Option<Instant> = None;
     let mut failures = 0u32;
+    let mut look = Instant::now() + config.verify;
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
@@ -171,6 +175,16 @@ pub async fn run(client: Client, config: ProxyConfig, shutdown: CancellationToke
                 Ok(None) => bail!("the watch of endpoint slices ended"),
                 Err(error) => tracing::warn!(%error, "the watch of endpoint slices broke and is set up again"),
             },
+            () = tokio::time::sleep_until(look), if applied.is_some() && due.is_none() => {
+                let began = Instant::now();
+                if let Some(rules) = &applied && !intact(&config, rules).await {
+                    tracing::warn!("somebody changed our table of nftables: it is made anew");
+                    applied = None;
+                    due = Some(Instant::now());
+                }
+                // A hundredth of the time at most.
+                look = Instant::now() + config.verify.max(began.elapsed() * 100);
+            }
             // Half of the picture would take services away.
             () = at(due), if synced == (true, true) => {
                 due = None;
@@ -205,6 +219,24 @@ async fn at(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due).await,
         None => std::future::pending().await,
+    }
+}
+
+/// Whether the kernel still holds the rules. Where that cannot be told, it is believed.
+pub async fn intact(config: &ProxyConfig, rules: &Ruleset) -> bool {
+    let [program, words @ ..] = &config.nft[..] else { return true };
+    let mut command = Command::new(program);
+    command.args(words).args(["-j", "list", "table"]).args(rules::TABLE.split(' ')).stdin(Stdio::null());
+    match command.kill_on_drop(true).output().await {
+        Ok(output) if output.status.success() => match rules::Outline::listed(&output.stdout) {
+            Ok(outline) => outline == rules.outline(),
+            Err(error) => {
+                tracing::debug!("what nft lists is not understood: {error}");
+                true
+            }
+        },
+        Ok(output) => !String::from_utf8_lossy(&output.stderr).contains("No such file or directory"),
+        Err(_) => true,
     }
 }
 

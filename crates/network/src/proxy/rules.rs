@@ -74,7 +74,65 @@ pub struct Ruleset {
     pub datagrams: BTreeSet<(String, u16, String)>,
 }
 
+/// How much there is of a table: chains with how many rules each has, maps with how many elements, sets. Enough to tell
+/// that somebody took something away (or put something in), without comparing how the kernel words it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outline {
+    chains: BTreeMap<String, usize>,
+    maps: BTreeMap<String, usize>,
+    sets: BTreeSet<String>,
+}
+
+impl Outline {
+    /// Of what `nft -j list table` says.
+    ///
+    /// # Errors
+    /// If that is not understood.
+    pub fn listed(json: &[u8]) -> Result<Outline, serde_json::Error> {
+        #[derive(serde::Deserialize)]
+        struct Listing {
+            nftables: Vec<serde_json::Value>,
+        }
+        let mut outline = Outline::default();
+        let listing: Listing = serde_json::from_slice(json)?;
+        for object in &listing.nftables {
+            let name = |kind: &str, field: &str| object[kind][field].as_str().map(str::to_owned);
+            if let Some(chain) = name("chain", "name") {
+                outline.chains.entry(chain).or_default();
+            } else if let Some(chain) = name("rule", "chain") {
+                *outline.chains.entry(chain).or_default() += 1;
+            } else if let Some(map) = name("map", "name") {
+                outline.maps.insert(map, object["map"]["elem"].as_array().map_or(0, Vec::len));
+            } else if let Some(set) = name("set", "name") {
+                outline.sets.insert(set);
+            }
+        }
+        Ok(outline)
+    }
+}
+
 impl Ruleset {
+    /// What the kernel holds if it holds this.
+    pub fn outline(&self) -> Outline {
+        let mut outline = Outline::default();
+        let mut chain = String::new();
+        for line in BASE.lines().map(str::trim) {
+            if let Some(name) = line.strip_prefix("chain ") {
+                chain = name.trim_end_matches(" {").to_owned();
+                outline.chains.insert(chain.clone(), 0);
+            } else if line != "}" && !line.starts_with("type ") {
+                *outline.chains.entry(chain.clone()).or_default() += 1;
+            }
+        }
+        outline.chains.extend(self.chains.iter().map(|(name, rules)| (name.clone(), rules.len())));
+        outline.maps.extend(MAPS.iter().map(|(map, _)| ((*map).to_owned(), 0)));
+        for (map, _) in self.elements.keys() {
+            *outline.maps.entry((*map).to_owned()).or_default() += 1;
+        }
+        outline.sets.extend(self.affinities.keys().cloned());
+        outline
+    }
+
     /// The script that brings the kernel from `old` to this, as one transaction. Without `old` the table is made anew,
     /// whatever the kernel holds; the old one serves until the moment of the change.
     pub fn script(&self, old: Option<&Ruleset>) -> String {
