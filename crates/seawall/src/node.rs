@@ -74,6 +74,7 @@ fn agent_config(machine: &Machine, cluster: &Cluster, identity: &Identity) -> se
     config.api_users = vec!["kube-apiserver-kubelet-client".into()];
     config.port = options.agent_port;
     config.node_labels = machine.labels.clone();
+    config.taints = machine.taints.clone();
     config
 }
 

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use k8s_openapi::api::core::v1::Taint;
 use seawall_quorum::timing::{Profile, Timing};
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +48,9 @@ pub struct MachineOptions {
     /// A label for the Node, as KEY=VALUE. May be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub node_label: Vec<String>,
+    /// A taint that the Node is registered with, as KEY=VALUE:EFFECT or KEY:EFFECT. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE:EFFECT")]
+    pub node_taint: Vec<String>,
     /// The port of the node agent.
     #[arg(long, default_value_t = 10250)]
     pub agent_port: u16,
@@ -76,6 +80,7 @@ impl MachineOptions {
             node_name: None,
             node_ip: None,
             node_label: Vec::new(),
+            node_taint: Vec::new(),
             agent_port: 10250,
             container_runtime_endpoint: None,
             cni_conf_dir: None,
@@ -248,6 +253,8 @@ pub struct Machine {
     pub ip: IpAddr,
     /// The labels.
     pub labels: BTreeMap<String, String>,
+    /// The taints that the Node is registered with.
+    pub taints: Vec<Taint>,
 }
 
 impl Machine {
@@ -275,7 +282,8 @@ impl Machine {
             seawall_api::names::label_value(value).map_err(|e| anyhow::anyhow!("--node-label {label:?}: {e}"))?;
             labels.insert(key.to_owned(), value.to_owned());
         }
-        Ok(Machine { options, name, ip, labels })
+        let taints = options.node_taint.iter().map(|text| taint(text)).collect::<anyhow::Result<_>>()?;
+        Ok(Machine { options, name, ip, labels, taints })
     }
 
     /// Whether a part is run.
@@ -308,6 +316,20 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// Reads a taint as kubectl writes it (<https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/>).
+fn taint(text: &str) -> anyhow::Result<Taint> {
+    let way_out = || format!("--node-taint {text:?}: write KEY=VALUE:EFFECT or KEY:EFFECT");
+    let (rest, effect) = text.rsplit_once(':').with_context(way_out)?;
+    if !["NoSchedule", "PreferNoSchedule", "NoExecute"].contains(&effect) {
+        bail!("--node-taint {text:?}: the effect {effect:?} is none of NoSchedule, PreferNoSchedule and NoExecute");
+    }
+    let (key, value) = rest.split_once('=').unwrap_or((rest, ""));
+    seawall_api::names::qualified_name(key).map_err(|e| anyhow::anyhow!("--node-taint {text:?}: {e}"))?;
+    seawall_api::names::label_value(value).map_err(|e| anyhow::anyhow!("--node-taint {text:?}: {e}"))?;
+    let value = (!value.is_empty()).then(|| value.to_owned());
+    Ok(Taint { key: key.to_owned(), value, effect: effect.to_owned(), time_added: None })
 }
 
 fn parse_range(text: &str) -> anyhow::Result<RangeInclusive<u16>> {
@@ -405,6 +427,21 @@ mod tests {
         for bad in ["", "5", "s", "5 days", "-1s", "1e400s"] {
             let error = duration(bad).unwrap_err();
             assert!(error.contains("write a number and ms, s, m or h"), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn taints() {
+        let check = |text: &str, key: &str, value: Option<&str>, effect: &str| {
+            let taint = taint(text).unwrap();
+            assert_eq!((taint.key.as_str(), taint.value.as_deref(), taint.effect.as_str()), (key, value, effect));
+        };
+        check("a.example/b=c:NoExecute", "a.example/b", Some("c"), "NoExecute");
+        check("node-role.kubernetes.io/control-plane:NoSchedule", "node-role.kubernetes.io/control-plane", None, "NoSchedule");
+        check("a=:NoSchedule", "a", None, "NoSchedule");
+        for (bad, why) in [("a", "write KEY=VALUE:EFFECT"), ("a:Never", "none of NoSchedule"), ("-:NoSchedule", "must")] {
+            let error = format!("{:#}", taint(bad).unwrap_err());
+            assert!(error.contains(why), "{bad}: {error}");
         }
     }
 

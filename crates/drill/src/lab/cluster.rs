@@ -69,6 +69,10 @@ fn service(lab: &Lab, machine: &Machine, how: &[&str]) -> Service {
     args.extend(how.iter().map(|a| (*a).to_owned()));
     args.extend(["--node-name".into(), machine.name().into(), "--node-ip".into(), machine.address().to_string()]);
     args.extend(["--timing".into(), cluster.timing.clone()]);
+    // Where there are machines for pods, servers are left to themselves, as kubeadm's are.
+    if machine.role() == Role::Server && lab.machines().iter().any(|m| m.role() == Role::Agent) {
+        args.extend(["--node-taint".into(), "node-role.kubernetes.io/control-plane:NoSchedule".into()]);
+    }
     args.extend(match machine.role() {
         Role::Server => cluster.server_args,
         Role::Agent => cluster.agent_args,
