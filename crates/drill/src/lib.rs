@@ -1,6 +1,8 @@
-//! Machines of a lab on one host, and benchmarks.
+//! Machines of a lab on one host, drills on them, and benchmarks.
 
 pub mod bench;
+pub mod check;
 mod connection;
+pub mod history;
 pub mod lab;
 mod process;
