@@ -80,18 +80,33 @@ struct Member {
     local: bool,
     /// Failures since it was last well for a while.
     failures: u32,
+    /// When it last answered.
+    served: Option<Instant>,
     state: State,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Well { since: Instant },
-    Unwell { until: Instant },
+    Well {
+        since: Instant,
+    },
+    Unwell {
+        until: Instant,
+        /// Since when it cannot serve although it answers. During an election that is so for all of them.
+        unfit: Option<Instant>,
+    },
 }
 
 impl Member {
     fn well(&self) -> bool {
         matches!(self.state, State::Well { .. })
+    }
+
+    fn unfit(&self) -> Option<Instant> {
+        match self.state {
+            State::Unwell { unfit, .. } => unfit,
+            State::Well { .. } => None,
+        }
     }
 }
 
@@ -114,13 +129,17 @@ impl Choice {
         match event {
             Event::Members(members) => self.replace(now, members),
             Event::Served(id) => {
+                let unfit = self.members.iter().filter_map(Member::unfit).max();
                 let Some(member) = self.members.iter_mut().find(|m| m.id == id) else { return Vec::new() };
+                // News for those who are with a member that cannot serve: this one can.
+                let news = unfit.is_some_and(|since| member.served.is_none_or(|served| served <= since));
+                member.served = Some(now);
                 match member.state {
                     State::Well { since } => {
                         if now.duration_since(since) >= self.timing.settled {
                             member.failures = 0;
                         }
-                        Vec::new()
+                        if news { vec![Effect::Changed] } else { Vec::new() }
                     }
                     State::Unwell { .. } => {
                         member.state = State::Well { since: now };
@@ -137,8 +156,14 @@ impl Choice {
                 let until = now + doubled.min(self.timing.longest_pause);
                 // Failures that come at the same time are one: they do not add up to a longer pause.
                 match member.state {
-                    State::Unwell { until: earlier } if earlier > now => member.failures -= 1,
-                    _ => member.state = State::Unwell { until },
+                    State::Unwell { until: earlier, .. } if earlier > now => member.failures -= 1,
+                    State::Unwell { unfit: Some(since), .. } if fault == Fault::Unfit => {
+                        member.state = State::Unwell { until, unfit: Some(since) };
+                    }
+                    _ => {
+                        let unfit = (fault == Fault::Unfit).then_some(now);
+                        member.state = State::Unwell { until, unfit };
+                    }
                 }
                 let mut effects = Vec::new();
                 match fault {
@@ -148,6 +173,9 @@ impl Choice {
                     Fault::Mute | Fault::Slow | Fault::Unfit => {}
                 }
                 if was_well {
+                    if fault == Fault::Unfit {
+                        effects.extend(self.best(&[]).filter(|best| *best != id).map(Effect::Probe));
+                    }
                     effects.push(Effect::Changed);
                 }
                 effects
@@ -162,7 +190,7 @@ impl Choice {
         let member = |(id, local)| match old.iter().find(|m| m.id == id) {
             Some(known) => Member { local, ..known.clone() },
             // A member that has not answered yet is believed to be well: the first request finds out.
-            None => Member { id, local, failures: 0, state: State::Well { since: now } },
+            None => Member { id, local, failures: 0, served: None, state: State::Well { since: now } },
         };
         self.members = new.into_iter().map(member).collect();
         effects.push(Effect::Changed);
@@ -175,7 +203,7 @@ impl Choice {
         let rank = |(position, member): (usize, &Member)| {
             let until = match member.state {
                 State::Well { .. } => None,
-                State::Unwell { until } => Some(until),
+                State::Unwell { until, .. } => Some(until),
             };
             (tried.contains(&member.id), until, !member.local, (position + self.seed) % count)
         };
@@ -193,6 +221,10 @@ impl Choice {
                 let settled = best.local && !current.local && now.duration_since(since) >= self.timing.settled;
                 settled.then_some(best.id)
             }
+            // To run around during an election helps nobody: the other one has to have answered since.
+            Some(Member { state: State::Unwell { unfit: Some(since), .. }, .. }) => {
+                best.served.is_some_and(|served| served > *since).then_some(best.id)
+            }
             _ => Some(best.id),
         }
     }
@@ -201,7 +233,7 @@ impl Choice {
     pub(super) fn probe_at(&self, id: Id, last: Instant) -> Option<Instant> {
         let member = self.find(id)?;
         Some(match member.state {
-            State::Unwell { until } => until,
+            State::Unwell { until, .. } => until,
             State::Well { .. } if self.best(&[]) == Some(id) => last + self.timing.probe,
             State::Well { .. } => last + self.timing.probe_others,
         })
@@ -271,7 +303,6 @@ mod tests {
             (Fault::Gone, vec![Cut(LOCAL), Changed]),
             (Fault::Mute, vec![Cut(LOCAL), Changed]),
             (Fault::Slow, vec![Probe(LOCAL), Changed]),
-            (Fault::Unfit, vec![Changed]),
         ] {
             let mut choice = three(now);
             assert_eq!(choice.step(now, Event::Failed(LOCAL, fault)), expected, "{fault:?}");
@@ -282,6 +313,24 @@ mod tests {
             assert_eq!(choice.better(now + ms(300), 5), None, "a watch stays for a while");
             assert_eq!(choice.better(now + ms(5300), 5), Some(LOCAL));
         }
+    }
+
+    #[test]
+    fn a_watch_leaves_a_member_without_a_leader_only_for_one_that_has_it() {
+        use Effect::{Changed, Probe};
+        let now = start();
+        let mut choice = three(now);
+        choice.step(now, Event::Served(5));
+        assert_eq!(choice.step(now + ms(1), Event::Failed(LOCAL, Fault::Unfit)), [Probe(5), Changed]);
+        assert_eq!(choice.best(&[]), Some(5), "requests try the others");
+        assert_eq!(choice.better(now + ms(1), LOCAL), None, "they may not have noticed yet");
+        choice.step(now + ms(2), Event::Failed(5, Fault::Unfit));
+        choice.step(now + ms(300), Event::Failed(LOCAL, Fault::Unfit));
+        assert_eq!(choice.step(now + ms(301), Event::Served(9)), [Changed]);
+        assert_eq!(choice.step(now + ms(302), Event::Served(9)), []);
+        assert_eq!(choice.better(now + ms(302), LOCAL), Some(9));
+        choice.step(now + ms(303), Event::Served(LOCAL));
+        assert_eq!(choice.better(now + ms(303), LOCAL), None, "the election is over");
     }
 
     #[test]

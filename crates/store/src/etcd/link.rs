@@ -250,6 +250,8 @@ pub(super) enum Kind {
     Unfit,
     /// The member could not finish, and may have done it: the leader changed, its own time ran out.
     Unsure,
+    /// The member follows another leader since, and what it sent to the old one is most likely lost. It is well.
+    Overtaken,
     /// Another member would say the same.
     Final,
 }
@@ -257,7 +259,7 @@ pub(super) enum Kind {
 impl Kind {
     /// Whether a write that failed like this may have happened.
     pub(super) fn is_ambiguous(self) -> bool {
-        matches!(self, Kind::Broken | Kind::Silent | Kind::Unsure)
+        matches!(self, Kind::Broken | Kind::Silent | Kind::Unsure | Kind::Overtaken)
     }
 }
 
@@ -303,7 +305,7 @@ fn kind(status: &Status) -> Kind {
     }
 }
 
-fn cause<'a, E: std::error::Error + 'static>(status: &'a Status) -> Option<&'a E> {
+fn cause<E: std::error::Error + 'static>(status: &Status) -> Option<&E> {
     let mut next = std::error::Error::source(status);
     while let Some(error) = next {
         if let Some(found) = error.downcast_ref() {

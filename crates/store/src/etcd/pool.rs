@@ -28,6 +28,12 @@ use crate::Error;
 const PAUSES: [Duration; 4] =
     [Duration::from_millis(10), Duration::from_millis(20), Duration::from_millis(40), Duration::from_millis(60)];
 
+/// A request that has no answer after so much time makes its member be probed, again and again.
+const HANGING: Duration = Duration::from_millis(100);
+
+/// How long a request that was made to follow an old leader may still take once there is a new one.
+const OVERTAKEN: Duration = Duration::from_millis(100);
+
 /// How long things may take.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
@@ -49,12 +55,29 @@ pub(super) struct Member {
     link: Mutex<Link>,
     /// Wakes its prober.
     probe: Notify,
+    /// The newest term in which it has had a leader; 0 if none is known yet.
+    term: watch::Sender<u64>,
     gone: CancellationToken,
 }
 
 impl Member {
     pub(super) fn link(&self) -> Link {
         self.link.lock().clone()
+    }
+
+    /// Done when a request that was made now has lost its leader: etcd lets it wait for an answer that never comes.
+    async fn overtaken(&self) {
+        let mut term = self.term.subscribe();
+        let made = *term.borrow();
+        if made == 0 {
+            return std::future::pending().await;
+        }
+        loop {
+            if tokio::time::timeout(HANGING, term.wait_for(|term| *term > made)).await.is_ok() {
+                return tokio::time::sleep(OVERTAKEN).await;
+            }
+            self.probe.notify_one();
+        }
     }
 }
 
@@ -127,8 +150,8 @@ impl Pool {
                 let link = Link::new(&address, self.tls.read().clone(), self.limits.patience);
                 let (id, url, local) = (members.next, endpoint.url.clone(), endpoint.local);
                 let gone = self.stop.child_token();
-                let member = Member { id, url, local, address, link: Mutex::new(link), probe: Notify::new(), gone };
-                let member = Arc::new(member);
+                let (link, probe, term) = (Mutex::new(link), Notify::new(), watch::Sender::new(0));
+                let member = Arc::new(Member { id, url, local, address, link, probe, term, gone });
                 tokio::spawn(self.clone().keep_probing(member.clone()));
                 member
             });
@@ -239,7 +262,9 @@ impl Pool {
             Err(Failure { kind: Kind::Final, said }) => Err(Trouble::Refused(said)),
             Err(failure) => {
                 tracing::debug!(member = member.url, said = failure.said, "an attempt failed");
-                turn.tried.push(member.id);
+                if failure.kind != Kind::Overtaken {
+                    turn.tried.push(member.id);
+                }
                 turn.note(&member.url, failure.said);
                 Err(Trouble::Again { ambiguous: failure.kind.is_ambiguous() })
             }
@@ -262,6 +287,9 @@ impl Pool {
                 Err(_) => Err(Failure::silent(limit)),
             },
             () = link.cut.cancelled() => Err(link.severed()),
+            () = member.overtaken() => {
+                Err(Failure { kind: Kind::Overtaken, said: "no answer from the leader before the present one".into() })
+            }
         };
         match &outcome {
             Ok(answer) => {
@@ -283,7 +311,7 @@ impl Pool {
             Kind::Unreachable | Kind::Broken => Fault::Gone,
             Kind::Silent => Fault::Slow,
             Kind::Unfit | Kind::Unsure => Fault::Unfit,
-            Kind::Final => return,
+            Kind::Overtaken | Kind::Final => return,
         };
         self.step(Event::Failed(id, fault), &failure.said);
     }
@@ -355,14 +383,18 @@ impl Pool {
         let (fault, said) = match answer {
             Ok(Ok(status)) if status.is_learner => (Fault::Unfit, "it is a learner".to_owned()),
             Ok(Ok(status)) if status.leader == 0 => (Fault::Unfit, "no leader".to_owned()),
-            Ok(Ok(_)) => return self.step(Event::Served(member.id), ""),
+            Ok(Ok(status)) => {
+                let term = status.raft_term;
+                member.term.send_if_modified(|known| std::mem::replace(known, term.max(*known)) < term);
+                return self.step(Event::Served(member.id), "");
+            }
             Err(_) => (Fault::Mute, "it stopped answering".to_owned()),
             Ok(Err(status)) => {
                 let Failure { kind, said } = Failure::of(&status);
                 match kind {
                     Kind::Unreachable | Kind::Broken => (Fault::Gone, said),
                     Kind::Silent => (Fault::Mute, "it stopped answering".to_owned()),
-                    Kind::Unfit | Kind::Unsure => (Fault::Unfit, said),
+                    Kind::Unfit | Kind::Unsure | Kind::Overtaken => (Fault::Unfit, said),
                     // It answers; that it may not tell us how it is does not matter.
                     Kind::Final => return self.step(Event::Served(member.id), ""),
                 }

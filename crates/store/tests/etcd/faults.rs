@@ -306,22 +306,26 @@ async fn the_local_member_freezes_and_thaws() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_leader_freezes() {
-    let cluster = EtcdCluster::start(3, false).await;
-    let any = cluster.connect(None).await;
-    let (leader, local) = leader_and_follower(&cluster, &any).await;
-    let etcd = Arc::new(cluster.connect(Some(local)).await);
-    let follower = Follower::start(&etcd, "/w/", etcd.revision().await.unwrap()).await;
-    let writers = Writers::start(&etcd, 4);
-    writers.more(200).await;
-    cluster.freeze(leader);
-    writers.more(200).await;
-    cluster.thaw(leader);
-    writers.more(500).await;
-    let written = writers.finish().await;
-    let events = follower.finish(&etcd).await;
-    check(&etcd, &written, &events).await;
-    eprintln!("the longest write took {:?}", written.longest);
-    assert_eq!(written.unknown, 0, "an election is shorter than the budget");
+    // For a client next to another member, and for one next to the leader.
+    for next_to_leader in [false, true] {
+        let cluster = EtcdCluster::start(3, false).await;
+        let any = cluster.connect(None).await;
+        let (leader, follower) = leader_and_follower(&cluster, &any).await;
+        let local = if next_to_leader { leader } else { follower };
+        let etcd = Arc::new(cluster.connect(Some(local)).await);
+        let follower = Follower::start(&etcd, "/w/", etcd.revision().await.unwrap()).await;
+        let writers = Writers::start(&etcd, 4);
+        writers.more(200).await;
+        cluster.freeze(leader);
+        writers.more(200).await;
+        cluster.thaw(leader);
+        writers.more(500).await;
+        let written = writers.finish().await;
+        let events = follower.finish(&etcd).await;
+        check(&etcd, &written, &events).await;
+        eprintln!("next to the leader: {next_to_leader}, the longest write took {:?}", written.longest);
+        assert_eq!(written.unknown, 0, "an election is shorter than the budget");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -576,7 +580,7 @@ async fn what_was_under_way_does_not_come_true_later() {
     // What we send is kept, as in the socket of a process that is stopped.
     proxy.hold();
     let created = within(etcd.put("/w/a", Bytes::from_static(b"a"), Expect::Absent, None)).await.unwrap();
-    assert_eq!(proxy.held(), 1, "the request was sent to the member that holds it");
+    assert!(proxy.held() >= 1, "the request was sent to the member that holds it");
     assert_eq!(direct.get("/w/a").await.unwrap().0.unwrap().revision, created);
     within(etcd.delete("/w/a", Expect::At(created), None)).await.unwrap();
     proxy.release().await;

@@ -134,7 +134,7 @@ async fn an_interrupted_migration_keeps_servers_away_and_is_repeated() {
     // More than etcd takes.
     put(&from, "/registry/too-large", vec![b'x'; 3 << 20]).await;
     let to = Arc::new(cluster.connect(None).await);
-    let error = migrate(&from, &*to).await.unwrap_err();
+    let error = migrate(&from, &to).await.unwrap_err();
     let MigrateError::Write { key, bytes, source } = &error else { panic!("{error}") };
     assert_eq!((&**key, *bytes), ("/registry/too-large", 3 << 20));
     assert!(source.to_string().contains("--max-request-bytes"), "{source}");
