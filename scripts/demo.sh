@@ -1,160 +1,56 @@
 #!/bin/bash
-# Starts a cluster on this machine and shows what it does, or takes it away.
+# Makes five machines out of this one, brings up a cluster of three servers and two nodes on them, and cuts the power of
+# the server that leads; or takes all of it away.
 #
 # usage: scripts/demo.sh up|down
 #   SEAWALL_BIN   a binary to use instead of building one
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
+. scripts/steps.sh
 
-data=/var/lib/seawall
-run=/run/seawall
-log=/var/log/seawall.log
-pid_file=/run/seawall.pid
-containerd=$run/containerd/containerd.sock
+lab=demo
+labs=/var/lib/seawall-lab
 manifest=examples/web.yaml
 binary="${SEAWALL_BIN:-$PWD/target/release/seawall}"
 
 export PATH="$PWD/.venv/bin:$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin"
-export KUBECONFIG=$data/admin.kubeconfig
+export SEAWALL_LAB=$lab SEAWALL_LAB_DIR=$labs
+export KUBECONFIG=$labs/$lab/kubeconfig
 
-# --- Steps: each says what it does, what it saw, and how long it took ------------------------------------------------
-
-names=() seen=() times=()
-current='' started_server=''
-
-seconds() { printf '%d.%01d' $(($1 / 1000)) $(($1 % 1000 / 100)); }
-now() { date +%s%3N; }
-
-step() {
-    current="$1"
-    began=$(now)
-    title "$current"
-}
-saw() {
-    local took=$(($(now) - began))
-    names+=("$current") seen+=("$1") times+=("$(seconds $took) s")
-    printf '   %s✓ %s%s %s(%s s)%s\n' "$green" "$1" "$plain" "$dim" "$(seconds $took)" "$plain"
-    current=''
-}
-# Shows a command, and what it prints.
-show() {
-    printf '   %s$ %s%s\n' "$dim" "$*" "$plain"
-    "$@" 2>&1 | sed -u 's/^/   /'
-}
-# Waits until a command succeeds: at most so many seconds, and for what.
-wait_for() {
-    local limit=$(($1 * 10)) what="$2"
-    shift 2
-    for _ in $(seq $limit); do
-        if "$@" >/dev/null 2>&1; then return; fi
-        sleep 0.1
-    done
-    fail "not within $((limit / 10)) s: $what"
-}
-watchers=()
-stop_watchers() {
-    [ ${#watchers[@]} -eq 0 ] || kill "${watchers[@]}" 2>/dev/null || true
-    watchers=()
-}
-# Shows how pods come and go until the step is over.
-watch_pods() {
-    stdbuf -oL kubectl get pods -l app=web --watch-only --no-headers 2>/dev/null |
-        stdbuf -oL uniq | stdbuf -oL sed "s/^/   $dim/; s/\$/$plain/" &
-    watchers+=("$(pgrep -P $$ -n -f 'get pods -l app=web' || true)" $!)
-}
+seawall() { "$binary" --log warn "$@"; }
 
 on_exit() {
     local code=$?
-    stop_watchers
-    [ -n "${asker:-}" ] && kill "$asker" 2>/dev/null || true
     [ -n "${scratch:-}" ] && rm -rf "$scratch"
     if [ $code != 0 ] && [ -n "$current" ]; then
         printf '\n%sThe demo failed at: %s%s\n' "$red" "$current" "$plain" >&2
-        [ -n "$started_server" ] || exit $code
-        printf '  the server'\''s log: %s; its last lines:\n' "$log" >&2
-        tail -n 15 "$log" 2>/dev/null | sed 's/^/    /' >&2
-        printf '  the cluster, if it is up:  export KUBECONFIG=%s PATH=%s/.venv/bin:$PATH\n' "$KUBECONFIG" "$PWD" >&2
-        printf '  to take it away:  make demo-down\n' >&2
+        if [ -d $labs/$lab ]; then
+            printf '  the machines are left for a look:  SEAWALL_LAB=%s %s lab status\n' "$lab" "$binary" >&2
+            printf '  to take them away:  make demo-down\n' >&2
+        fi
     fi
-}
-
-# --- The server ------------------------------------------------------------------------------------------------------
-
-# The pid of the demo's server, if it runs.
-server_pid() {
-    local pid
-    pid="$(cat $pid_file 2>/dev/null)" || return 1
-    # The shell opens the file, and complains itself when the process is gone.
-    [[ "$({ tr '\0' ' ' <"/proc/$pid/cmdline"; } 2>/dev/null)" == *"seawall server"*"--data-dir $data"* ]] || return 1
-    echo "$pid"
-}
-
-stop_server() {
-    local pid
-    pid="$(server_pid)" || return 0
-    note "stopping the server (process $pid)"
-    kill "$pid"
-    for _ in $(seq 150); do
-        [ -d "/proc/$pid" ] || break
-        sleep 0.1
-    done
-    [ ! -d "/proc/$pid" ] || kill -9 "$pid"
-    rm -f $pid_file
-}
-
-start_server() {
-    local pid
-    setsid "$binary" server --data-dir $data --run-dir $run </dev/null >>$log 2>&1 &
-    pid=$!
-    echo $pid >$pid_file
-    disown
-    for _ in $(seq 600); do
-        [ -d "/proc/$pid" ] || fail "the server ended at once; its log ($log) says:" "$(tail -n 5 $log)"
-        if [ -f $KUBECONFIG ] && kubectl get --raw /readyz >/dev/null 2>&1; then return; fi
-        sleep 0.1
-    done
-    fail "the server is not ready after a minute; see $log"
 }
 
 down() {
     [ "$(id -u)" = 0 ] || fail "root is needed: run  sudo make demo-down"
-    if [ ! -x "$binary" ]; then
-        [ -d $data ] || [ -d $run ] || { note "nothing is there"; return; }
-        fail "$binary is missing, and it is what cleans up: run  make build  first"
-    fi
-    title "Taking the cluster away"
-    stop_server
-    "$binary" --log warn clean --data --data-dir $data --run-dir $run
-    rm -f $log
-    note "pods, containerd, mounts, network, rules and data are gone"
+    [ -d $labs/$lab ] || { note "nothing is there"; return; }
+    [ -x "$binary" ] || fail "$binary is missing, and it is what cleans up: run  make build  first"
+    title "Taking the machines away"
+    seawall lab down 2>&1 | sed 's/^/   /'
 }
-
-# --- Asking the service ----------------------------------------------------------------------------------------------
 
 fetch() { curl -fsS --max-time 5 --noproxy '*' "http://$1/"; }
-
-# Asks an address again and again, and writes down each answer: the page, or FAILED and why.
-ask() {
-    local answer
-    for _ in $(seq 5000); do
-        answer="$(fetch "$1" 2>&1)" && echo "$answer" || echo "FAILED $answer"
-        sleep 0.01
-    done
-}
-
-# --- The demo --------------------------------------------------------------------------------------------------------
 
 up() {
     local started
     started=$(now)
     trap on_exit EXIT
-    # Interrupted is failed.
     trap 'exit 130' INT TERM
 
     step "Install what is needed"
     scripts/setup.sh
-    saw "packages, kubectl $(kubectl version --client -o json | sed -n 's/.*"gitVersion": "\(.*\)".*/\1/p'), $(cargo --version 2>/dev/null | cut -d' ' -f1-2)"
+    saw "packages, kubectl $(kubectl version --client -o json | sed -n 's/.*"gitVersion": "\(.*\)".*/\1/p'), $(cargo --version 2>/dev/null | cut -d' ' -f1-2), etcd $(etcd --version | sed -n 's/^etcd Version: //p')"
 
     if [ -z "${SEAWALL_BIN:-}" ]; then
         step "Build"
@@ -162,158 +58,52 @@ up() {
         saw "$("$binary" --version), $(du -h "$binary" | cut -f1)"
     fi
 
-    step "Start the server"
-    started_server=yes
-    local pid=''
-    if pid="$(server_pid)"; then
-        if [ "/proc/$pid/exe" -ef "$binary" ]; then
-            kubectl get --raw /readyz >/dev/null
-            saw "runs already, process $pid"
-        else
-            note "it runs an older binary: it is started again, its pods live on"
-            stop_server
-            start_server
-            saw "/readyz says ok, process $(cat $pid_file)"
-        fi
-    else
-        start_server
-        saw "/readyz says ok, process $(cat $pid_file)"
-    fi
-
-    step "The node becomes Ready"
-    a_node() { [ -n "$(kubectl get nodes -o name)" ]; }
-    wait_for 30 "the node agent registers this machine" a_node
-    show kubectl wait --for=condition=Ready node --all --timeout=60s
+    step "Boot five machines: three servers with etcd, two nodes"
+    # What an earlier demo left is of an older binary, or half gone.
+    [ ! -d $labs/$lab ] || seawall lab down 2>&1 | sed 's/^/   /'
+    seawall lab up --servers 3 --agents 2 2>&1 | sed -u 's/^/   /'
     show kubectl get nodes -o wide
-    saw "$(kubectl get nodes -o jsonpath='{.items[0].metadata.name}: {.items[0].status.capacity.cpu} CPUs, {.items[0].status.capacity.memory}, {.items[0].status.nodeInfo.containerRuntimeVersion}')"
-    node_ip="$(kubectl get nodes -o jsonpath='{.items[0].status.addresses[?(@.type=="InternalIP")].address}')"
+    show kubectl get endpoints kubernetes
+    saw "$(kubectl get nodes --no-headers | grep -c ' Ready ') of 5 machines are Ready"
 
-    step "Make the images, without a registry"
+    step "Make an image, without a registry, and apply $manifest"
     scratch="$(mktemp -d)"
     # The first process of a container ignores signals that it does not handle; this one ends at once when told to.
     local serve='trap "exit 0" TERM; echo "$POD_NAME serves"; httpd -f -v -p 8080 -h /www & wait $!'
-    for version in v1 v2; do
-        mkdir -p "$scratch/$version"
-        echo "Hello from Seawall, $version" >"$scratch/$version/index.html"
-        note "seawall.local/web:$version from Debian's busybox"
-        "$binary" --log warn image build --busybox -t "seawall.local/web:$version" --copy "$scratch/$version:/www" \
-            --socket $containerd -- sh -c "$serve"
-    done
-    saw "seawall.local/web:v1 and v2 are in containerd"
-
-    step "Apply $manifest: a Deployment of 3 and a Service"
-    kubectl delete -f $manifest --ignore-not-found --wait --timeout=60s >/dev/null
-    kubectl wait --for=delete pod -l app=web --timeout=60s >/dev/null 2>&1 || true
-    watch_pods
+    echo "Hello from Seawall, v1" >"$scratch/index.html"
+    seawall image build --busybox -t seawall.local/web:v1 --copy "$scratch:/www" --output "$scratch/web.tar" -- sh -c "$serve"
+    seawall lab import "$scratch/web.tar" a1 a2 >/dev/null 2>&1
     show kubectl apply -f $manifest
     show kubectl rollout status deployment/web --timeout=120s
-    stop_watchers
     show kubectl get pods -l app=web -o wide
-    three_endpoints() {
-        [ "$(kubectl get endpointslices -l kubernetes.io/service-name=web -o jsonpath='{.items[*].endpoints[*].conditions.ready}')" = "true true true" ]
-    }
-    wait_for 30 "the Service has three ready endpoints" three_endpoints
-    show kubectl get endpointslices -l kubernetes.io/service-name=web
-    saw "3 of 3 pods are Ready, 3 endpoints"
+    local node_ip
+    node_ip="$(kubectl get node a1 -o jsonpath='{.status.addresses[?(@.type=="InternalIP")].address}')"
+    wait_for 5 "an answer from $node_ip:30080" fetch "$node_ip:30080"
+    note "$node_ip:30080: $(fetch "$node_ip:30080")"
+    saw "3 of 3 pods are Ready on two machines, and answer"
 
-    step "Fetch the page"
-    local cluster_ip node_port
-    cluster_ip="$(kubectl get service web -o jsonpath='{.spec.clusterIP}')"
-    node_port="$(kubectl get service web -o jsonpath='{.spec.ports[0].nodePort}')"
-    show kubectl get service web
-    # The rules follow the endpoints within milliseconds, but not within none.
-    wait_for 5 "an answer from the ClusterIP $cluster_ip" fetch "$cluster_ip"
-    note "ClusterIP $cluster_ip: $(fetch "$cluster_ip")"
-    note "NodePort $node_ip:$node_port: $(fetch "$node_ip:$node_port")"
-    saw "by ClusterIP $cluster_ip and by NodePort $node_port"
+    step "Who leads"
+    show kubectl get lease -n kube-system
+    show seawall lab shell s1 -- seawall --log warn member list
+    saw "controllers and scheduler: $(kubectl get lease -n kube-system kube-controller-manager -o jsonpath='{.spec.holderIdentity}' | cut -d_ -f1)"
 
-    step "Scale to 5"
-    watch_pods
-    show kubectl scale deployment/web --replicas=5
-    show kubectl rollout status deployment/web --timeout=120s
-    stop_watchers
-    saw "$(kubectl get deployment web -o jsonpath='{.status.readyReplicas}') of 5 are Ready"
+    step "Cut the power of the server that leads etcd and the controllers, while clients read, write and watch"
+    seawall drill power-off-leader --lab $lab --output text 2>&1 | tee "$scratch/report" | sed -u 's/^/   /'
+    saw "$(grep -i -m1 'felt' "$scratch/report" || echo 'the report is above')"
 
-    step "Rolling update to v2, while a client keeps asking"
-    ask "$cluster_ip" >"$scratch/answers" &
-    asker=$!
-    watch_pods
-    show kubectl set image deployment/web web=seawall.local/web:v2
-    show kubectl rollout status deployment/web --timeout=180s
-    stop_watchers
-    # The old pods serve on until they are gone.
-    five_pods() { [ "$(kubectl get pods -l app=web -o name | wc -l)" = 5 ]; }
-    wait_for 60 "the old pods are gone" five_pods
-    kill $asker
-    wait $asker 2>/dev/null || true
-    asker=''
-    local old new failed
-    old=$(grep -c 'v1$' "$scratch/answers" || true)
-    new=$(grep -c 'v2$' "$scratch/answers" || true)
-    failed=$(grep -c '^FAILED' "$scratch/answers" || true)
-    note "answers: $old of v1, then $new of v2; failed: $failed"
-    [ "$failed" = 0 ] || fail "$failed requests failed during the rolling update:" "$(grep '^FAILED' "$scratch/answers" | sort | uniq -c)"
-    [ "$old" -gt 0 ] && [ "$new" -gt 0 ] || fail "the client did not see both versions"
-    [ "$(fetch "$cluster_ip")" = "Hello from Seawall, v2" ] || fail "the page is not the new one"
-    saw "$((old + new)) requests, 0 failed"
+    step "The web goes on, and the machine is back"
+    note "$node_ip:30080: $(fetch "$node_ip:30080")"
+    show kubectl get endpoints kubernetes
+    show kubectl get lease -n kube-system
+    saw "$(kubectl get lease -n kube-system kube-controller-manager -o jsonpath='{.spec.holderIdentity}' | cut -d_ -f1) leads now"
 
-    step "Kill a container: it is restarted"
-    local pod id
-    pod="$(kubectl get pods -l app=web -o jsonpath='{.items[0].metadata.name}')"
-    id="$(kubectl get pod "$pod" -o jsonpath='{.status.containerStatuses[0].containerID}')"
-    show ctr --address $containerd --namespace k8s.io tasks kill --signal SIGKILL "${id#containerd://}"
-    kubectl wait --for='jsonpath={.status.containerStatuses[0].restartCount}=1' "pod/$pod" --timeout=60s >/dev/null
-    kubectl wait --for=condition=Ready "pod/$pod" --timeout=60s >/dev/null
-    show kubectl get pod "$pod"
-    saw "$pod runs again, after 1 restart"
-
-    step "Delete a pod: it is replaced"
-    kubectl get pods -l app=web -o name | sort >"$scratch/before"
-    show kubectl delete pod "$pod" --wait=false
-    kubectl wait --for=delete "pod/$pod" --timeout=60s >/dev/null
-    kubectl rollout status deployment/web --timeout=60s >/dev/null
-    kubectl get pods -l app=web -o name | sort >"$scratch/after"
-    local replacement
-    replacement="$(comm -13 "$scratch/before" "$scratch/after" | sed 's|^pod/||')"
-    [ -n "$replacement" ] || fail "no new pod took the place of $pod"
-    show kubectl get pods -l app=web
-    saw "$replacement took its place"
-
-    step "Read a log"
-    show kubectl logs "$replacement" --tail=3
-    local first
-    first="$(kubectl logs "$replacement" | head -1)"
-    [ "$first" = "$replacement serves" ] || fail "the log of $replacement begins with ${first:-nothing}"
-    saw "$first"
-
-    step "Run a command in a pod"
-    show kubectl exec "$replacement" -- cat /www/index.html /proc/loadavg
-    local inside
-    inside="$(kubectl exec "$replacement" -- hostname)"
-    [ "$inside" = "$replacement" ] || fail "hostname in $replacement says $inside"
-    saw "hostname says $inside"
-
-    step "Forward a port"
-    kubectl port-forward service/web :80 >"$scratch/forward" 2>&1 &
-    watchers+=($!)
-    local port
-    forwarded() { grep -q '^Forwarding from 127.0.0.1' "$scratch/forward"; }
-    wait_for 10 "kubectl port-forward says where it listens" forwarded
-    port="$(sed -n 's/^Forwarding from 127.0.0.1:\([0-9]*\) .*/\1/p' "$scratch/forward")"
-    note "127.0.0.1:$port: $(fetch "127.0.0.1:$port")"
-    stop_watchers
-    saw "127.0.0.1:$port leads into a pod"
-
-    title "What was seen ($(seconds $(($(now) - started))) s in all)"
-    local i width=0
-    for i in "${names[@]}"; do [ ${#i} -le $width ] || width=${#i}; done
-    for i in "${!names[@]}"; do
-        printf "   %-${width}s %9s   %s\n" "${names[$i]}" "${times[$i]}" "${seen[$i]}"
-    done
-    title "The cluster stays up. To use it:"
-    printf '   export KUBECONFIG=%s PATH=%s/.venv/bin:$PATH\n' "$KUBECONFIG" "$PWD"
-    printf '   kubectl get pods -A\n   curl http://%s:%s/\n' "$node_ip" "$node_port"
-    printf '   %s  (the server'\''s log)\n   make demo-down  (takes everything away)\n' "$log"
+    table "$started"
+    title "The machines stay up. To use them:"
+    printf '   export KUBECONFIG=%s SEAWALL_LAB=%s PATH=%s/.venv/bin:%s:$PATH\n' "$KUBECONFIG" "$lab" "$PWD" "$(dirname "$binary")"
+    printf '   kubectl get pods -A -o wide\n   curl http://%s:30080/\n' "$node_ip"
+    printf '   seawall lab power-off s2      (and power-on; freeze, thaw, partition, heal …)\n'
+    printf '   seawall drill all --lab %s  (every drill there is)\n' "$lab"
+    printf '   make demo-down                (takes everything away)\n'
 }
 
 case "${1:-}" in

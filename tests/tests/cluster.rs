@@ -1,0 +1,277 @@
+//! Several servers: joining, what a wrong token says, members that are lost and replaced, names of an entry, and the way
+//! from one server to three.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use seawall_drill::lab::{Cluster, Lab, Machine, Options, Service};
+use seawall_tests::{
+    kubectl::{Kubectl, has},
+    seawall, within,
+};
+use tempfile::TempDir;
+
+const LONG: Duration = Duration::from_secs(90);
+
+struct Cluster3 {
+    lab: Lab,
+    dir: TempDir,
+}
+
+impl Cluster3 {
+    async fn up(name: &str, servers: u8, agents: u8, cluster: Option<Cluster>) -> Cluster3 {
+        assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
+        let dir = tempfile::Builder::new().prefix("seawall-cluster-test-").tempdir_in("/var/lib").unwrap();
+        let options = Options {
+            name: name.into(),
+            dir: dir.path().join("labs"),
+            servers,
+            agents,
+            subnet: None,
+            cpus: None,
+            binary: seawall(),
+            cluster,
+        };
+        let lab = Lab::up(options, Arc::new(|line: &str| eprintln!("{line}"))).await.unwrap();
+        Cluster3 { lab, dir }
+    }
+
+    fn machine(&self, name: &str) -> Machine {
+        self.lab.machine(name).unwrap()
+    }
+
+    /// kubectl from the host, at this server.
+    fn kubectl(&self, server: &str) -> Kubectl {
+        let home = self.dir.path().join("home");
+        fs::create_dir_all(&home).unwrap();
+        let own = self.machine(server).on_disk("/var/lib/seawall/admin.kubeconfig");
+        let text = fs::read_to_string(own).unwrap();
+        let kubeconfig = self.dir.path().join(format!("{server}.kubeconfig"));
+        fs::write(&kubeconfig, text.replace("127.0.0.1", &self.machine(server).address().to_string())).unwrap();
+        Kubectl { kubeconfig, home }
+    }
+}
+
+impl Drop for Cluster3 {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for machine in self.lab.machines() {
+                let text = fs::read_to_string(machine.log()).unwrap_or_default();
+                let lines: Vec<&str> = text.lines().collect();
+                eprintln!("--- {}\n{}", machine.name(), lines[lines.len().saturating_sub(25)..].join("\n"));
+            }
+        }
+        let down = Command::new(seawall())
+            .args(["lab", "down", "--name", self.lab.name(), "--dir"])
+            .arg(self.dir.path().join("labs"))
+            .stderr(Stdio::null())
+            .status();
+        assert!(down.is_ok_and(|s| s.success()) || std::thread::panicking(), "the lab is not taken away");
+    }
+}
+
+fn fast() -> Cluster {
+    Cluster { timing: "fast".into(), log: "info".into(), ..Cluster::default() }
+}
+
+/// Runs `seawall` on a machine; gives what it printed, and whether it succeeded.
+async fn on(machine: &Machine, words: &str) -> (bool, String) {
+    let mut command = machine.command("seawall");
+    command.args(words.split_whitespace()).stdin(Stdio::null());
+    let output = tokio::time::timeout(LONG, command.output()).await.expect("it ends").unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), text)
+}
+
+async fn fails(machine: &Machine, words: &str, parts: &[&str]) {
+    let (success, text) = on(machine, words).await;
+    assert!(!success, "{words} succeeded: {text}");
+    has(&text, parts);
+}
+
+async fn works(machine: &Machine, words: &str) -> String {
+    let (success, text) = on(machine, words).await;
+    assert!(success, "{words}: {text}");
+    text
+}
+
+/// The names that a server's certificate has at the moment.
+fn names_of(server: &Machine) -> String {
+    let script = format!(
+        "openssl s_client -connect {}:6443 </dev/null 2>/dev/null | openssl x509 -noout -ext subjectAltName",
+        server.address()
+    );
+    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn voters(list: &str) -> usize {
+    list.lines().filter(|line| line.contains(" voter ")).count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_join_are_lost_and_replaced() {
+    let cluster = Cluster3::up("members", 3, 1, Some(fast())).await;
+    let (s1, s2, s3, a1) = (cluster.machine("s1"), cluster.machine("s2"), cluster.machine("s3"), cluster.machine("a1"));
+    let kubectl = cluster.kubectl("s1");
+    assert_eq!(voters(&works(&s2, "--log error member list").await), 3);
+
+    // Who cannot join is told why. These never come as far as touching anything.
+    let url = format!("https://{}:6443", s1.address());
+    let alone = "--data-dir /tmp/x --run-dir /tmp/y --disable agent,proxy,balancer,routes --node-name x";
+    fails(&a1, &format!("server {alone} --join {url} --token nonsense"), &["--token: this is no token of"]).await;
+    fails(&a1, &format!("server {alone} --join {url}"), &["--token"]).await;
+    let token = works(&s1, "--log error token create --role server").await.trim().to_owned();
+    let foreign = format!("{}.{}", token.rsplit_once('.').unwrap().0, "0".repeat(64));
+    let told = ["is not a server of the cluster that the token is for", "Nothing was sent to it"];
+    fails(&a1, &format!("server {alone} --join {url} --token {foreign}"), &told).await;
+    let for_agents = works(&s1, "--log error token create").await.trim().to_owned();
+    let told = ["this machine did not join", "seawall token create --role server"];
+    fails(&a1, &format!("server {alone} --join {url} --token {for_agents}"), &told).await;
+    works(&s1, &format!("--log error token delete {}", &token[..6])).await;
+    fails(&a1, &format!("server {alone} --join {url} --token {token}"), &["must not be older than its --ttl"]).await;
+    fails(&s1, "--log error token create --ttl 5", &["--ttl", "is no time"]).await;
+    let listed = works(&s1, "--log error token list").await;
+    has(&listed, &["system:bootstrappers:seawall:agent", &for_agents[..6]]);
+    assert!(!listed.contains(&for_agents[7..23]), "the secret is shown: {listed}");
+    fails(&s1, "--log error token delete nosuch", &["there is no token nosuch"]).await;
+
+    // Names of an entry are added while everything runs.
+    assert!(!names_of(&s3).contains("entry.example"));
+    works(&s2, "--log error certs add-name entry.example 192.0.2.200").await;
+    for server in [&s1, &s2, &s3] {
+        let what = format!("the certificate of {} has the entry's names", server.name());
+        within(LONG, &what, async || {
+            let names = names_of(server);
+            (names.contains("DNS:entry.example") && names.contains("IP Address:192.0.2.200")).then_some(())
+        })
+        .await;
+    }
+    fails(&s2, "--log error certs add-name not/a/name", &["not/a/name"]).await;
+    has(works(&s1, "certs list").await, &["tls/apiserver.crt", "by itself", "tls/ca.crt"]);
+    has(works(&s1, "--log error certs renew").await, &["tls/apiserver.crt"]);
+    let all = works(&s2, "--log error kubeconfig").await;
+    has(&all, &["name: s2", "name: s1", "name: s3", "--context"]);
+    has(works(&s2, "--log error kubeconfig --server https://192.0.2.200:6443").await, &["https://192.0.2.200:6443"]);
+
+    // A machine that is lost, with its disk. What would cost the majority is refused.
+    kubectl.run("create configmap before --from-literal=a=b").await.ok();
+    s3.power_off(true).await.unwrap();
+    fails(
+        &s1,
+        "--log error member remove s1",
+        &["removing s1 would leave 2 voting members, of which 1 works, and 2 are needed"],
+    )
+    .await;
+    fails(&s1, "--log error member remove s9", &["there is no member s9; the members are:"]).await;
+    has(works(&s1, "--log error member list").await, &["gone"]);
+    // A new machine of the same name takes its place.
+    cluster.lab.power_on(&s3).await.unwrap();
+    within(LONG, "the new s3 votes", async || {
+        (voters(&works(&s1, "--log error member list").await) == 3).then_some(())
+    })
+    .await;
+    let kubectl3 = within(LONG, "the new s3 serves", async || {
+        let own = cluster.machine("s3").on_disk("/var/lib/seawall/admin.kubeconfig");
+        if !own.exists() {
+            return None;
+        }
+        let kubectl = cluster.kubectl("s3");
+        kubectl.run("get --raw /readyz").await.status.success().then_some(kubectl)
+    })
+    .await;
+    assert_eq!(kubectl3.path("configmap/before", "{.data.a}").await, "b");
+    let addresses = "{.endpoints[*].addresses[0]}";
+    within(LONG, "three servers stand behind the kubernetes Service", async || {
+        let said = kubectl3.path("endpointslice/kubernetes", addresses).await;
+        (said.split_whitespace().count() == 3).then_some(())
+    })
+    .await;
+
+    // One leaves for good: two are left, which is warned about.
+    s3.power_off(false).await.unwrap();
+    has(works(&s1, "--log error member replace s3").await, &["s3 is no member any more", "--node-name s3 --token"]);
+    assert_eq!(voters(&works(&s1, "--log error member list").await), 2);
+    // It must not start again with what it has.
+    s3.power_on().await.unwrap();
+    within(LONG, "s3 says that it was removed", async || {
+        let log = fs::read_to_string(s3.log()).unwrap_or_default();
+        log.contains("has been removed from its cluster").then_some(())
+    })
+    .await;
+    kubectl.run("create configmap after --from-literal=a=b").await.ok();
+}
+
+/// The service of a machine that is no part of a cluster yet.
+fn alone(machine: &Machine) -> Service {
+    let words = format!("server --node-name {} --node-ip {} --disable agent,proxy", machine.name(), machine.address());
+    Service { args: words.split(' ').map(str::to_owned).collect(), env: Default::default(), run: true }
+}
+
+async fn serving(cluster: &Cluster3, machine: &Machine) -> Kubectl {
+    let own = machine.on_disk("/var/lib/seawall/admin.kubeconfig");
+    within(LONG, &format!("{} serves", machine.name()), async || {
+        if !Path::new(&own).exists() {
+            return None;
+        }
+        let kubectl = cluster.kubectl(machine.name());
+        kubectl.run("get --raw /readyz").await.status.success().then_some(kubectl)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_server_becomes_one_of_two() {
+    let cluster = Cluster3::up("grow", 2, 0, None).await;
+    let (s1, s2) = (cluster.machine("s1"), cluster.machine("s2"));
+    s1.set_service(&alone(&s1)).unwrap();
+    let kubectl = serving(&cluster, &s1).await;
+    for i in 0..20 {
+        kubectl.run(&format!("create configmap m{i} --from-literal=n={i}")).await.ok();
+    }
+    kubectl.run("delete configmap m7").await.ok();
+    let list = kubectl.run("get --raw /api/v1/configmaps").await.ok();
+    let list: serde_json::Value = serde_json::from_str(&list).unwrap();
+    let newest: u64 = list["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap();
+    let uid = kubectl.path("configmap/m3", "{.metadata.uid}").await;
+    // Nobody else can join yet, and it cannot be migrated while it runs.
+    let token = works(&s1, "--log error token create --role server").await.trim().to_owned();
+    let url = format!("https://{}:6443", s1.address());
+    let there = "--data-dir /tmp/x --run-dir /tmp/y --disable agent,proxy,balancer,routes --node-name x";
+    fails(&s2, &format!("server {there} --join {url} --token {token}"), &["seawall migrate --to etcd"]).await;
+    let migrate = format!("--log error migrate --to etcd --node-name s1 --node-ip {}", s1.address());
+    fails(&s1, &migrate, &["another server is using this store"]).await;
+    fails(&s2, "--log error migrate --to etcd", &["no server has kept objects there"]).await;
+
+    s1.set_running(false).await.unwrap();
+    has(works(&s1, &migrate).await, &["objects", "are in etcd", "others join with seawall server --join"]);
+    fails(&s1, &migrate, &["is one of a cluster with etcd already"]).await;
+    s1.set_running(true).await.unwrap();
+    let kubectl = serving(&cluster, &s1).await;
+    let list = kubectl.json("configmaps").await;
+    let items = list["items"].as_array().unwrap();
+    let own: Vec<_> = items.iter().filter(|m| m["metadata"]["name"].as_str().unwrap().starts_with('m')).collect();
+    assert_eq!(own.len(), 19);
+    for item in &own {
+        let version: u64 = item["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap();
+        assert!(version > newest, "{version} is not after {newest}");
+    }
+    assert_eq!(kubectl.path("configmap/m3", "{.metadata.uid}").await, uid);
+    // What a client knew before is told to be old, never answered with something older.
+    let path = format!("/api/v1/configmaps?watch=1&resourceVersion={newest}&timeoutSeconds=1");
+    let old = kubectl.args(&["get", "--raw", &path]).await;
+    has(format!("{old:?}"), &["too old resource version"]);
+
+    let mut service = alone(&s2);
+    service.args.extend(["--join".into(), url, "--token".into(), token]);
+    s2.set_service(&service).unwrap();
+    let kubectl2 = serving(&cluster, &s2).await;
+    assert_eq!(kubectl2.path("configmap/m3", "{.metadata.uid}").await, uid);
+    assert_eq!(voters(&works(&s2, "--log error member list").await), 2);
+}
