@@ -8,13 +8,18 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::{conn::auto, graceful::GracefulShutdown},
 };
-use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use jiff::Timestamp;
+use rustls::ServerConfig;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Server, StartError, auth::UserInfo, pki::Pair};
+use crate::{
+    Server, StartError,
+    auth::UserInfo,
+    pki::Pair,
+    tls::{self, ClientAuthorities, ServingCertificate, server_config},
+};
 
 /// How many connections are served at a time.
 const CONNECTIONS: usize = 10_000;
@@ -23,28 +28,11 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long requests have to end when the server stops.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Makes the TLS configuration: our certificate, and clients known by those that the authority signed.
+/// A TLS configuration that stays as it is: our certificate, and clients known by those that the authority signed.
 pub fn tls(pair: &Pair, ca_pem: &str) -> Result<ServerConfig, StartError> {
-    let bad = |what: &str, e: &dyn std::fmt::Display| StartError::Key(format!("{what}: {e}"));
-    let mut roots = RootCertStore::empty();
-    for der in CertificateDer::pem_slice_iter(ca_pem.as_bytes()) {
-        let der = der.map_err(|e| bad("the certificate authority", &e))?;
-        roots.add(der).map_err(|e| bad("the certificate authority", &e))?;
-    }
-    let verifier = WebPkiClientVerifier::builder(Arc::new(roots))
-        .allow_unauthenticated()
-        .build()
-        .map_err(|e| bad("the certificate authority", &e))?;
-    let chain = CertificateDer::pem_slice_iter(pair.certificate.as_bytes())
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|e| bad("the serving certificate", &e))?;
-    let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).map_err(|e| bad("the serving key", &e))?;
-    let mut config = ServerConfig::builder()
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(chain, key)
-        .map_err(|e| bad("the serving certificate", &e))?;
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
+    let config = ServingCertificate::new(pair)
+        .and_then(|certificate| server_config(certificate, ClientAuthorities::new(ca_pem)?, &["h2", "http/1.1"]));
+    config.map_err(|e| StartError::Key(e.to_string()))
 }
 
 /// Serves until `stop`; then lets requests end and closes what is left.
@@ -95,13 +83,21 @@ pub async fn serve(server: Arc<Server>, listener: TcpListener, tls: ServerConfig
             };
             let peer = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
             let user = peer.and_then(|der| UserInfo::from_certificate(der));
+            let life = peer.and_then(|der| tls::life(der, Timestamp::now()).ok()).unwrap_or(Duration::MAX);
+            // A session can be resumed with a certificate that has ended since.
+            if life.is_zero() {
+                return;
+            }
             let service = service_fn(move |request: Request<Incoming>| {
                 let (server, user) = (server.clone(), user.clone());
                 async move { Ok::<_, Infallible>(server.handle(request, user).await) }
             });
             let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
-            if let Err(error) = watcher.watch(connection).await {
-                tracing::debug!(error, "a connection ended");
+            // Who somebody is was proved by their certificate, so it ends with it; whoever has a new one comes again.
+            match tokio::time::timeout(life, watcher.watch(connection)).await {
+                Ok(Err(error)) => tracing::debug!(error, "a connection ended"),
+                Ok(Ok(())) => {}
+                Err(_) => tracing::info!("a connection was closed: the certificate of its client has ended"),
             }
         });
     }

@@ -3,7 +3,7 @@
 //! A handshake takes what is current; connections that are open keep what they were made with. So a certificate is
 //! renewed, an address added to it, or an authority rotated, without anyone being cut off.
 
-use std::{fmt, net::IpAddr, sync::Arc};
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use jiff::Timestamp;
@@ -72,6 +72,12 @@ fn certificates(pem: &str, what: &'static str) -> Result<Vec<CertificateDer<'sta
 /// When the first certificate of a PEM file ends.
 pub fn not_after(pem: &str) -> Result<Timestamp, TlsError> {
     validity(&certificates(pem, "the certificate")?[0], "the certificate").map(|(_, end)| end)
+}
+
+/// How long a certificate is still valid; no time if it has ended.
+pub fn life(der: &CertificateDer<'_>, now: Timestamp) -> Result<Duration, TlsError> {
+    let (_, end) = validity(der, "the certificate")?;
+    Ok(Duration::try_from(end.duration_since(now)).unwrap_or_default())
 }
 
 /// The alternative names of the first certificate of a PEM file: hosts and addresses.

@@ -137,7 +137,11 @@ fn servers(context: &Context) -> Vec<IpAddr> {
         let labels = slice.metadata.labels.as_ref();
         labels.and_then(|l| l.get("kubernetes.io/service-name")).is_some_and(|s| s == "kubernetes")
     });
-    of_api.flat_map(|slice| slice.endpoints.iter().flatten()).flat_map(|e| &e.addresses).filter_map(|a| a.parse().ok()).collect()
+    of_api
+        .flat_map(|slice| slice.endpoints.iter().flatten())
+        .flat_map(|e| &e.addresses)
+        .filter_map(|a| a.parse().ok())
+        .collect()
 }
 
 /// When the certificate of a request ends.

@@ -150,20 +150,35 @@ fn approve(csr: &CertificateSigningRequest, request: &CertificateRequest, facts:
         }
         KUBELET_SERVING if own => match serving_names(request, node, facts) {
             Ok(()) => Step::Approve("Auto approving kubelet serving certificate: its names are those of its Node."),
-            Err(why) => Step::Leave(why),
+            Err(Not::Yet) => Step::Nothing,
+            Err(Not::Ever(why)) => Step::Leave(why),
         },
         _ => Step::Nothing,
     }
+}
+
+/// Why a serving certificate is not approved.
+enum Not {
+    /// The Node has not yet said where it is.
+    Yet,
+    /// Something is wrong with its names.
+    Ever(String),
 }
 
 /// Whether the names and addresses of a serving certificate are those of the Node, and nobody else's.
 ///
 /// A node says itself in its status which addresses it has. So they must not be anything that it could gain by: names
 /// and addresses of the API, of Services and pods, and of other nodes.
-fn serving_names(request: &CertificateRequest, node_name: &str, facts: &Facts<'_>) -> Result<(), String> {
-    let Some(node) = facts.nodes.iter().find(|n| name(&***n) == node_name) else {
-        return Err(format!("there is no Node {node_name:?} yet"));
-    };
+fn serving_names(request: &CertificateRequest, node_name: &str, facts: &Facts<'_>) -> Result<(), Not> {
+    let Some(node) = facts.nodes.iter().find(|n| name(&***n) == node_name) else { return Err(Not::Yet) };
+    if node.status.iter().flat_map(|s| s.addresses.iter().flatten()).next().is_none() {
+        return Err(Not::Yet);
+    }
+    check_names(request, node, facts).map_err(Not::Ever)
+}
+
+fn check_names(request: &CertificateRequest, node: &Node, facts: &Facts<'_>) -> Result<(), String> {
+    let node_name = name(node);
     let addresses = |node: &Node| -> Vec<(String, String)> {
         let list = node.status.iter().flat_map(|s| s.addresses.iter().flatten());
         list.map(|a| (a.type_.clone(), a.address.clone())).collect()

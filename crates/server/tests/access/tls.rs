@@ -6,6 +6,7 @@ use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
 use seawall_server::{
     pki::{Authority, Pair},
+    serve,
     tls::{ClientAuthorities, ServingCertificate, server_config},
 };
 use tokio::{
@@ -13,6 +14,8 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
+
+use super::harness::Api;
 
 /// Answers each byte with 1 if the client has a certificate, else with 0.
 async fn echo(listener: TcpListener, acceptor: TlsAcceptor) {
@@ -112,6 +115,51 @@ async fn certificates_are_exchanged_under_living_connections() {
     assert!(known(port, &with_new).await.unwrap());
     assert!(known(port, &with_old).await.is_err(), "its session is not resumed either");
     assert!(ask(&mut authenticated).await.unwrap(), "the living connection goes on");
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_its_clients_certificate() {
+    let api = Api::new().await;
+    let certificate = api.authority.server("api", "", &["localhost".into()], &[]).unwrap();
+    let tls = server_config(
+        ServingCertificate::new(&certificate).unwrap(),
+        ClientAuthorities::new(&api.authority.pem).unwrap(),
+        &["http/1.1"],
+    );
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let stop = tokio_util::sync::CancellationToken::new();
+    tokio::spawn(serve::serve(api.server.clone(), listener, tls.unwrap(), stop.clone()));
+    // Made by hand, since nobody issues certificates that are this short.
+    let ca_key = rcgen::KeyPair::from_pem(&api.authority.key_pem()).unwrap();
+    let issuer = rcgen::Issuer::from_ca_cert_pem(&api.authority.pem, &ca_key).unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "short");
+    params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+    let end = u64::try_from(jiff::Timestamp::now().as_second()).unwrap() + 4;
+    params.not_after = rcgen::date_time_ymd(1970, 1, 1) + std::time::Duration::from_secs(end);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let short = Pair { certificate: params.signed_by(&key, &issuer).unwrap().pem(), key: key.serialize_pem() };
+    let lasting = api.authority.client("lasting", "").unwrap();
+    let (short, lasting) = (client(&api.authority.pem, Some(&short)), client(&api.authority.pem, Some(&lasting)));
+    let mut ends = connect(port, &short).await.unwrap();
+    let mut stays = connect(port, &lasting).await.unwrap();
+    let ask = async |stream: &mut TlsStream<TcpStream>| -> std::io::Result<usize> {
+        stream.write_all(b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n").await?;
+        stream.flush().await?;
+        let mut answer = [0; 4096];
+        stream.read(&mut answer).await
+    };
+    assert!(ask(&mut ends).await.unwrap() > 0);
+    let started = tokio::time::Instant::now();
+    let mut rest = [0; 16];
+    let closed = tokio::time::timeout(std::time::Duration::from_secs(30), ends.read(&mut rest)).await;
+    assert!(matches!(closed, Ok(Ok(0) | Err(_))), "the connection is still open: {closed:?}");
+    assert!(started.elapsed() < std::time::Duration::from_secs(20));
+    assert!(ask(&mut stays).await.unwrap() > 0, "others go on");
+    assert!(known(port, &short).await.is_err(), "it is not let in again, by its session either");
+    stop.cancel();
 }
 
 #[test]
