@@ -342,7 +342,7 @@ mod tests {
         // A node left; another has a new address; its pods' range went to somebody else.
         check(&[b()], &format!("{to_a},{to_b}"), &[("remove", to_a)], &[]);
         let moved = node("a", "10.9.0.7", "10.244.1.0/24");
-        check(&[moved.clone()], to_a, &[("replace", "10.244.1.0/24 via 10.9.0.7")], &[]);
+        check(std::slice::from_ref(&moved), to_a, &[("replace", "10.244.1.0/24 via 10.9.0.7")], &[]);
         let both = format!("{to_a},10.244.1.0/24 via 10.9.0.7");
         check(&[moved], &both, &[("remove", to_a)], &[]);
         // Two families.
