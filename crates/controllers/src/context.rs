@@ -8,7 +8,9 @@ use k8s_openapi::{
         apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet},
         batch::v1::Job,
         certificates::v1::CertificateSigningRequest,
-        core::v1::{ConfigMap, Endpoints, Namespace, Node, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount},
+        core::v1::{
+            ConfigMap, Endpoints, Namespace, Node, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
+        },
         discovery::v1::EndpointSlice,
         policy::v1::PodDisruptionBudget,
     },

@@ -3,7 +3,7 @@
 
 use std::{
     net::IpAddr,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -323,7 +323,7 @@ fn keep(
 /// Never returns without an error.
 async fn renew(
     wanted: &Wanted,
-    path: &PathBuf,
+    path: &Path,
     client: &Client,
     use_it: &(impl Fn(&Pair) -> anyhow::Result<()> + Send + Sync),
 ) -> anyhow::Result<()> {

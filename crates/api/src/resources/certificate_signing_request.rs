@@ -380,12 +380,7 @@ mod tests {
         );
         check(&[], &[&condition("Custom", "")], "status", &["status.conditions[0].status: Required value"]);
         check(&[], &[&condition("", "True")], "status", &["status.conditions[0].type: Required value"]);
-        check(
-            &[],
-            &[&yes, &yes],
-            "approval",
-            &["status.conditions[1].type: Duplicate value: \"Approved\""],
-        );
+        check(&[], &[&yes, &yes], "approval", &["status.conditions[1].type: Duplicate value: \"Approved\""]);
     }
 
     #[test]
