@@ -100,7 +100,7 @@ impl Default for Options {
 
 impl From<ConfigError> for Error {
     fn from(error: ConfigError) -> Error {
-        Error::Unavailable { reason: "etcd's endpoints are not usable".into(), source: Some(Box::new(error)) }
+        unavailable(error.to_string())
     }
 }
 

@@ -139,7 +139,7 @@ impl Pool {
         let parsed: Vec<(Address, &Endpoint)> =
             endpoints.iter().map(|e| Ok((Address::parse(&e.url)?, e))).collect::<Result<_, ConfigError>>()?;
         let mut members = self.members.write();
-        let mut new: Vec<Arc<Member>> = Vec::new();
+        let (mut new, mut added): (Vec<Arc<Member>>, Vec<Arc<Member>>) = Default::default();
         for (address, endpoint) in parsed {
             if new.iter().any(|member| member.address == address) {
                 continue;
@@ -152,7 +152,7 @@ impl Pool {
                 let gone = self.stop.child_token();
                 let (link, probe, term) = (Mutex::new(link), Notify::new(), watch::Sender::new(0));
                 let member = Arc::new(Member { id, url, local, address, link, probe, term, gone });
-                tokio::spawn(self.clone().keep_probing(member.clone()));
+                added.push(member.clone());
                 member
             });
             new.push(member);
@@ -168,6 +168,9 @@ impl Pool {
             member.link().sever("it is no longer one of the endpoints");
         }
         self.carry_out(effects, "");
+        for member in added {
+            tokio::spawn(self.clone().keep_probing(member));
+        }
         Ok(())
     }
 

@@ -639,7 +639,7 @@ async fn members_are_replaced_while_everything_runs() {
     etcd.set_tls(&cluster.certificate("renewed")).unwrap();
     writers.more(200).await;
     let error = etcd.set_endpoints(vec![Endpoint { url: "nonsense".into(), local: false }]).unwrap_err();
-    assert!(std::error::Error::source(&error).is_some_and(|e| e.to_string().contains("\"nonsense\"")), "{error:?}");
+    assert!(error.to_string().contains("\"nonsense\""), "{error:?}");
     writers.more(100).await;
     let written = writers.finish().await;
     let events = follower.finish(&etcd).await;
