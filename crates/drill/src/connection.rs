@@ -21,6 +21,17 @@ pub struct Target {
     host: String,
     port: u16,
     tls: TlsConnector,
+    identity: Arc<Identity>,
+}
+
+/// Who we are and whom we believe, in PEM.
+pub struct Identity {
+    /// Who signs the servers' certificates.
+    pub authority: String,
+    /// Our certificate.
+    pub certificate: String,
+    /// Its key.
+    pub key: String,
 }
 
 impl Target {
@@ -36,20 +47,23 @@ impl Target {
         let cluster =
             named("clusters", &context["context"]["cluster"]).context("the kubeconfig lacks the context's cluster")?;
         let user = named("users", &context["context"]["user"]).context("the kubeconfig lacks the context's user")?;
-        let pem = |value: &Value, what: &str| -> anyhow::Result<Vec<u8>> {
+        let pem = |value: &Value, what: &str| -> anyhow::Result<String> {
             let text = value.as_str().with_context(|| format!("the kubeconfig has no {what}"))?;
-            base64::engine::general_purpose::STANDARD.decode(text).with_context(|| format!("{what} is not base64"))
+            let bytes = base64::engine::general_purpose::STANDARD.decode(text);
+            String::from_utf8(bytes.with_context(|| format!("{what} is not base64"))?)
+                .with_context(|| format!("{what} is not PEM"))
+        };
+        let identity = Identity {
+            authority: pem(&cluster["cluster"]["certificate-authority-data"], "certificate-authority-data")?,
+            certificate: pem(&user["user"]["client-certificate-data"], "client-certificate-data")?,
+            key: pem(&user["user"]["client-key-data"], "client-key-data")?,
         };
         let mut roots = RootCertStore::empty();
-        for der in CertificateDer::pem_slice_iter(&pem(
-            &cluster["cluster"]["certificate-authority-data"],
-            "certificate-authority-data",
-        )?) {
+        for der in CertificateDer::pem_slice_iter(identity.authority.as_bytes()) {
             roots.add(der?)?;
         }
-        let certificate = pem(&user["user"]["client-certificate-data"], "client-certificate-data")?;
-        let chain = CertificateDer::pem_slice_iter(&certificate).collect::<Result<Vec<_>, _>>()?;
-        let key = PrivateKeyDer::from_pem_slice(&pem(&user["user"]["client-key-data"], "client-key-data")?)?;
+        let chain = CertificateDer::pem_slice_iter(identity.certificate.as_bytes()).collect::<Result<Vec<_>, _>>()?;
+        let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes())?;
         let tls = ClientConfig::builder().with_root_certificates(roots).with_client_auth_cert(chain, key)?;
         let server = cluster["cluster"]["server"].as_str().unwrap_or_default();
         let (host, port) = server
@@ -61,12 +75,23 @@ impl Target {
             host: host.trim_matches(['[', ']']).to_owned(),
             port: port.parse()?,
             tls: TlsConnector::from(Arc::new(tls)),
+            identity: Arc::new(identity),
         })
+    }
+
+    /// Host and port.
+    pub fn address(&self) -> String {
+        format!("{}:{}", self.host, self.port)
+    }
+
+    /// Who we are.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// The same cluster and user by another of its servers.
     pub fn at(&self, host: &str, port: u16) -> Target {
-        Target { host: host.to_owned(), port, tls: self.tls.clone() }
+        Target { host: host.to_owned(), port, tls: self.tls.clone(), identity: self.identity.clone() }
     }
 
     /// Connects.
@@ -92,6 +117,11 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// Whether the other side is known to have closed it.
+    pub fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+
     /// Sends a request and returns the answer with its body still to come.
     pub async fn start(&mut self, method: Method, path: &str, body: Bytes) -> anyhow::Result<http::Response<Incoming>> {
         let request = Request::builder()

@@ -28,6 +28,8 @@ pub struct History {
     pub led: Vec<Led>,
     /// Leases, as a watch saw them.
     pub leases: Vec<LeaseSeen>,
+    /// What controllers and the scheduler were given to do.
+    pub probes: Vec<Probe>,
     /// What is there in the end.
     pub last: BTreeMap<Arc<str>, Seen>,
     /// The revision at which `last` was read.
@@ -154,6 +156,17 @@ pub struct WatchEvent {
     pub value: Option<u64>,
     /// The revision of the change.
     pub revision: Revision,
+}
+
+/// Work for a component that acts on one server only.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// Whose work it is, e.g. `controllers`.
+    pub who: &'static str,
+    /// When it was given.
+    pub start: At,
+    /// When it was seen to be done.
+    pub end: At,
 }
 
 /// A write that was made as leader.

@@ -6,3 +6,6 @@ mod connection;
 pub mod history;
 pub mod lab;
 mod process;
+pub mod report;
+pub mod scenario;
+mod traffic;

@@ -69,6 +69,8 @@ enum Command {
     Clean(machine::Clean),
     /// Several machines out of this one: boot them, switch them off, cut them off.
     Lab(seawall_drill::lab::Args),
+    /// Switch machines of a lab off while clients are at work, and say what they felt.
+    Drill(seawall_drill::scenario::Args),
     /// Measure a running API server.
     Bench(seawall_drill::bench::Args),
 }
@@ -116,6 +118,7 @@ fn main() -> ExitCode {
             Command::Image(args) => machine::image(args).await,
             Command::Clean(args) => machine::clean(args).await,
             Command::Lab(args) => seawall_drill::lab::run(args).await,
+            Command::Drill(args) => seawall_drill::scenario::run(args).await,
             Command::Bench(args) => seawall_drill::bench::run(args).await,
         }
     });

@@ -1,6 +1,6 @@
 //! The cluster on a lab's machines: who starts as what, and when all of it is ready.
 
-use std::{fs, net::SocketAddr, time::Duration};
+use std::{fs, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::Method;
@@ -33,7 +33,7 @@ pub async fn bring_up(lab: &Lab, say: &Say) -> Result<()> {
             .of_lab(lab.name(), "start the cluster");
     };
     first.set_service(&service(lab, first, &["--cluster-init"]))?;
-    serving(first).await?;
+    serving(first, PATIENCE).await?;
     say(&format!("{} serves", first.name()));
     let token = token(first, Role::Server).await?;
     let mut agents = None;
@@ -53,14 +53,17 @@ pub async fn bring_up(lab: &Lab, say: &Say) -> Result<()> {
 /// Waits until all servers serve and all nodes are Ready, and leaves a kubeconfig.
 pub async fn wait(lab: &Lab, say: &Say) -> Result<()> {
     let servers = lab.servers();
-    let mut tasks: JoinSet<Result<Machine>> =
-        servers.iter().cloned().map(|machine| async move { serving(&machine).await.map(|()| machine) }).collect();
+    let mut tasks: JoinSet<Result<Machine>> = servers
+        .iter()
+        .cloned()
+        .map(|machine| async move { serving(&machine, PATIENCE).await.map(|()| machine) })
+        .collect();
     while let Some(done) = tasks.join_next().await {
         let done = done.unwrap_or_else(|e| Err(Cause::Other(e.to_string())).of_lab(lab.name(), "wait for the servers"));
         say(&format!("{} serves", done?.name()));
     }
     write_kubeconfig(lab)?;
-    nodes_ready(lab, say).await
+    nodes_ready(lab, PATIENCE, say).await
 }
 
 fn service(lab: &Lab, machine: &Machine, how: &[&str]) -> Service {
@@ -118,23 +121,34 @@ pub async fn prepare(lab: &Lab, machine: &Machine) -> Result<()> {
 }
 
 /// Waits until a server says that it is ready.
-async fn serving(server: &Machine) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+async fn serving(server: &Machine, limit: Duration) -> Result<()> {
+    let (deadline, before) = (Instant::now() + limit, server.told().ended);
     loop {
         let Err(last) = ask(server, "/readyz").await else { return Ok(()) };
-        hopeless(server)?;
+        hopeless(server, before)?;
         if Instant::now() > deadline {
             let what = format!("/readyz says ok ({last}); see {}", server.log().display());
-            return Err(Cause::Late { what, limit: PATIENCE }).of(server.name(), "wait for its server");
+            return Err(Cause::Late { what, limit }).of(server.name(), "wait for its server");
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// Whether the service ends again and again.
-fn hopeless(machine: &Machine) -> Result<()> {
+/// Waits until every server that has power serves, and the node of every machine that has power is Ready.
+pub async fn well(lab: &Lab, limit: Duration) -> Result<()> {
+    for server in lab.servers() {
+        if server.power()? == Power::On {
+            serving(&server, limit).await?;
+        }
+    }
+    nodes_ready(lab, limit, &(Arc::new(|_: &str| {}) as Say)).await
+}
+
+/// Whether the service ends again and again, having ended `before` times when it began to be waited for.
+fn hopeless(machine: &Machine, before: u32) -> Result<()> {
     let told = machine.told();
-    if told.ended < HOPELESS || machine.pid_of(Program::Seawall)?.is_some_and(|_| told.running && told.ended == 0) {
+    // A boot counts anew.
+    if told.ended.saturating_sub(if before > told.ended { 0 } else { before }) < HOPELESS {
         return Ok(());
     }
     let log = fs::read_to_string(machine.log()).unwrap_or_default();
@@ -159,13 +173,19 @@ async fn ask(server: &Machine, path: &str) -> Step<Bytes> {
     tokio::time::timeout(LIMIT, answer).await.map_err(late)?.map_err(|e| Cause::Other(format!("{e:#}")))
 }
 
-async fn nodes_ready(lab: &Lab, say: &Say) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+async fn nodes_ready(lab: &Lab, limit: Duration, say: &Say) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    let mut machines = Vec::new();
+    for machine in lab.machines() {
+        if machine.power()? == Power::On {
+            machines.push((machine.told().ended, machine));
+        }
+    }
     let mut said = 0;
     loop {
-        let mut waiting: Vec<String> = lab.machines().iter().map(|m| m.name().to_owned()).collect();
-        for server in lab.servers() {
-            let Ok(answer) = ask(&server, "/api/v1/nodes").await else { continue };
+        let mut waiting: Vec<String> = machines.iter().map(|(_, m)| m.name().to_owned()).collect();
+        for (_, server) in machines.iter().filter(|(_, m)| m.role() == Role::Server) {
+            let Ok(answer) = ask(server, "/api/v1/nodes").await else { continue };
             let list: Value = serde_json::from_slice(&answer).unwrap_or_default();
             let nodes = list["items"].as_array().into_iter().flatten();
             let ready: Vec<&str> =
@@ -173,19 +193,20 @@ async fn nodes_ready(lab: &Lab, say: &Say) -> Result<()> {
             waiting.retain(|name| !ready.contains(&name.as_str()));
             break;
         }
-        let ready = lab.machines().len() - waiting.len();
+        let ready = machines.len() - waiting.len();
         if ready > said {
-            (said, _) = (ready, say(&format!("{ready} of {} nodes are Ready", lab.machines().len())));
+            said = ready;
+            say(&format!("{ready} of {} nodes are Ready", machines.len()));
         }
         if waiting.is_empty() {
             return Ok(());
         }
-        for machine in lab.machines().iter().filter(|m| waiting.iter().any(|w| w == m.name())) {
-            hopeless(machine)?;
+        for (before, machine) in machines.iter().filter(|(_, m)| waiting.iter().any(|w| w == m.name())) {
+            hopeless(machine, *before)?;
         }
         if Instant::now() > deadline {
             let what = format!("the nodes {} are Ready; see: seawall lab logs {}", waiting.join(", "), waiting[0]);
-            return Err(Cause::Late { what, limit: PATIENCE }).of_lab(lab.name(), "wait for the nodes");
+            return Err(Cause::Late { what, limit }).of_lab(lab.name(), "wait for the nodes");
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

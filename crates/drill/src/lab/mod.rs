@@ -259,6 +259,21 @@ impl Lab {
         &self.inner.place.lab
     }
 
+    /// Its directory.
+    pub fn directory(&self) -> PathBuf {
+        self.inner.place.dir()
+    }
+
+    /// The program that its machines run.
+    pub fn binary(&self) -> &Path {
+        &self.inner.state.binary
+    }
+
+    /// Waits until every server that has power serves, and the node of every machine that has power is Ready.
+    pub async fn well(&self, limit: std::time::Duration) -> Result<()> {
+        cluster::well(self, limit).await
+    }
+
     /// The host's address on the LAN, and the LAN.
     pub fn subnet(&self) -> Subnet {
         self.inner.state.subnet
