@@ -13,7 +13,9 @@ use std::{
 use seawall_drill::lab::{Cluster, Lab, Machine, Options, Service};
 use seawall_tests::{
     kubectl::{Kubectl, has},
-    seawall, within,
+    on_a_machine, seawall,
+    server::{Options as ServerOptions, Server},
+    within,
 };
 use tempfile::TempDir;
 
@@ -274,4 +276,55 @@ async fn a_lone_server_becomes_one_of_two() {
     let kubectl2 = serving(&cluster, &s2).await;
     assert_eq!(kubectl2.path("configmap/m3", "{.metadata.uid}").await, uid);
     assert_eq!(voters(&works(&s2, "--log error member list").await), 2);
+}
+
+/// An etcd of one member, without a certificate, as others may run one.
+fn etcd(directory: &Path) -> std::process::Child {
+    let client = "http://127.0.0.1:2379";
+    let peer = "http://127.0.0.1:2380";
+    Command::new("etcd")
+        .args(["--name", "one", "--log-level", "error", "--data-dir"])
+        .arg(directory)
+        .args(["--listen-client-urls", client, "--advertise-client-urls", client])
+        .args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster"])
+        .arg(format!("one={peer}"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("etcd starts")
+}
+
+#[test]
+fn an_etcd_elsewhere_keeps_the_objects() {
+    on_a_machine(async |machine| {
+        let directory = tempfile::tempdir().unwrap();
+        // In this machine's network, since the test is.
+        let mut etcd = etcd(directory.path());
+        let external = "--etcd-servers=http://127.0.0.1:2379 --disable=agent,proxy,balancer,routes";
+        let args = external.split(' ').map(str::to_owned).collect();
+        let mut server = Server::start(ServerOptions { machine: Some(machine.clone()), args }).await;
+        server.kubectl.run("create configmap kept --from-literal=a=b").await.ok();
+        server.crash().await;
+        server.launch().await;
+        assert_eq!(server.kubectl.path("configmap/kept", "{.data.a}").await, "b");
+        // Without it, what needs no majority is still answered, and the rest is refused in words.
+        etcd.kill().unwrap();
+        etcd.wait().unwrap();
+        let near = server.kubectl.run("get --raw /api/v1/namespaces/default/configmaps/kept?resourceVersion=0").await.ok();
+        has(near, &["\"a\":\"b\""]);
+        let told = server.kubectl.run("create configmap lost --from-literal=a=b --request-timeout=20s").await.fails();
+        has(told, &["the store is unavailable", "127.0.0.1:2379"]);
+        let ready = server.kubectl.run("get --raw /readyz?verbose").await.fails();
+        has(ready, &["[-]store failed"]);
+        // It comes back, and so does everything else.
+        let mut etcd = self::etcd(directory.path());
+        within(LONG, "the store is there again", async || {
+            server.kubectl.run("create configmap again").await.status.success().then_some(())
+        })
+        .await;
+        assert_eq!(server.kubectl.path("configmap/kept", "{.data.a}").await, "b");
+        etcd.kill().unwrap();
+        etcd.wait().unwrap();
+    });
 }

@@ -204,9 +204,12 @@ impl ApiError {
             }
             store::Error::Unavailable { ref reason, .. } => {
                 tracing::debug!(%error, "the store is unavailable");
-                ApiError::unavailable(format!(
+                let mut error = ApiError::unavailable(format!(
                     "the store is unavailable ({reason}): try again; reads with resourceVersion=0 need no quorum"
-                ))
+                ));
+                // It has been waited for already. Clients that are told to come back do so ten times, in silence.
+                error.retry_after = None;
+                error
             }
             other => ApiError::internal("the store failed", other),
         }

@@ -75,6 +75,8 @@ impl Settings {
             ("auto-compaction-retention", "0".to_owned()),
             ("quota-backend-bytes", (8_u64 << 30).to_string()),
             ("snapshot-count", "10000".to_owned()),
+            // The API takes bodies of 3 MiB; what is stored may be a little larger.
+            ("max-request-bytes", (4_u64 << 20).to_string()),
             ("logger", "zap".to_owned()),
             ("log-level", "warn".to_owned()),
             ("enable-v2", "false".to_owned()),
