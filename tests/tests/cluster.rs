@@ -311,7 +311,8 @@ fn an_etcd_elsewhere_keeps_the_objects() {
         // Without it, what needs no majority is still answered, and the rest is refused in words.
         etcd.kill().unwrap();
         etcd.wait().unwrap();
-        let near = server.kubectl.run("get --raw /api/v1/namespaces/default/configmaps/kept?resourceVersion=0").await.ok();
+        let near =
+            server.kubectl.run("get --raw /api/v1/namespaces/default/configmaps/kept?resourceVersion=0").await.ok();
         has(near, &["\"a\":\"b\""]);
         let told = server.kubectl.run("create configmap lost --from-literal=a=b --request-timeout=20s").await.fails();
         has(told, &["the store is unavailable", "127.0.0.1:2379"]);

@@ -126,7 +126,8 @@ async fn a_leader_that_slept_cannot_write_any_more() {
     let error = old.delete("while-leading", &Default::default()).await.unwrap_err().to_string();
     assert!(error.contains("its term is over"), "{error}");
     new.create(&PostParams::default(), &map("in-time")).await.unwrap();
-    let names: Vec<String> = new.list(&Default::default()).await.unwrap().into_iter().filter_map(|m| m.metadata.name).collect();
+    let names: Vec<String> =
+        new.list(&Default::default()).await.unwrap().into_iter().filter_map(|m| m.metadata.name).collect();
     assert!(names.contains(&"while-leading".into()) && names.contains(&"in-time".into()), "{names:?}");
     assert!(!names.contains(&"too-late".into()), "{names:?}");
     // Anyone without a term writes as ever.

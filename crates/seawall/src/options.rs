@@ -437,9 +437,15 @@ mod tests {
             assert_eq!((taint.key.as_str(), taint.value.as_deref(), taint.effect.as_str()), (key, value, effect));
         };
         check("a.example/b=c:NoExecute", "a.example/b", Some("c"), "NoExecute");
-        check("node-role.kubernetes.io/control-plane:NoSchedule", "node-role.kubernetes.io/control-plane", None, "NoSchedule");
+        check(
+            "node-role.kubernetes.io/control-plane:NoSchedule",
+            "node-role.kubernetes.io/control-plane",
+            None,
+            "NoSchedule",
+        );
         check("a=:NoSchedule", "a", None, "NoSchedule");
-        for (bad, why) in [("a", "write KEY=VALUE:EFFECT"), ("a:Never", "none of NoSchedule"), ("-:NoSchedule", "must")] {
+        for (bad, why) in [("a", "write KEY=VALUE:EFFECT"), ("a:Never", "none of NoSchedule"), ("-:NoSchedule", "must")]
+        {
             let error = format!("{:#}", taint(bad).unwrap_err());
             assert!(error.contains(why), "{bad}: {error}");
         }
