@@ -1,4 +1,5 @@
 //! Candidates against a real API server: who leads, what a deposed leader can still do.
+#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{sync::Arc, time::Duration};
 
