@@ -271,7 +271,7 @@ async fn in_pods(server: &Server) {
     has(k.run("logs talker --previous").await.fails(), &["previous terminated container \"talker\""]);
     has(k.run("logs nobody").await.fails(), &["pods \"nobody\" not found"]);
     has(k.run("logs deployment/web").await.ok(), &["serving"]);
-    has(k.run("logs -l app=web --prefix").await.ok(), &["[pod/web-", "serving"]);
+    has(k.run("logs -l app=web --prefix --tail=-1").await.ok(), &["[pod/web-", "serving"]);
 
     let sh = |script: &'static str| async move { k.args(&["exec", "talker", "--", "sh", "-c", script]).await };
     assert_eq!(sh("hostname").await.ok(), "talker\n");
