@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use kube::Client;
-use tokio::task::JoinSet;
+use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 pub mod bootstrap_token;
@@ -37,8 +37,8 @@ pub struct Config {
     pub service_cidr: Option<IpNet>,
     /// Workers of each controller, where upstream has a flag for it (`--concurrent-*-syncs`).
     pub concurrent: usize,
-    /// The cluster's CA, for `kube-root-ca.crt` in every namespace. Empty: none is published.
-    pub root_ca: String,
+    /// The cluster's authorities, for `kube-root-ca.crt` in every namespace. Empty: none is published.
+    pub root_ca: watch::Receiver<String>,
     /// Finished pods that are kept before the oldest are deleted (`--terminated-pod-gc-threshold`).
     pub terminated_pods: usize,
     /// Who signs certificates. Without one they are approved and wait for somebody else to sign them.
@@ -56,7 +56,7 @@ impl Default for Config {
             node_cidr_mask: 24,
             service_cidr: None,
             concurrent: 5,
-            root_ca: String::new(),
+            root_ca: watch::channel(String::new()).1,
             terminated_pods: 12_500,
             authority: None,
             certificate_duration: std::time::Duration::from_secs(365 * 86_400),
@@ -96,6 +96,9 @@ pub async fn run(client: Client, config: Config, shutdown: CancellationToken) ->
             continue;
         }
         let (controller, queue) = make(context.clone());
+        if *name == "namespaced" {
+            tasks.spawn(namespaced::follow(context.clone(), queue.clone(), shutdown.clone()));
+        }
         spawn_workers(&mut tasks, controller, queue, context.config.concurrent.max(1), &shutdown);
     }
     if !context.config.disabled.iter().any(|disabled| disabled == "garbage") {

@@ -9,6 +9,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     context::Context,
@@ -92,6 +93,16 @@ impl Namespaced {
     }
 }
 
+/// Looks at all namespaces again when the authorities have changed.
+pub(crate) async fn follow(context: Arc<Context>, queue: Arc<Queue>, stop: CancellationToken) {
+    let mut authorities = context.config.root_ca.clone();
+    while let Some(Ok(())) = stop.run_until_cancelled(authorities.changed()).await {
+        for namespace in context.caches.namespaces.all() {
+            queue.add(Key::of(&*namespace));
+        }
+    }
+}
+
 #[async_trait]
 impl Controller for Namespaced {
     fn name(&self) -> &'static str {
@@ -109,7 +120,7 @@ impl Controller for Namespaced {
         let Some(namespace) = caches.namespaces.get(key) else { return Ok(None) };
         let account = caches.service_accounts.get(&Key::new(&key.name, ACCOUNT));
         let certificate = caches.root_certificates.get(&Key::new(&key.name, CERTIFICATE));
-        let ca = &self.context.config.root_ca;
+        let ca = &self.context.config.root_ca.borrow().clone();
         let plan = plan(&namespace, account.as_deref(), certificate.as_deref(), ca);
         let meta = |name: &str| ObjectMeta { name: Some(name.into()), ..Default::default() };
         if plan.account {

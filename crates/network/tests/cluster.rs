@@ -121,7 +121,7 @@ async fn the_balancer_follows_the_cluster() {
     let config = balancer::Config {
         listen: "127.0.0.1:0".parse().unwrap(),
         initial: vec![first, second],
-        ca_pem: cluster.authority.pem.clone(),
+        ca_pem: tokio::sync::watch::channel(cluster.authority.pem.clone()).1,
         file: file.clone(),
         ..Default::default()
     };

@@ -5,6 +5,7 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header, request::Parts};
 use http_body_util::{BodyExt, Empty, Limited};
@@ -26,27 +27,26 @@ const CONNECT: Duration = Duration::from_secs(5);
 
 /// Calls node agents over mutual TLS.
 pub struct Client {
-    tls: TlsConnector,
+    tls: ArcSwap<ClientConfig>,
 }
 
 impl Client {
     /// Reads the certificates.
-    pub fn new(ca: &str, (certificate, key): &(String, String)) -> Result<Client, Box<dyn std::error::Error>> {
-        let mut roots = RootCertStore::empty();
-        for der in CertificateDer::pem_slice_iter(ca.as_bytes()) {
-            roots.add(der?)?;
-        }
-        let chain = CertificateDer::pem_slice_iter(certificate.as_bytes()).collect::<Result<Vec<_>, _>>()?;
-        let key = PrivateKeyDer::from_pem_slice(key.as_bytes())?;
-        let config = ClientConfig::builder().with_root_certificates(roots).with_client_auth_cert(chain, key)?;
-        Ok(Client { tls: TlsConnector::from(Arc::new(config)) })
+    pub fn new(ca: &str, pair: &(String, String)) -> Result<Client, Box<dyn std::error::Error>> {
+        Ok(Client { tls: ArcSwap::from(tls(ca, pair)?) })
+    }
+
+    /// Uses others from the next connection on. If they are of no use, the ones before stay.
+    pub fn replace(&self, ca: &str, pair: &(String, String)) -> Result<(), Box<dyn std::error::Error>> {
+        self.tls.store(tls(ca, pair)?);
+        Ok(())
     }
 
     async fn connect(&self, address: IpAddr, port: u16) -> std::io::Result<TlsStream<TcpStream>> {
         let connect = async {
             let stream = TcpStream::connect((address, port)).await?;
             stream.set_nodelay(true)?;
-            self.tls.connect(ServerName::from(address), stream).await
+            TlsConnector::from(self.tls.load_full()).connect(ServerName::from(address), stream).await
         };
         tokio::time::timeout(CONNECT, connect).await.map_err(|_| std::io::ErrorKind::TimedOut)?
     }
@@ -68,6 +68,16 @@ impl Client {
         });
         sender.send_request(request).await.map_err(|e| e.to_string())
     }
+}
+
+fn tls(ca: &str, (certificate, key): &(String, String)) -> Result<Arc<ClientConfig>, Box<dyn std::error::Error>> {
+    let mut roots = RootCertStore::empty();
+    for der in CertificateDer::pem_slice_iter(ca.as_bytes()) {
+        roots.add(der?)?;
+    }
+    let chain = CertificateDer::pem_slice_iter(certificate.as_bytes()).collect::<Result<Vec<_>, _>>()?;
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes())?;
+    Ok(Arc::new(ClientConfig::builder().with_root_certificates(roots).with_client_auth_cert(chain, key)?))
 }
 
 /// Where the agent of a pod's node listens.

@@ -75,7 +75,7 @@ pub struct Config {
     pub service_account_key: (String, String),
     /// The issuer of tokens, and the audience of the API.
     pub issuer: String,
-    /// The certificate authority of the cluster, in PEM.
+    /// The certificate authorities of the cluster, in PEM, by which node agents are known.
     pub ca_pem: String,
     /// The certificate and key with which the server calls node agents, in PEM.
     pub kubelet_client: (String, String),
@@ -101,6 +101,8 @@ pub struct Server {
     tokens: Tokens,
     authorizer: Box<dyn Authorizer>,
     kubelet: kubelet::Client,
+    /// What this server says of itself beside its address: annotations of its Lease.
+    notes: Mutex<std::collections::BTreeMap<String, String>>,
     openapi: openapi::Documents,
     metrics: metrics::Metrics,
     store_health: metrics::StoreHealth,
@@ -192,6 +194,7 @@ impl Server {
             tokens,
             authorizer: Box::new(BuiltIn(known)),
             kubelet,
+            notes: Mutex::default(),
             openapi: openapi::Documents::default(),
             metrics: metrics::Metrics::default(),
             store_health: metrics::StoreHealth::default(),
@@ -218,6 +221,19 @@ impl Server {
     /// An object as the cache has it.
     pub fn peek(&self, group: &str, plural: &str, namespace: &str, name: &str) -> Option<serde_json::Value> {
         Some(self.lookup(&self.cache.snapshot(), group, plural, namespace, name)?.value())
+    }
+
+    /// Says something of this server in an annotation of its Lease, from the next renewal on.
+    pub fn note(&self, key: &str, value: String) {
+        self.notes.lock().insert(key.to_owned(), value);
+    }
+
+    /// From now on node agents are known by these authorities, and called with this certificate and key, all in PEM.
+    ///
+    /// # Errors
+    /// If they cannot be used; then the ones before stay.
+    pub fn call_agents_with(&self, ca_pem: &str, pair: &(String, String)) -> Result<(), StartError> {
+        self.kubelet.replace(ca_pem, pair).map_err(|e| StartError::Key(e.to_string()))
     }
 
     /// Answers a request. `user` is who the connection proved to be: by client certificate, or a component in this

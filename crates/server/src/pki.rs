@@ -54,6 +54,8 @@ pub struct Authority {
     /// Its certificate in PEM.
     pub pem: String,
     key: KeyPair,
+    /// What follows every certificate it signs, in PEM.
+    chain: String,
 }
 
 fn bad(what: &str) -> impl Fn(rcgen::Error) -> PkiError + '_ {
@@ -64,8 +66,33 @@ impl Authority {
     /// Reads the authority in `dir`, which has to be there.
     pub fn open_existing(dir: &Path) -> Result<Authority, PkiError> {
         let pem = read(&dir.join("ca.crt"))?;
-        let key = KeyPair::from_pem(&read(&dir.join("ca.key"))?).map_err(bad("ca.key"))?;
-        Ok(Authority { pem, key })
+        Authority::from_pem(&pem, &read(&dir.join("ca.key"))?)
+    }
+
+    /// Reads a certificate and its key.
+    pub fn from_pem(pem: &str, key: &str) -> Result<Authority, PkiError> {
+        let key = KeyPair::from_pem(key).map_err(bad("ca.key"))?;
+        Ok(Authority { pem: pem.to_owned(), key, chain: String::new() })
+    }
+
+    /// Makes one of this name.
+    pub fn generate(name: &str) -> Result<Authority, PkiError> {
+        let key = KeyPair::generate().map_err(bad("the key of the authority"))?;
+        let pem = authority_params(name).self_signed(&key).map_err(bad("the authority"))?.pem();
+        Ok(Authority { pem, key, chain: String::new() })
+    }
+
+    /// Vouches for another authority of this name: a certificate of its key, with which those who trust only this
+    /// authority trust what the other one signs.
+    pub fn vouch_for(&self, other: &Authority, name: &str) -> Result<String, PkiError> {
+        let issuer = Issuer::from_ca_cert_pem(&self.pem, &self.key).map_err(bad("ca.crt"))?;
+        let certificate = authority_params(name).signed_by(&other.key, &issuer).map_err(bad("the authority"))?;
+        Ok(certificate.pem())
+    }
+
+    /// Adds certificates that follow each one it signs.
+    pub fn with_chain(self, chain: &str) -> Authority {
+        Authority { chain: chain.to_owned(), ..self }
     }
 
     /// Reads the authority in `dir` (`ca.crt`, `ca.key`), or makes one.
@@ -74,17 +101,12 @@ impl Authority {
         if certificate.exists() && key.exists() {
             return Authority::open_existing(dir);
         }
-        let pair = KeyPair::generate().map_err(bad("the key of the authority"))?;
-        let mut params = params("seawall-ca", "", CA_DAYS);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages =
-            vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
-        let pem = params.self_signed(&pair).map_err(bad("the authority"))?.pem();
+        let authority = Authority::generate("seawall-ca")?;
         std::fs::create_dir_all(dir).map_err(|source| PkiError::Io { path: dir.display().to_string(), source })?;
         // The key first: a certificate without its key would be kept for good.
-        write(&key, &pair.serialize_pem(), 0o600)?;
-        write(&certificate, &pem, 0o644)?;
-        Ok(Authority { pem, key: pair })
+        write(&key, &authority.key_pem(), 0o600)?;
+        write(&certificate, &authority.pem, 0o644)?;
+        Ok(authority)
     }
 
     /// Its key in PEM.
@@ -96,7 +118,7 @@ impl Authority {
         let key = KeyPair::generate().map_err(bad(what))?;
         let issuer = Issuer::from_ca_cert_pem(&self.pem, &self.key).map_err(bad("ca.crt"))?;
         let certificate = params.signed_by(&key, &issuer).map_err(bad(what))?;
-        Ok(Pair { certificate: certificate.pem(), key: key.serialize_pem() })
+        Ok(Pair { certificate: certificate.pem() + &self.chain, key: key.serialize_pem() })
     }
 
     /// A certificate that proves who its bearer is: a user name and a group
@@ -119,6 +141,14 @@ impl Authority {
         params.subject_alt_names.extend(addresses.iter().map(|ip| SanType::IpAddress(*ip)));
         self.sign(params, name)
     }
+}
+
+fn authority_params(name: &str) -> CertificateParams {
+    let mut params = params(name, "", CA_DAYS);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages =
+        vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+    params
 }
 
 fn params(name: &str, group: &str, days: i64) -> CertificateParams {

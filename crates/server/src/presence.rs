@@ -155,6 +155,9 @@ impl Server {
                 "renewTime": micro_time(Timestamp::now())}});
         lease["metadata"]["labels"][IDENTITY.0] = IDENTITY.1.into();
         lease["metadata"]["annotations"][ADDRESS] = SocketAddr::new(address, port).to_string().into();
+        for (key, value) in self.notes.lock().iter() {
+            lease["metadata"]["annotations"][key] = value.as_str().into();
+        }
         let expect = there.map_or(Expect::Absent, |entry| Expect::At(entry.revision));
         self.store.put(&key, encode(&lease), expect, None).await.map(|_| ()).map_err(ApiError::store)
     }

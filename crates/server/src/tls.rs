@@ -80,6 +80,21 @@ pub fn life(der: &CertificateDer<'_>, now: Timestamp) -> Result<Duration, TlsErr
     Ok(Duration::try_from(end.duration_since(now)).unwrap_or_default())
 }
 
+/// The certificates of a bundle, each in a PEM of its own.
+pub fn split_bundle(bundle: &str) -> Result<Vec<String>, TlsError> {
+    let list = certificates(bundle, "the certificate authorities")?;
+    Ok(list.iter().map(|der| pem::encode(&pem::Pem::new("CERTIFICATE", der.to_vec()))).collect())
+}
+
+/// Whether the first certificate of `pem` says that the first one of `authority` signed it.
+pub fn is_issued_by(pem: &str, authority: &str) -> Result<bool, TlsError> {
+    const WHAT: &str = "the certificate";
+    let (leaf, authority) = (certificates(pem, WHAT)?, certificates(authority, WHAT)?);
+    let (_, leaf) = x509_parser::parse_x509_certificate(&leaf[0]).map_err(|e| TlsError::unusable(WHAT, e))?;
+    let (_, authority) = x509_parser::parse_x509_certificate(&authority[0]).map_err(|e| TlsError::unusable(WHAT, e))?;
+    Ok(leaf.issuer().as_raw() == authority.subject().as_raw())
+}
+
 /// The alternative names of the first certificate of a PEM file: hosts and addresses.
 pub fn names(pem: &str) -> Result<Vec<String>, TlsError> {
     const WHAT: &str = "the certificate";

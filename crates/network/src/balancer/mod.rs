@@ -54,8 +54,8 @@ pub struct Config {
     pub local: Option<SocketAddr>,
     /// Where the last good list is kept; nowhere if it is empty.
     pub file: PathBuf,
-    /// The cluster's authorities.
-    pub ca_pem: String,
+    /// The cluster's authorities, in PEM, as they are now and later.
+    pub ca_pem: watch::Receiver<String>,
     /// A name that every server's certificate has.
     pub server_name: String,
     /// This node's name, by which nodes share the servers [default: the host's].
@@ -83,7 +83,7 @@ impl Default for Config {
             initial: Vec::new(),
             local: None,
             file: PathBuf::new(),
-            ca_pem: String::new(),
+            ca_pem: watch::channel(String::new()).1,
             server_name: "kubernetes".into(),
             node_name: String::new(),
             probe_interval: Duration::from_millis(100),
@@ -324,6 +324,7 @@ impl Balancer {
         parts.spawn(forward::accept(Arc::clone(&self.shared), Arc::clone(&self.listener), stop.clone()));
         parts.spawn(probe::run(Arc::clone(&self.shared), stop.clone()));
         parts.spawn(keep(Arc::clone(&self.shared), stop.clone()));
+        parts.spawn(trust(Arc::clone(&self.shared), stop.clone()));
         let ended = parts.join_next().await;
         let stopped = stop.is_cancelled();
         stop.cancel();
@@ -411,6 +412,19 @@ impl Shared {
     fn answered(&self, server: SocketAddr, asked: choice::Instant, answer: Answer) {
         self.step(Event::Answered { server, asked, answer });
     }
+}
+
+/// Follows the authorities.
+async fn trust(shared: Arc<Shared>, stop: CancellationToken) {
+    let mut authorities = shared.config.ca_pem.clone();
+    while let Some(Ok(())) = stop.run_until_cancelled(authorities.changed()).await {
+        let bundle = authorities.borrow_and_update().clone();
+        if let Err(error) = shared.prober.set_authorities(&bundle) {
+            tracing::error!("the balancer keeps its authorities: {error:#}");
+        }
+    }
+    // Whoever knew of others is gone: these stay.
+    stop.cancelled().await;
 }
 
 /// Keeps the list on disk.

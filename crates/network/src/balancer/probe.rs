@@ -44,7 +44,7 @@ impl Prober {
     pub fn new(config: &Config) -> anyhow::Result<Prober> {
         let name = ServerName::try_from(config.server_name.clone())
             .with_context(|| format!("the servers' name {:?}", config.server_name))?;
-        Ok(Prober { tls: ArcSwap::from(trust(&config.ca_pem)?), name })
+        Ok(Prober { tls: ArcSwap::from(trust(&config.ca_pem.borrow())?), name })
     }
 
     pub fn set_authorities(&self, ca_pem: &str) -> anyhow::Result<()> {

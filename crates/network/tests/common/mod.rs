@@ -236,7 +236,7 @@ impl Running {
         let mut config = Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             initial: servers.iter().map(|s| s.address).collect(),
-            ca_pem: authority.pem.clone(),
+            ca_pem: tokio::sync::watch::channel(authority.pem.clone()).1,
             ..Default::default()
         };
         change(&mut config);
