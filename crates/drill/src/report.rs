@@ -18,6 +18,8 @@ use crate::{
 const SLOT: Duration = Duration::from_millis(100);
 /// Columns of a line of the timeline.
 const COLUMNS: u32 = 100;
+/// So many columns from one answer to the next are a silence.
+const SILENT: u32 = 3;
 /// What is quoted of many.
 const QUOTED: usize = 10;
 
@@ -279,7 +281,7 @@ impl Rows {
     }
 
     /// A line for each client, a column for each tenth of a second: `.` all well, `x` some failed, `X` all failed,
-    /// `-` nothing was answered. Stretches in which all is well are left out.
+    /// `-` nothing was answered for some while. Stretches in which all is well are left out.
     fn draw(&self, times: &Times) -> String {
         let mut text =
             String::from("  what failed when: . well, x some failed, X all failed, - no answer; a column is 0.1 s\n");
@@ -292,7 +294,7 @@ impl Rows {
             let lines: Vec<(&String, String)> = self
                 .rows
                 .iter()
-                .map(|(who, row)| (who, (begin..end).map(|column| symbol(row.get(&column))).collect()))
+                .map(|(who, row)| (who, (begin..end).map(|column| symbol(row, column)).collect()))
                 .collect();
             if lines.iter().all(|(_, line)| line.chars().all(|c| c == '.')) {
                 if well && begin > first {
@@ -318,9 +320,14 @@ fn column(at: At) -> u32 {
     u32::try_from(at.as_millis() / SLOT.as_millis()).unwrap_or(u32::MAX)
 }
 
-fn symbol(cell: Option<&Cell>) -> char {
-    match cell {
-        None => '-',
+fn symbol(row: &BTreeMap<u32, Cell>, column: u32) -> char {
+    match row.get(&column) {
+        // A client that is slow has a column without an answer now and then.
+        None => {
+            let before = row.range(..column).next_back().map_or(0, |(c, _)| *c);
+            let after = row.range(column..).next().map_or(u32::MAX, |(c, _)| *c);
+            if after - before > SILENT { '-' } else { '.' }
+        }
         Some(cell) if cell.failed == 0 => '.',
         Some(cell) if cell.answered == 0 => 'X',
         Some(_) => 'x',

@@ -19,6 +19,8 @@ use crate::{
 const BEFORE: Duration = Duration::from_secs(2);
 /// And after all is well again.
 const AFTER: Duration = Duration::from_secs(2);
+/// How long a client may take, when all is well again, until it is served: its patience with a request that was lost.
+const SERVED: Duration = Duration::from_secs(15);
 /// How long it may take until all is well.
 const WELL: Duration = Duration::from_secs(120);
 /// How long the loss of a quorum may take to be noticed by who has to say so.
@@ -59,8 +61,13 @@ pub async fn run(lab: &Lab, scenario: &Scenario, say: Say<'_>) -> anyhow::Result
     tokio::time::sleep(BEFORE).await;
     let mut stage = Stage { lab, targets, recorder: recorder.clone(), same: vec![], marks: vec![], quorum: None, say };
     let done = stage.steps(scenario.steps).await;
+    let undone = recorder.now();
     if done.is_ok() {
         tokio::time::sleep(AFTER).await;
+        let deadline = Instant::now() + SERVED;
+        while !recovered(&recorder.history(), undone).holds() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
     let end = recorder.now();
     // Whatever happened, clients end and the next drill finds a lab that is well.
@@ -73,7 +80,7 @@ pub async fn run(lab: &Lab, scenario: &Scenario, say: Say<'_>) -> anyhow::Result
     let times = Times { fault, end, marks: stage.marks };
     let history = std::mem::take(&mut *recorder.history());
     let mut verdicts = check::check(&history);
-    verdicts.push(recovered(&history, &times));
+    verdicts.push(recovered(&history, undone));
     if let Some((from, to)) = stage.quorum {
         verdicts.extend(without_quorum(&history, from + NOTICE, to));
     }
@@ -215,8 +222,7 @@ fn names(machines: &[Machine]) -> String {
 }
 
 /// After the last step every client is served again.
-fn recovered(history: &History, times: &Times) -> Verdict {
-    let from = times.end.saturating_sub(AFTER / 2);
+fn recovered(history: &History, from: Duration) -> Verdict {
     let mut clients: std::collections::BTreeMap<(&str, &str), bool> = Default::default();
     for request in &history.requests {
         let served = clients.entry((request.class.word(), &request.client)).or_default();
@@ -306,8 +312,7 @@ mod tests {
             request(Class::Read, 4600, Some("x")),
         ];
         let history = History { requests, ..History::default() };
-        let times = Times { fault: ms(50), end: ms(5000), marks: vec![] };
-        expect(&recovered(&history, &times).violations, &["read, a1 by its balancer"]);
-        expect(&looked(&[recovered(&History::default(), &times)]).violations, &["all is served again"]);
+        expect(&recovered(&history, ms(4000)).violations, &["read, a1 by its balancer"]);
+        expect(&looked(&[recovered(&History::default(), ms(4000))]).violations, &["all is served again"]);
     }
 }

@@ -27,6 +27,8 @@ use crate::{connection::Target, history::LeaseSeen};
 /// The Lease of the candidates.
 const LEASE: &str = "seawall-drill";
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases";
+/// The Leases by which somebody leads; others say that somebody lives.
+const ELECTIONS: [&str; 3] = ["kube-controller-manager", "kube-scheduler", LEASE];
 /// How often a leader writes.
 const EVERY: Duration = Duration::from_millis(50);
 /// How long a candidate may take to let go.
@@ -110,6 +112,9 @@ pub async fn watch_leases(way: Way, recorder: Recorder, stop: CancellationToken)
     let note = |recorder: &Recorder, object: &Value| {
         let text = |value: &Value| -> Arc<str> { value.as_str().unwrap_or_default().into() };
         let Some(revision) = revision(object) else { return };
+        if !object["metadata"]["name"].as_str().is_some_and(|name| ELECTIONS.contains(&name)) {
+            return;
+        }
         let seen = LeaseSeen {
             at: recorder.now(),
             lease: text(&object["metadata"]["name"]),

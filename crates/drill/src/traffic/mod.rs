@@ -139,6 +139,9 @@ impl Traffic {
                 key.clone(),
                 traffic.busy.clone(),
             )));
+            let prefix: Arc<str> = format!("c{key}").into();
+            let creating = writer::creator(way.clone(), recorder.clone(), prefix, traffic.busy.clone());
+            traffic.writers.push(way.site.spawn(creating));
             for kind in [reader::Kind::Kept, reader::Kind::Anew, reader::Kind::Cached] {
                 let task = reader::run(way.clone(), recorder.clone(), keys.clone(), kind, traffic.busy.clone());
                 traffic.writers.push(way.site.spawn(task));

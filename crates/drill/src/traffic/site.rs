@@ -55,7 +55,9 @@ impl Site {
 impl Drop for Site {
     fn drop(&mut self) {
         self.stop.cancel();
-        if let Some(thread) = self.thread.take() {
+        // The last one to let go of it may be one of its own clients.
+        let own = std::thread::current().id();
+        if let Some(thread) = self.thread.take().filter(|thread| thread.thread().id() != own) {
             // It panics only if its runtime does, and that has been said where it happened.
             let _ = thread.join();
         }

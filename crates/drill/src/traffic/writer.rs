@@ -57,10 +57,7 @@ pub async fn run(way: Way, recorder: Recorder, key: Arc<str>, stop: Cancellation
                 let start = recorder.now();
                 let answer = client.send(Method::PUT, &path, object(&key, value, Some(revision))).await;
                 let fate = fate(answer);
-                let error = match &fate {
-                    Fate::Acknowledged(_) => None,
-                    Fate::Refused(why) | Fate::Unknown(why) => Some(why.clone()),
-                };
+                let error = why(&fate);
                 at = if let Fate::Acknowledged(revision) = fate { Some(revision) } else { None };
                 recorder.request(&way.name, Class::Write, start, error);
                 let end = recorder.now();
@@ -68,6 +65,32 @@ pub async fn run(way: Way, recorder: Recorder, key: Arc<str>, stop: Cancellation
             }
         }
         tokio::time::sleep(PACE).await;
+    }
+}
+
+/// Creates keys, each once and blindly, until `stop`: what a client does that need not know what is there.
+pub async fn creator(way: Way, recorder: Recorder, prefix: Arc<str>, stop: CancellationToken) {
+    let mut client = way.client();
+    let name: Arc<str> = format!("{}, creating", way.name).into();
+    for number in 0_u64.. {
+        if stop.is_cancelled() {
+            return;
+        }
+        let key: Arc<str> = format!("{prefix}-{number}").into();
+        let start = recorder.now();
+        let fate = fate(client.send(Method::POST, &maps(), object(&key, 1, None)).await);
+        recorder.request(&name, Class::Write, start, why(&fate));
+        let end = recorder.now();
+        recorder.history().writes.push(Write { key, value: 1, start, end, fate });
+        tokio::time::sleep(PACE * 5).await;
+    }
+}
+
+/// Why a write failed, if it did.
+fn why(fate: &Fate) -> Option<String> {
+    match fate {
+        Fate::Acknowledged(_) => None,
+        Fate::Refused(why) | Fate::Unknown(why) => Some(why.clone()),
     }
 }
 
