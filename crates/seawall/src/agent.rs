@@ -5,14 +5,15 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::{Context as _, bail};
 use seawall_client::tls::{self, Credentials, Tls};
 use seawall_network::balancer;
-use seawall_server::{
-    pki::Pair,
-    tls::{ClientAuthorities, ServingCertificate, server_config},
+use seawall_server::tls::{ClientAuthorities, ServingCertificate, server_config};
+use tokio::{
+    sync::{Mutex, watch},
+    time::Instant,
 };
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    authorities::node::{Follower, all_hashes},
     csr,
     files::{AgentState, Files},
     join, node,
@@ -24,6 +25,9 @@ use crate::{
 
 /// How long a machine tries to join.
 const JOIN: Duration = Duration::from_secs(120);
+
+/// How long a machine that has joined tries to join again before it goes on as it is.
+const AGAIN: Duration = Duration::from_secs(45);
 
 /// Options of `seawall agent`.
 #[derive(clap::Args)]
@@ -59,54 +63,52 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let timing = timing.resolve(state.cluster.timing)?;
     let stop = CancellationToken::new();
     let client_pair = csr::read(&files.agent_client())?.context("the agent's certificate is gone: join again")?;
-    let credentials = |pair: &Pair| Credentials {
+    let tls = Tls::new(&Credentials {
         ca_pem: state.ca.clone(),
-        certificate: Some((pair.certificate.clone(), pair.key.clone())),
+        certificate: Some((client_pair.certificate, client_pair.key)),
         token: None,
-    };
-    let tls = Tls::new(&credentials(&client_pair))?;
+    })?;
     let client = tls::connect(node::balancer_address(&machine), &tls);
+    let follower = Arc::new(Follower {
+        name: machine.name.clone(),
+        files: files.clone(),
+        ca: watch::channel(state.ca.clone()).0,
+        tls,
+        callers: ClientAuthorities::new(&state.ca)?,
+        state: Mutex::new(state.clone()),
+    });
     let mut parts = Vec::new();
     if machine.runs(Component::Balancer) {
         let config = balancer::Config {
             listen: node::balancer_address(&machine),
             initial: state.servers.clone(),
             file: files.balancer_list(),
-            ca_pem: state.ca.clone(),
+            ca_pem: follower.ca.subscribe(),
             probe_interval: timing.probe_interval,
             probe_timeout: timing.probe_timeout,
             ..balancer::Config::default()
         };
-        let follower = client.clone();
-        parts.push(component("balancer", stop.clone(), move |stop| {
-            balancer::run(config.clone(), follower.clone(), stop)
-        }));
+        let client = client.clone();
+        parts
+            .push(component("balancer", stop.clone(), move |stop| balancer::run(config.clone(), client.clone(), stop)));
     }
     // Its serving certificate comes when its Node is known.
     let certificate = ServingCertificate::pending();
-    let authorities = ClientAuthorities::new(&state.ca)?;
-    let serving = server_config(certificate.clone(), authorities, &["http/1.1"])?;
+    let serving = server_config(certificate.clone(), follower.callers.clone(), &["http/1.1"])?;
     parts.push(csr::keep_serving(
         &machine.name,
         &[machine.ip],
         &files.agent_serving(),
         client.clone(),
+        follower.ca.subscribe(),
         certificate,
         stop.clone(),
     ));
     let identity = node::Identity { tls: Arc::new(serving) };
     parts.extend(node::components(&machine, &state.cluster, &client, &identity, &stop));
-    parts.push(csr::keep_client(&machine.name, &files.agent_client(), client.clone(), stop.clone(), {
-        let (tls, state) = (tls.clone(), state.clone());
-        move |pair: &Pair| {
-            let credentials = Credentials {
-                ca_pem: state.ca.clone(),
-                certificate: Some((pair.certificate.clone(), pair.key.clone())),
-                token: None,
-            };
-            tls.replace(&credentials).map_err(Into::into)
-        }
-    }));
+    let (ca, path) = (follower.ca.subscribe(), files.agent_client());
+    parts.push(follower.start(&client, &stop));
+    parts.push(csr::keep_client(&machine.name, &path, client.clone(), ca, stop.clone(), move |_| follower.reconnect()));
     signal.await??;
     tracing::info!("stopping; pods go on");
     stop.cancel();
@@ -122,7 +124,11 @@ async fn decide(
     url: Option<&str>,
     token: Option<&str>,
 ) -> anyhow::Result<AgentState> {
-    if let Some(state) = files.read_agent()? {
+    let parsed = token.map(str::parse::<join::Token>);
+    if let Some(mut state) = files.read_agent()? {
+        if state.known.is_empty() {
+            state.known = all_hashes(&state.ca);
+        }
         let path = files.agent_client();
         let usable = csr::read(&path)?.is_some_and(|pair| !csr::has_ended(&pair));
         match (usable, url) {
@@ -139,16 +145,27 @@ async fn decide(
             ),
         }
         if usable {
+            // The cluster's authority was replaced while this machine was away, and somebody gave it a token since.
+            let token = parsed.as_ref().and_then(|token| token.as_ref().ok());
+            let Some((url, token)) = url.zip(token).filter(|(_, token)| !state.known.contains(&token.hash)) else {
+                return Ok(state);
+            };
+            tracing::info!("the token is for an authority that this machine does not know: it joins again");
+            match tokio::time::timeout(AGAIN, try_join(machine, files, url, token)).await {
+                Ok(Ok(state)) => return Ok(state),
+                Ok(Err((error, _))) => tracing::warn!("it did not join again, and goes on as what it was: {error:#}"),
+                Err(_) => tracing::warn!("{url} did not answer: this machine goes on as what it was"),
+            }
             return Ok(state);
         }
     }
-    let (Some(url), Some(token)) = (url, token) else {
+    let (Some(url), Some(token)) = (url, parsed) else {
         bail!(
             "this machine has not joined a cluster: give --join https://SERVER:6443 and --token, as printed by `seawall \
              token create` on a server"
         );
     };
-    let token: join::Token = token.parse().map_err(|e| anyhow::anyhow!("--token: {e}"))?;
+    let token = token.map_err(|e| anyhow::anyhow!("--token: {e}"))?;
     let deadline = Instant::now() + JOIN;
     let mut said: Option<Instant> = None;
     loop {
@@ -202,7 +219,10 @@ async fn try_join(
     if servers.is_empty() {
         servers.extend(join::address_of(url).await.ok());
     }
-    let state = AgentState { cluster: answer.cluster, ca: to.ca, servers };
+    // A server of an older version says no more than what the token is for.
+    let ca = if answer.ca.is_empty() { to.ca } else { answer.ca };
+    let known = all_hashes(&ca);
+    let state = AgentState { cluster: answer.cluster, ca, ca_revision: answer.ca_revision, known, servers };
     files.write_agent(&state).map_err(|e| (e, false))?;
     tracing::info!(url, "joined the cluster");
     Ok(state)

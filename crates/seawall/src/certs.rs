@@ -2,16 +2,18 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr},
-    path::Path,
-    sync::Arc,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use anyhow::Context as _;
 use clap::Subcommand;
 use jiff::{Timestamp, Unit};
 use k8s_openapi::{api::core::v1::ConfigMap, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{Api, api::PostParams};
 use rustls::ServerConfig;
+use seawall_client::tls::{Credentials, Tls};
 use seawall_server::{
     Server,
     auth::{MASTERS, NODES},
@@ -19,12 +21,13 @@ use seawall_server::{
     tls::{self, ClientAuthorities, ServingCertificate},
 };
 use serde_json::Value;
-use tokio::task::JoinHandle;
+use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    authorities::{self, Authorities, REPORT, rotate},
     files::Files,
-    node,
+    kubeconfig, node,
     options::{Cluster, Machine},
     supervise::component,
     token::Place,
@@ -35,18 +38,40 @@ pub const ENTRY: &str = "seawall-entry";
 /// How often the entry addresses and the ends of certificates are looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The certificates of a server.
+/// The certificates of a server. Cheap to clone.
 #[derive(Clone)]
-pub struct ServerCertificates {
-    /// The cluster's authority.
-    pub authority: Arc<Authority>,
+pub struct ServerCertificates(Arc<Shared>);
+
+struct Shared {
+    authorities: watch::Sender<Arc<Authorities>>,
+    /// Those who are trusted, for the parts that need no more.
+    bundle: watch::Sender<String>,
+    /// With which the controllers sign.
+    signer: Arc<seawall_controllers::certificates::Authority>,
     /// With which the server calls node agents.
-    pub kubelet_client: Pair,
-    agent: Arc<ServerConfig>,
+    kubelet_client: Mutex<Pair>,
+    /// With which this machine's node calls the API.
+    node_client: Tls,
+    /// What this machine's node shows.
+    agent: Arc<ServingCertificate>,
+    agent_tls: Arc<ServerConfig>,
     serving: Arc<ServingCertificate>,
-    authorities: Arc<ClientAuthorities>,
-    names: Arc<Names>,
+    clients: Arc<ClientAuthorities>,
+    names: Names,
+    node: String,
+    ip: IpAddr,
+    /// Where this server is reached on its own machine.
+    url: String,
+    data_dir: PathBuf,
     files: Files,
+}
+
+/// All that an authority issues to a server.
+struct Issued {
+    serving: Pair,
+    agent: Pair,
+    kubelet_client: Pair,
+    node_client: Pair,
 }
 
 struct Names {
@@ -70,8 +95,38 @@ impl Names {
     }
 }
 
+fn issue(
+    authority: &Authority,
+    (names, addresses): &(Vec<String>, Vec<IpAddr>),
+    node: &str,
+    ip: IpAddr,
+) -> anyhow::Result<Issued> {
+    let user = format!("system:node:{node}");
+    let of_node = [ip, Ipv4Addr::LOCALHOST.into()];
+    Ok(Issued {
+        serving: authority.server("kube-apiserver", "", names, addresses)?,
+        agent: authority.server(&user, NODES, &[node.to_owned()], &of_node)?,
+        kubelet_client: authority.client("kube-apiserver-kubelet-client", MASTERS)?,
+        node_client: authority.client(&user, NODES)?,
+    })
+}
+
+impl Issued {
+    fn keep_copies(&self, files: &Files) -> anyhow::Result<()> {
+        keep_copy(files, "apiserver", &self.serving)?;
+        keep_copy(files, "agent", &self.agent)?;
+        keep_copy(files, "kubelet-client", &self.kubelet_client)
+    }
+
+    fn node_credentials(&self, bundle: &str) -> Credentials {
+        let pair = &self.node_client;
+        let certificate = Some((pair.certificate.clone(), pair.key.clone()));
+        Credentials { ca_pem: bundle.to_owned(), certificate, token: None }
+    }
+}
+
 impl ServerCertificates {
-    /// Makes them.
+    /// Makes them. `url` is where this server is reached on its own machine.
     ///
     /// # Errors
     /// If the authority cannot be read, or a name cannot stand in a certificate.
@@ -80,8 +135,12 @@ impl ServerCertificates {
         machine: &Machine,
         cluster: &Cluster,
         tls_san: &[String],
+        url: String,
     ) -> anyhow::Result<ServerCertificates> {
-        let authority = Authority::open(&files.tls())?;
+        let authorities = match files.read_authorities()? {
+            Some(authorities) => authorities,
+            None => Authorities::one(&Authority::open(&files.tls())?),
+        };
         let domain = &cluster.domain;
         let names = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
             .iter()
@@ -93,30 +152,50 @@ impl ServerCertificates {
         let names = Names { names, addresses };
         let (all, addresses) = names.with(tls_san.iter().map(String::as_str));
         let names = Names { names: all, addresses };
-        let serving = authority.server("kube-apiserver", "", &names.names, &names.addresses)?;
-        let kubelet_client = authority.client("kube-apiserver-kubelet-client", MASTERS)?;
-        let user = format!("system:node:{}", machine.name);
-        let agent = authority.server(
-            &user,
-            NODES,
-            std::slice::from_ref(&machine.name),
-            &[machine.ip, Ipv4Addr::LOCALHOST.into()],
-        )?;
-        keep_copy(files, "apiserver", &serving)?;
-        keep_copy(files, "agent", &agent)?;
-        keep_copy(files, "kubelet-client", &kubelet_client)?;
-        let authorities = ClientAuthorities::new(&authority.pem)?;
+        let issued = issue(&authorities.authority()?, &names.with([].into_iter()), &machine.name, machine.ip)?;
+        issued.keep_copies(files)?;
+        let (bundle, signer) = (authorities.bundle(), authorities.signer());
+        let clients = ClientAuthorities::new(&bundle)?;
+        let agent = ServingCertificate::new(&issued.agent)?;
         // Upgrades need HTTP/1.1.
-        let agent = tls::server_config(ServingCertificate::new(&agent)?, authorities.clone(), &["http/1.1"])?;
-        Ok(ServerCertificates {
-            serving: ServingCertificate::new(&serving)?,
-            authorities,
-            authority: Arc::new(authority),
-            kubelet_client,
-            agent: Arc::new(agent),
-            names: Arc::new(names),
+        let agent_tls = tls::server_config(agent.clone(), clients.clone(), &["http/1.1"])?;
+        Ok(ServerCertificates(Arc::new(Shared {
+            signer: seawall_controllers::certificates::Authority::new(&signer.certificate, &signer.key)?,
+            node_client: Tls::new(&issued.node_credentials(&bundle))?,
+            serving: ServingCertificate::new(&issued.serving)?,
+            kubelet_client: Mutex::new(issued.kubelet_client),
+            agent,
+            agent_tls: Arc::new(agent_tls),
+            clients,
+            authorities: watch::channel(Arc::new(authorities)).0,
+            bundle: watch::channel(bundle).0,
+            names,
+            node: machine.name.clone(),
+            ip: machine.ip,
+            url,
+            data_dir: machine.options.data_dir.clone(),
             files: files.clone(),
-        })
+        })))
+    }
+
+    /// The cluster's authorities as they are now.
+    pub fn authorities(&self) -> Authorities {
+        Authorities::clone(&self.0.authorities.borrow())
+    }
+
+    /// Those who are trusted, now and later.
+    pub fn bundle(&self) -> watch::Receiver<String> {
+        self.0.bundle.subscribe()
+    }
+
+    /// With which the server calls node agents.
+    pub fn kubelet_client(&self) -> Pair {
+        self.0.kubelet_client.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// With which this machine's node calls the API, now and later.
+    pub fn node_client(&self) -> Tls {
+        self.0.node_client.clone()
     }
 
     /// What handshakes are made with, now and after every exchange.
@@ -124,29 +203,102 @@ impl ServerCertificates {
     /// # Errors
     /// If the library refuses.
     pub fn tls(&self) -> anyhow::Result<ServerConfig> {
-        Ok(tls::server_config(self.serving.clone(), self.authorities.clone(), &["h2", "http/1.1"])?)
+        Ok(tls::server_config(self.0.serving.clone(), self.0.clients.clone(), &["h2", "http/1.1"])?)
     }
 
     /// What the node on this machine shows.
     pub fn node_identity(&self) -> node::Identity {
-        node::Identity { tls: self.agent.clone() }
+        node::Identity { tls: self.0.agent_tls.clone() }
     }
 
     /// What the controllers need of them.
-    ///
-    /// # Errors
-    /// If the authority cannot sign.
-    pub fn controllers(&self) -> anyhow::Result<seawall_controllers::Config> {
-        let authority =
-            seawall_controllers::certificates::Authority::new(&self.authority.pem, &self.authority.key_pem())?;
-        Ok(seawall_controllers::Config {
-            root_ca: self.authority.pem.clone(),
-            authority: Some(authority),
+    pub fn controllers(&self) -> seawall_controllers::Config {
+        seawall_controllers::Config {
+            root_ca: self.bundle(),
+            authority: Some(self.0.signer.clone()),
             ..Default::default()
-        })
+        }
     }
 
-    /// Issues the serving certificate again when an entry address is added, and before it ends.
+    /// Writes the administrator's kubeconfig.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_kubeconfig(&self) -> anyhow::Result<()> {
+        let authorities = self.authorities();
+        let admin = authorities.authority()?.client("kubernetes-admin", MASTERS)?;
+        let server = [("seawall".to_owned(), self.0.url.clone())];
+        let text = kubeconfig::text(&server, &authorities.bundle(), &admin.certificate, &admin.key)?;
+        pki::write(&kubeconfig::path(&self.0.data_dir), &text, 0o600)?;
+        Ok(())
+    }
+
+    /// Takes in what changed while this server was away, and reports what it trusts.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn catch_up(&self, server: &Server) -> anyhow::Result<()> {
+        self.follow(server)?;
+        server.note(REPORT, self.authorities().report()?.to_string());
+        Ok(())
+    }
+
+    /// Goes by the authorities in the Secret, if they are newer than ours.
+    fn follow(&self, server: &Server) -> anyhow::Result<()> {
+        let Some(secret) = server.peek("", "secrets", authorities::NAMESPACE, authorities::SECRET) else {
+            return Ok(());
+        };
+        let (known, revision) = (self.0.authorities.borrow().revision, secret["metadata"]["resourceVersion"].as_str());
+        if revision.and_then(|text| text.parse().ok()).is_some_and(|revision: u64| revision <= known) {
+            return Ok(());
+        }
+        let found = Authorities::of_secret(&secret)
+            .with_context(|| format!("the Secret {}/{}", authorities::NAMESPACE, authorities::SECRET))?;
+        self.take_in(server, found)
+    }
+
+    fn take_in(&self, server: &Server, found: Authorities) -> anyhow::Result<()> {
+        let this = &self.0;
+        let (bundle, signer) = (found.bundle(), found.signer().clone());
+        // What cannot be read is refused here, before anything has changed.
+        let (authority, report) = (found.authority()?, found.report()?);
+        this.clients.replace(&bundle)?;
+        // On the disk first: a server that starts again must not know less than what it has said.
+        this.files.write_authorities(&found)?;
+        if found.is_settled() {
+            pki::write(&this.files.tls().join("ca.key"), &signer.key, 0o600)?;
+            pki::write(&this.files.tls().join("ca.crt"), &signer.certificate, 0o644)?;
+        }
+        tracing::info!(trusts = ?report.trusts, signs = ?report.shows, "the cluster's certificate authorities changed");
+        this.authorities.send_replace(Arc::new(found));
+        if *this.bundle.borrow() == bundle {
+            // Only a step of the takeover's bookkeeping.
+            return Ok(());
+        }
+        this.bundle.send_replace(bundle);
+        this.signer.replace(&signer.certificate, &signer.key)?;
+        self.reissue(server, &authority, &entry_names(server))?;
+        self.write_kubeconfig()?;
+        server.note(REPORT, report.to_string());
+        Ok(())
+    }
+
+    /// Issues everything again that this server shows, and exchanges it under living connections.
+    fn reissue(&self, server: &Server, authority: &Authority, entry: &[String]) -> anyhow::Result<()> {
+        let this = &self.0;
+        let names = this.names.with(entry.iter().map(String::as_str));
+        let issued = issue(authority, &names, &this.node, this.ip)?;
+        let bundle = this.bundle.borrow().clone();
+        this.serving.replace(&issued.serving)?;
+        this.agent.replace(&issued.agent)?;
+        this.node_client.replace(&issued.node_credentials(&bundle))?;
+        let pair = issued.kubelet_client.clone();
+        server.call_agents_with(&bundle, &(pair.certificate.clone(), pair.key.clone()))?;
+        *this.kubelet_client.lock().unwrap_or_else(PoisonError::into_inner) = pair;
+        issued.keep_copies(&this.files)
+    }
+
+    /// Issues certificates again when an entry address is added, when an authority takes over, and before they end.
     pub fn keep(&self, server: &Arc<Server>, stop: &CancellationToken) -> JoinHandle<()> {
         let (this, server) = (self.clone(), server.clone());
         component("certificates", stop.clone(), move |stop| {
@@ -154,18 +306,14 @@ impl ServerCertificates {
             async move {
                 let mut has: Vec<String> = Vec::new();
                 loop {
+                    this.follow(&server)?;
                     let wanted = entry_names(&server);
-                    let asked = renewal(&this.files);
+                    let asked = renewal(&this.0.files);
                     let forced = asked.exists();
-                    if wanted != has
-                        || forced
-                        || is_due(this.serving.not_before(), this.serving.not_after(), Timestamp::now())
-                    {
-                        let (names, addresses) = this.names.with(wanted.iter().map(String::as_str));
-                        let pair = this.authority.server("kube-apiserver", "", &names, &addresses)?;
-                        this.serving.replace(&pair)?;
-                        keep_copy(&this.files, "apiserver", &pair)?;
-                        tracing::info!(entry = ?wanted, "the API's certificate was issued again");
+                    let serving = &this.0.serving;
+                    if wanted != has || forced || is_due(serving.not_before(), serving.not_after(), Timestamp::now()) {
+                        this.reissue(&server, &this.authorities().authority()?, &wanted)?;
+                        tracing::info!(entry = ?wanted, "the certificates of this server were issued again");
                         has = wanted;
                         if forced {
                             std::fs::remove_file(&asked)?;
@@ -212,6 +360,9 @@ pub enum Command {
         #[command(flatten)]
         place: Place,
     },
+    /// Replace the cluster's certificate authority while everything runs.
+    #[command(long_about = rotate::HELP)]
+    RotateCa(rotate::Args),
     /// Add names or addresses of an entry in front of the servers to all their certificates, without a restart.
     AddName {
         /// Names or addresses.
@@ -247,12 +398,13 @@ pub async fn run(command: Command) -> anyhow::Result<()> {
             }
             list(&place)
         }
+        Command::RotateCa(args) => rotate::run(&args).await,
         Command::AddName { names, place } => add_names(&names, &place).await,
     }
 }
 
 /// A file that asks the server to issue its certificates again.
-fn renewal(files: &Files) -> std::path::PathBuf {
+fn renewal(files: &Files) -> PathBuf {
     files.tls().join("renew")
 }
 
@@ -262,7 +414,7 @@ async fn add_names(names: &[String], place: &Place) -> anyhow::Result<()> {
             seawall_api::names::dns_subdomain(name).map_err(|e| anyhow::anyhow!("{name:?}: {e}"))?;
         }
     }
-    let admin = crate::kubeconfig::admin(&place.data_dir).await?;
+    let admin = kubeconfig::admin(&place.data_dir).await?;
     let maps = Api::<ConfigMap>::namespaced(admin.client, "kube-system");
     loop {
         let mut map = maps.get_opt(ENTRY).await?.unwrap_or_else(|| ConfigMap {
@@ -313,7 +465,7 @@ fn list(place: &Place) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn collect(dir: &Path, depth: usize, found: &mut Vec<std::path::PathBuf>) -> anyhow::Result<()> {
+fn collect(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) -> anyhow::Result<()> {
     let Ok(entries) = std::fs::read_dir(dir) else { return Ok(()) };
     for entry in entries {
         let path = entry?.path();

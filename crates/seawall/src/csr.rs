@@ -21,7 +21,7 @@ use seawall_server::{
     pki::{self, Pair},
     tls::ServingCertificate,
 };
-use tokio::task::JoinHandle;
+use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::supervise::component;
@@ -272,29 +272,32 @@ async fn answer(api: Api<CertificateSigningRequest>, name: &str, patience: Durat
     }
 }
 
-/// Renews the client certificate in `path` before it ends, and hands each new one to `use_it`.
+/// Renews the client certificate in `path` before it ends, and when another of the `authorities` signs now, and hands each
+/// new one to `use_it`.
 pub fn keep_client(
     node: &str,
     path: &Path,
     client: Client,
+    authorities: watch::Receiver<String>,
     stop: CancellationToken,
     use_it: impl Fn(&Pair) -> anyhow::Result<()> + Send + Sync + 'static,
 ) -> JoinHandle<()> {
-    keep("client-certificate", Wanted::client(node), path, client, stop, use_it)
+    keep("client-certificate", Wanted::client(node), path, client, authorities, stop, use_it)
 }
 
 /// Shows `certificate` what the node serves with: what is in `path`, and whatever replaces it, which is asked for when
-/// there is none, when it belongs to other addresses, and before it ends.
+/// there is none, when it belongs to other addresses, before it ends, and when another of the `authorities` signs now.
 pub fn keep_serving(
     node: &str,
     addresses: &[IpAddr],
     path: &Path,
     client: Client,
+    authorities: watch::Receiver<String>,
     certificate: Arc<ServingCertificate>,
     stop: CancellationToken,
 ) -> JoinHandle<()> {
     let wanted = Wanted::serving(node, addresses);
-    keep("serving-certificate", wanted, path, client, stop, move |pair| Ok(certificate.replace(pair)?))
+    keep("serving-certificate", wanted, path, client, authorities, stop, move |pair| Ok(certificate.replace(pair)?))
 }
 
 fn keep(
@@ -302,15 +305,16 @@ fn keep(
     wanted: Wanted,
     path: &Path,
     client: Client,
+    authorities: watch::Receiver<String>,
     stop: CancellationToken,
     use_it: impl Fn(&Pair) -> anyhow::Result<()> + Send + Sync + 'static,
 ) -> JoinHandle<()> {
     let shared = Arc::new((wanted, path.to_path_buf(), use_it));
     component(part, stop, move |stop| {
-        let (shared, client) = (shared.clone(), client.clone());
+        let (shared, client, authorities) = (shared.clone(), client.clone(), authorities.clone());
         async move {
             let (wanted, path, use_it) = &*shared;
-            stop.run_until_cancelled(renew(wanted, path, &client, use_it)).await.unwrap_or(Ok(()))
+            stop.run_until_cancelled(renew(wanted, path, &client, authorities, use_it)).await.unwrap_or(Ok(()))
         }
     })
 }
@@ -320,28 +324,48 @@ async fn renew(
     wanted: &Wanted,
     path: &Path,
     client: &Client,
+    mut authorities: watch::Receiver<String>,
     use_it: &(impl Fn(&Pair) -> anyhow::Result<()> + Send + Sync),
 ) -> anyhow::Result<()> {
-    let mut due = match read(path)? {
-        Some(pair) if has_names(&pair, wanted) => {
-            use_it(&pair)?;
-            next(&pair)?
-        }
-        _ => Timestamp::now(),
-    };
+    let mut due = Timestamp::now();
+    let mut shown = read(path)?.filter(|pair| has_names(pair, wanted));
+    if let Some(pair) = &shown {
+        use_it(pair)?;
+        due = next(pair)?;
+    }
     let mut pause = FIRST_PAUSE;
     loop {
         // In small steps: the clock may be set, and a machine may sleep.
         while let Some(left) = Duration::try_from(due.duration_since(Timestamp::now())).ok().filter(|l| !l.is_zero()) {
-            tokio::time::sleep(left.min(LONGEST_PAUSE)).await;
+            if shown.as_ref().is_some_and(|pair| !is_of_signer(pair, &authorities.borrow_and_update())) {
+                break;
+            }
+            let other_authorities = async {
+                if authorities.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep(left.min(LONGEST_PAUSE)) => {}
+                () = other_authorities => {}
+            }
         }
         match request(client, wanted, PATIENCE).await {
             Ok(pair) => {
                 write(path, &pair)?;
                 use_it(&pair)?;
                 due = next(&pair)?;
-                pause = FIRST_PAUSE;
                 tracing::info!(signer = wanted.signer, renewal = %due, "the node has a new certificate");
+                // Who signed it may not know yet of the authority that takes over.
+                let good = is_of_signer(&pair, &authorities.borrow());
+                match good {
+                    true => pause = FIRST_PAUSE,
+                    false => {
+                        tokio::time::sleep(pause).await;
+                        pause = (pause * 2).min(LONGEST_PAUSE);
+                    }
+                }
+                shown = Some(pair);
             }
             Err(error) => {
                 tracing::warn!(
@@ -359,6 +383,12 @@ async fn renew(
 fn next(pair: &Pair) -> anyhow::Result<Timestamp> {
     let certificate = ServingCertificate::new(pair)?;
     Ok(renewal(certificate.not_before(), certificate.not_after(), rand::random()))
+}
+
+/// Whether a certificate was issued by the authority that signs now, the first of those that are trusted.
+fn is_of_signer(pair: &Pair, authorities: &str) -> bool {
+    // When there is nothing to compare with, there is nothing to renew for.
+    seawall_server::tls::is_issued_by(&pair.certificate, authorities).unwrap_or(true)
 }
 
 /// Whether a certificate has the names that are wanted: the machine may have got another address since.

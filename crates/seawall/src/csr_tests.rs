@@ -93,6 +93,11 @@ async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
 
 const DAY: Duration = Duration::from_secs(86_400);
 
+/// No authority takes over.
+fn nobody() -> watch::Receiver<String> {
+    watch::channel(String::new()).1
+}
+
 #[tokio::test]
 async fn a_newcomer_becomes_a_node_and_serves() {
     let cluster = Cluster::new().await;
@@ -108,7 +113,7 @@ async fn a_newcomer_becomes_a_node_and_serves() {
     let path = cluster.dir.path().join("pki/serving.pem");
     let certificate = ServingCertificate::pending();
     let addresses = ["192.168.0.1".parse().unwrap()];
-    let kept = keep_serving("a", &addresses, &path, client, certificate.clone(), cluster.stop.clone());
+    let kept = keep_serving("a", &addresses, &path, client, nobody(), certificate.clone(), cluster.stop.clone());
     let requests: Api<CertificateSigningRequest> = Api::all(cluster.admin());
     until("a request for a serving certificate", async || {
         let all = requests.list(&Default::default()).await.unwrap().items;
@@ -148,7 +153,7 @@ async fn a_certificate_is_renewed_before_it_ends() {
     write(&path, &old).unwrap();
     let (given, mut got) = tokio::sync::mpsc::unbounded_channel();
     let client = cluster.client("system:node:a", &[NODES]);
-    let kept = keep_client("a", &path, client, cluster.stop.clone(), move |pair: &Pair| {
+    let kept = keep_client("a", &path, client, nobody(), cluster.stop.clone(), move |pair: &Pair| {
         given.send(pair.clone()).map_err(Into::into)
     });
     let mut next = async || tokio::time::timeout(Duration::from_secs(60), got.recv()).await.unwrap().unwrap();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{etcd::Local, options::Cluster, pki};
+use crate::{authorities::Authorities, etcd::Local, options::Cluster, pki};
 
 /// The files below `--data-dir`.
 #[derive(Clone, Debug)]
@@ -46,7 +46,13 @@ pub struct AgentState {
     pub cluster: Cluster,
     /// The cluster's certificate authorities, in PEM.
     pub ca: String,
-    /// Servers at the time of joining.
+    /// The revision of what was last learned about them.
+    #[serde(default)]
+    pub ca_revision: u64,
+    /// The hashes of all authorities that were ever trusted here, as tokens have them.
+    #[serde(default)]
+    pub known: Vec<String>,
+    /// The servers, as last seen.
     pub servers: Vec<std::net::SocketAddr>,
 }
 
@@ -141,7 +147,23 @@ impl Files {
         write(&self.root.join("cluster.json"), cluster)
     }
 
-    /// What the agent wrote down when it joined.
+    /// The cluster's authorities, as a server last saw them.
+    ///
+    /// # Errors
+    /// If the file cannot be read or has been changed into something else.
+    pub fn read_authorities(&self) -> anyhow::Result<Option<Authorities>> {
+        read(&self.tls().join("authorities.json"))
+    }
+
+    /// Writes them down.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write_authorities(&self, authorities: &Authorities) -> anyhow::Result<()> {
+        write(&self.tls().join("authorities.json"), authorities)
+    }
+
+    /// What the agent wrote down when it joined, and has learned since.
     ///
     /// # Errors
     /// If the file cannot be read or has been changed into something else.

@@ -3,7 +3,9 @@
 //! A token is three parts, `<id>.<secret>.<hash>`: the first two are a bootstrap token
 //! (<https://kubernetes.io/docs/reference/access-authn-authz/bootstrap-tokens/>), the third is the SHA-256 of the
 //! cluster's certificate authority. The newcomer asks the server for the authority, believes it only if the hash is
-//! right, and shows the secret only after that.
+//! right, and shows the secret only after that. While one authority takes over from another, tokens for the old one go on
+//! working until it is dropped: the server's certificate leads to both. All that is trusted later the newcomer learns over
+//! that connection.
 
 use std::{fmt, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
 
@@ -102,6 +104,12 @@ pub struct ClusterAnswer {
     pub cluster: Cluster,
     /// Where its servers are.
     pub servers: Vec<SocketAddr>,
+    /// Its certificate authorities, in PEM, the one that signs first.
+    #[serde(default)]
+    pub ca: String,
+    /// Of two answers the one with the greater revision has the newer authorities.
+    #[serde(default)]
+    pub ca_revision: u64,
 }
 
 /// What a machine says that wants to be a server.
@@ -128,7 +136,7 @@ pub struct ServerAnswer {
 
 /// A connection to a server whose authority has been checked.
 pub struct Introduced {
-    /// The authority, in PEM.
+    /// The authority that the token is for, in PEM.
     pub ca: String,
     /// A client that shows the token.
     pub client: Client,
@@ -144,16 +152,29 @@ pub async fn connect(url: &str, token: &Token) -> anyhow::Result<Introduced> {
         .await
         .map_err(|_| anyhow::anyhow!("{url} did not answer within {REQUEST:?}"))?
         .with_context(|| format!("{url} cannot be asked for its certificate authority"))?;
-    let found = hash(&ca)?;
-    if found != token.hash {
-        bail!(
-            "{url} is not a server of the cluster that the token is for: its certificate authority has the hash \
-             {found}, and the token says {}. Nothing was sent to it. Make a token on that cluster",
-            token.hash
-        );
-    }
+    let ca =
+        pinned(&ca, token).with_context(|| format!("{url} is not a server of the cluster that the token is for"))?;
     let credentials = Credentials { ca_pem: ca.clone(), certificate: None, token: Some(token.bearer.clone()) };
     Ok(Introduced { ca, client: tls::connect(address, &Tls::new(&credentials)?) })
+}
+
+/// The authority that a token is for, out of those that a server shows while one takes over from another. It alone is
+/// believed: anybody could have put others beside it.
+fn pinned(bundle: &str, token: &Token) -> anyhow::Result<String> {
+    let mut found = Vec::new();
+    for pem in seawall_server::tls::split_bundle(bundle)? {
+        let hash = hash(&pem)?;
+        if hash == token.hash {
+            return Ok(pem);
+        }
+        found.push(hash);
+    }
+    bail!(
+        "its certificate authority has the hash {}, and the token says {}. Nothing was sent to it. Make a token on that \
+         cluster; tokens from before its authority was replaced (seawall certs rotate-ca) are of no use any more",
+        found.join(" or "),
+        token.hash
+    )
 }
 
 /// Asks below `/seawall/v1/`.
@@ -260,6 +281,20 @@ mod tests {
             let error = bad.parse::<Token>().unwrap_err();
             assert!(error.contains("seawall token create"), "{bad}: {error}");
         }
+    }
+
+    #[test]
+    fn only_the_tokens_own_authority_is_believed() {
+        let pem = || seawall_server::pki::Authority::generate("x").unwrap().pem;
+        let (old, new, other) = (pem(), pem(), pem());
+        let token = |pem: &str| Token { bearer: "abcdef.0123456789abcdef".into(), hash: hash(pem).unwrap() };
+        let bundle = format!("{old}{new}");
+        for one in [&old, &new] {
+            let found = pinned(&bundle, &token(one)).unwrap();
+            assert_eq!((hash(&found).unwrap(), found.matches("BEGIN").count()), (hash(one).unwrap(), 1));
+        }
+        let error = pinned(&bundle, &token(&other)).unwrap_err().to_string();
+        assert!(error.contains("Nothing was sent to it") && error.contains(&hash(&new).unwrap()), "{error}");
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! The seawall binary: command line, configuration, component lifecycle.
 
 mod agent;
+mod authorities;
 mod certs;
 mod csr;
 mod etcd;

@@ -8,6 +8,7 @@ use seawall_server::paths::{self, Ask, Paths, Refusal};
 use serde_json::{Value, json};
 
 use crate::{
+    authorities::Authorities,
     etcd::members::Members,
     files::{Files, StoreKind},
     join::{ClusterAnswer, ServerAnswer, ServerAsk},
@@ -19,9 +20,8 @@ pub const CONFIG: &str = "/seawall/v1/config";
 /// What a machine that becomes a server is given.
 pub const JOIN: &str = "/seawall/v1/join";
 
-/// The files of `tls/` that all servers have in common.
-const SHARED: [&str; 6] =
-    ["ca.crt", "ca.key", "service-account.key", "service-account.pub", "etcd/ca.crt", "etcd/ca.key"];
+/// The files of `tls/` that all servers have in common, beside the cluster's authorities.
+const SHARED: [&str; 4] = ["service-account.key", "service-account.pub", "etcd/ca.crt", "etcd/ca.key"];
 
 /// Answers those who join.
 pub struct Joining {
@@ -29,8 +29,8 @@ pub struct Joining {
     pub files: Files,
     /// The cluster.
     pub cluster: Cluster,
-    /// The cluster's authorities, in PEM: those that are trusted, the one that signs first.
-    pub ca: Arc<dyn Fn() -> String + Send + Sync>,
+    /// The cluster's authorities as they are now.
+    pub authorities: Arc<dyn Fn() -> Authorities + Send + Sync>,
     /// Where the servers are.
     pub servers: Arc<dyn Fn() -> Vec<SocketAddr> + Send + Sync>,
     /// The store.
@@ -43,9 +43,15 @@ pub struct Joining {
 impl Paths for Joining {
     async fn answer(&self, ask: Ask) -> Result<Value, Refusal> {
         match (&ask.method, ask.path.as_str()) {
-            (&Method::GET, paths::CA) => Ok(json!({"ca": (self.ca)()})),
+            (&Method::GET, paths::CA) => Ok(json!({"ca": (self.authorities)().bundle()})),
             (&Method::GET, CONFIG) => {
-                let answer = ClusterAnswer { cluster: self.cluster.clone(), servers: (self.servers)() };
+                let authorities = (self.authorities)();
+                let answer = ClusterAnswer {
+                    cluster: self.cluster.clone(),
+                    servers: (self.servers)(),
+                    ca: authorities.bundle(),
+                    ca_revision: authorities.revision,
+                };
                 serde_json::to_value(answer).map_err(|e| internal(&e))
             }
             (&Method::POST, JOIN) => {
@@ -64,7 +70,12 @@ impl Paths for Joining {
 
 impl Joining {
     async fn join(&self, asked: &ServerAsk) -> Result<ServerAnswer, Refusal> {
-        let mut tls = BTreeMap::new();
+        let authorities = (self.authorities)();
+        let mut tls = BTreeMap::from([
+            ("ca.crt".to_owned(), authorities.current.certificate.clone()),
+            ("ca.key".to_owned(), authorities.current.key.clone()),
+            ("authorities.json".to_owned(), serde_json::to_string_pretty(&authorities).map_err(|e| internal(&e))?),
+        ]);
         for name in SHARED {
             let path = self.files.tls().join(name);
             match std::fs::read_to_string(&path) {

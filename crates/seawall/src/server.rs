@@ -15,15 +15,14 @@ use kube::{
 };
 use seawall_client::{
     election::{Election, lead},
-    tls::{self, Credentials, Tls},
+    tls,
 };
 use seawall_network::balancer;
 use seawall_quorum::timing::Timing;
 use seawall_server::{
     Config, Server, StartError,
-    auth::{MASTERS, NODES, UserInfo},
-    pki::{self, Authority},
-    presence, serve,
+    auth::{NODES, UserInfo},
+    pki, presence, serve,
 };
 use seawall_store::{
     Store,
@@ -38,7 +37,7 @@ use crate::{
     certs::ServerCertificates,
     etcd::{members, process},
     files::{Files, ServerState, StoreKind},
-    join, kubeconfig, node,
+    join, node,
     options::{ClusterOptions, Component, Machine, MachineOptions, TimingOptions},
     paths::{self, Joining},
     supervise::component,
@@ -95,6 +94,15 @@ pub struct Args {
 }
 
 impl Args {
+    /// Where this server is reached on its own machine.
+    fn url(&self) -> String {
+        let host = match self.bind_address {
+            ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+            ip => ip,
+        };
+        format!("https://{}", SocketAddr::new(host, self.port))
+    }
+
     fn external(&self) -> Option<StoreKind> {
         if self.etcd_servers.is_empty() {
             return None;
@@ -198,7 +206,7 @@ async fn join_cluster(url: &str, token: &str, machine: &Machine, files: &Files) 
         tokio::time::sleep(RETRY * 2).await;
     };
     for (name, text) in &answer.tls {
-        let secret = name.ends_with(".key");
+        let secret = !name.ends_with(".crt") && !name.ends_with(".pub");
         pki::write(&files.tls().join(name), text, if secret { 0o600 } else { 0o644 })?;
     }
     let store = match (answer.etcd, answer.external) {
@@ -327,7 +335,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let timing = args.timing.resolve(state.cluster.timing)?;
     // Leaders end first, then the API, then etcd.
     let (leading, stop, last) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
-    let certificates = ServerCertificates::make(&files, &machine, &state.cluster, &args.tls_san)?;
+    let certificates = ServerCertificates::make(&files, &machine, &state.cluster, &args.tls_san, args.url())?;
     let mut node_parts = Vec::new();
     let clustered = state.store != StoreKind::Embedded;
     if clustered {
@@ -364,7 +372,9 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         }
     };
     let _ = this.set(Arc::downgrade(&server));
-    write_kubeconfig(&args, &certificates.authority)?;
+    // What changed while this server was away counts before the first request.
+    certificates.catch_up(&server)?;
+    certificates.write_kubeconfig()?;
     let serving = tokio::spawn(serve::serve(server.clone(), listener, certificates.tls()?, stop.clone()));
     tracing::info!(%address, "the API is served");
     if !clustered {
@@ -440,25 +450,26 @@ fn server_config(
     this: &Arc<OnceLock<Weak<Server>>>,
 ) -> anyhow::Result<Config> {
     let cluster = &state.cluster;
-    let (ca, server) = (certificates.authority.pem.clone(), this.clone());
+    let (now, server) = (certificates.clone(), this.clone());
     let joining = Joining {
         files: files.clone(),
         cluster: cluster.clone(),
-        ca: Arc::new(move || ca.clone()),
+        authorities: Arc::new(move || now.authorities()),
         servers: Arc::new(move || {
             server.get().and_then(Weak::upgrade).map(|server| server.servers()).unwrap_or_default()
         }),
         store: state.store.clone(),
         members: opened.members.clone(),
     };
+    let kubelet_client = certificates.kubelet_client();
     Ok(Config {
         service_cidr: cluster.service_cidr,
         node_ports: cluster.node_ports.0..=cluster.node_ports.1,
         advertise: (machine.ip, args.port),
         service_account_key: pki::service_account_key(&files.tls())?,
         issuer: format!("https://kubernetes.default.svc.{}", cluster.domain),
-        ca_pem: certificates.authority.pem.clone(),
-        kubelet_client: (certificates.kubelet_client.certificate.clone(), certificates.kubelet_client.key.clone()),
+        ca_pem: certificates.authorities().bundle(),
+        kubelet_client: (kubelet_client.certificate, kubelet_client.key),
         version: VERSION.to_owned(),
         name: machine.name.clone(),
         presence: presence::Times { renew: timing.server_renew, expiry: timing.server_expiry },
@@ -512,7 +523,7 @@ fn leaders(
         let config = seawall_controllers::Config {
             cluster_cidr: state.cluster.cluster_cidr,
             service_cidr: Some(state.cluster.service_cidr),
-            ..certificates.controllers()?
+            ..certificates.controllers()
         };
         let election =
             Election { lease: "kube-controller-manager".into(), identity: identity.clone(), timing: *timing };
@@ -560,14 +571,7 @@ async fn clustered_node(
     port: u16,
     stop: &CancellationToken,
 ) -> anyhow::Result<Vec<JoinHandle<()>>> {
-    let user = format!("system:node:{}", machine.name);
-    let pair = certificates.authority.client(&user, NODES)?;
-    let credentials = Credentials {
-        ca_pem: certificates.authority.pem.clone(),
-        certificate: Some((pair.certificate, pair.key)),
-        token: None,
-    };
-    let client = tls::connect(node::balancer_address(machine), &Tls::new(&credentials)?);
+    let client = tls::connect(node::balancer_address(machine), &certificates.node_client());
     let mut initial: Vec<SocketAddr> = vec![SocketAddr::new(machine.ip, port)];
     if let StoreKind::Stacked(local) = &state.store {
         // Where members of etcd are, servers are.
@@ -581,7 +585,7 @@ async fn clustered_node(
             initial,
             local: Some(SocketAddr::new(machine.ip, port)),
             file: files.balancer_list(),
-            ca_pem: certificates.authority.pem.clone(),
+            ca_pem: certificates.bundle(),
             probe_interval: timing.probe_interval,
             probe_timeout: timing.probe_timeout,
             ..balancer::Config::default()
@@ -593,18 +597,6 @@ async fn clustered_node(
     }
     parts.extend(node::components(machine, &state.cluster, &client, &certificates.node_identity(), stop));
     Ok(parts)
-}
-
-fn write_kubeconfig(args: &Args, authority: &Authority) -> anyhow::Result<()> {
-    let admin = authority.client("kubernetes-admin", MASTERS)?;
-    let host = match args.bind_address {
-        ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    let url = format!("https://{}", SocketAddr::new(host, args.port));
-    let text = kubeconfig::text(&[("seawall".to_owned(), url)], &authority.pem, &admin.certificate, &admin.key)?;
-    pki::write(&kubeconfig::path(&args.machine.data_dir), &text, 0o600)?;
-    Ok(())
 }
 
 /// Forgets old history now and then: every five minutes, all that is older than five minutes.
