@@ -22,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 /// The header that carries a leader's term; the server's `TERM_HEADER`.
 const TERM_HEADER: HeaderName = HeaderName::from_static("seawall-term");
+/// How long a Lease lasts, in milliseconds; the field of the API has whole seconds.
+const DURATION: &str = "seawall.dev/lease-duration";
 /// Where the Leases of components are, as upstream's.
 const NAMESPACE: &str = "kube-system";
 /// How long a deposed leader's work has to end by itself before it is aborted. Its writes are refused all the same.
@@ -179,17 +181,17 @@ impl LeaseOf {
                 Err(error) if code(&error) == Some(404) => Ok(Event::Read(None)),
                 Err(error) => Err(error),
             },
-            Effect::Create { transitions } => {
-                let lease = self.lease(&self.election.identity, None, transitions);
+            Effect::Create { transitions, duration } => {
+                let lease = self.lease(&self.election.identity, None, transitions, duration);
                 let created = self.api.create(&PostParams::default(), &lease).await?;
                 Ok(record(&created).map_or(Event::Failed, |r| Event::Created { version: r.version }))
             }
-            Effect::Renew { version } => {
-                let written = self.write(version, &self.election.identity).await?;
+            Effect::Renew { version, duration } => {
+                let written = self.write(version, &self.election.identity, duration).await?;
                 Ok(written.map_or(Event::Failed, |version| Event::Renewed { version }))
             }
             Effect::Release { version } => {
-                self.write(version, "").await?;
+                self.write(version, "", Duration::ZERO).await?;
                 Ok(Event::Tick)
             }
             Effect::Delete { version } => {
@@ -203,11 +205,12 @@ impl LeaseOf {
     }
 
     /// Writes the Lease anew with its other fields as they are.
-    async fn write(&self, version: u64, holder: &str) -> kube::Result<Option<u64>> {
+    async fn write(&self, version: u64, holder: &str, duration: Duration) -> kube::Result<Option<u64>> {
         let name = &self.election.lease;
         // From the cache at hand: only what does not change while we lead is taken from it.
         let old = self.api.get_with(name, &GetParams::any()).await?.spec.unwrap_or_default();
-        let mut lease = self.lease(holder, Some(version), old.lease_transitions.unwrap_or(0).cast_unsigned());
+        let transitions = old.lease_transitions.unwrap_or(0).cast_unsigned();
+        let mut lease = self.lease(holder, Some(version), transitions, duration);
         if let Some(spec) = &mut lease.spec {
             spec.acquire_time = old.acquire_time;
         }
@@ -215,15 +218,17 @@ impl LeaseOf {
         Ok(record(&written).map(|r| r.version))
     }
 
-    fn lease(&self, holder: &str, version: Option<u64>, transitions: u32) -> Lease {
+    fn lease(&self, holder: &str, version: Option<u64>, transitions: u32, duration: Duration) -> Lease {
         let now = MicroTime(Timestamp::now());
+        let exactly = [(DURATION.to_owned(), duration.as_millis().to_string())].into();
         // Whole seconds, at least one: what others than us believe.
-        let duration = self.election.timing.lease_duration.as_secs_f64().ceil().max(1.0);
+        let duration = duration.as_secs_f64().ceil().max(1.0);
         Lease {
             metadata: ObjectMeta {
                 name: Some(self.election.lease.clone()),
                 namespace: Some(NAMESPACE.into()),
                 resource_version: version.map(|v| v.to_string()),
+                annotations: Some(exactly),
                 ..ObjectMeta::default()
             },
             spec: Some(LeaseSpec {
@@ -244,6 +249,13 @@ fn record(lease: &Lease) -> Option<Record> {
         holder: spec.and_then(|s| s.holder_identity.clone()).unwrap_or_default(),
         version: lease.metadata.resource_version.as_ref()?.parse().ok()?,
         transitions: spec.and_then(|s| s.lease_transitions).unwrap_or(0).max(0).cast_unsigned(),
+        duration: lease
+            .metadata
+            .annotations
+            .as_ref()
+            .and_then(|a| a.get(DURATION)?.parse().ok().map(Duration::from_millis))
+            .or_else(|| spec.and_then(|s| s.lease_duration_seconds?.try_into().ok().map(Duration::from_secs)))
+            .unwrap_or_default(),
     })
 }
 

@@ -10,9 +10,12 @@
 //! for its whole duration, *and* the store has answered for the last part of it (the grace): when nobody could write,
 //! silence proves nothing.
 //!
+//! The Lease says itself how long it lasts, and a leader to whom the store is slow makes it last longer: where machines
+//! are starved, nobody is deposed for being as slow as everyone else.
+//!
 //! [`Elector`] decides and knows neither clock nor network: it is told the time and what happened, and says what to do.
 
-use std::{fmt, time::Duration};
+use std::{collections::VecDeque, fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +43,8 @@ pub struct Record {
     pub version: u64,
     /// How often the holder has changed.
     pub transitions: u32,
+    /// How long it lasts, by its holder's word.
+    pub duration: Duration,
 }
 
 /// What happened.
@@ -80,11 +85,15 @@ pub enum Effect {
     Create {
         /// The number of transitions to write.
         transitions: u32,
+        /// How long it is to last.
+        duration: Duration,
     },
     /// Write the Lease's time anew, if it is still at this version.
     Renew {
         /// The version expected.
         version: u64,
+        /// How long it is to last from then on.
+        duration: Duration,
     },
     /// Delete the Lease, if it is still at this version.
     Delete {
@@ -108,8 +117,8 @@ enum State {
     Following(Following),
     /// The Lease of a leader that is gone is being deleted.
     Deposing,
-    /// Our Lease is being created.
-    Creating,
+    /// Our Lease is being created, to last this long.
+    Creating(Duration),
     /// We lead.
     Leading(Leading),
     /// We have let go.
@@ -128,6 +137,10 @@ struct Leading {
     next: Instant,
     /// What became of a renewal is not known: the Lease may be at a later version than ours.
     unsure: bool,
+    /// How long the Lease lasts, as the last renewal that succeeded said.
+    told: Duration,
+    /// As the one that is under way says.
+    telling: Duration,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -150,12 +163,84 @@ pub struct Elector {
     state: State,
     /// The transitions that the next Lease of ours will count.
     transitions: u32,
+    pace: Pace,
+}
+
+/// How fast the store answers us.
+#[derive(Clone, Debug, Default)]
+struct Pace {
+    /// When the request that is under way was made.
+    asked: Option<Instant>,
+    /// How long the last ones took.
+    last: VecDeque<Duration>,
+}
+
+/// How many answers the pace is judged by.
+const SAMPLES: usize = 8;
+/// With fewer it is not.
+const FEWEST: usize = 4;
+/// A Lease lasts at least so many times as long as an answer of the store takes.
+const ANSWERS: u32 = 5;
+/// It lasts at most so many times as long as configured.
+const LONGEST: u32 = 15;
+
+impl Pace {
+    fn asks(&mut self, now: Instant) {
+        self.asked = Some(now);
+    }
+
+    /// There was an answer, or none in time: that a store is gone does not make it slow.
+    fn answered(&mut self, now: Instant, failed: bool) {
+        if let Some(asked) = self.asked.take()
+            && !failed
+        {
+            self.last.push_back(now.saturating_sub(asked));
+            if self.last.len() > SAMPLES {
+                self.last.pop_front();
+            }
+        }
+    }
+
+    /// How long an answer takes on a bad day. The slowest one is left out: etcd may have elected a leader just then.
+    fn slow(&self) -> Duration {
+        let mut sorted: Vec<Duration> = self.last.iter().copied().collect();
+        sorted.sort();
+        match sorted.len() {
+            // Too few to know.
+            0..FEWEST => Duration::ZERO,
+            n => sorted[n - 2],
+        }
+    }
+
+    /// The times for this pace: longer, in the proportions that were configured.
+    fn stretch(&self, timing: &Timing) -> Timing {
+        let wanted = (self.slow() * ANSWERS).clamp(timing.lease_duration, timing.lease_duration * LONGEST);
+        scaled(timing, wanted)
+    }
+}
+
+/// The times of a Lease that lasts this long.
+fn scaled(timing: &Timing, duration: Duration) -> Timing {
+    let factor =
+        (duration.as_secs_f64() / timing.lease_duration.as_secs_f64().max(0.001)).clamp(1.0, f64::from(LONGEST));
+    Timing {
+        lease_duration: timing.lease_duration.mul_f64(factor),
+        renew_deadline: timing.renew_deadline.mul_f64(factor),
+        grace: timing.grace.mul_f64(factor),
+        ..*timing
+    }
 }
 
 impl Elector {
     /// A candidate. The identity must be of this process alone, e.g. the machine's name and a random part.
     pub fn new(identity: impl Into<String>, timing: Timing) -> Elector {
-        Elector { identity: identity.into(), timing, state: State::Following(Following::default()), transitions: 0 }
+        Elector {
+            identity: identity.into(),
+            timing,
+            state: State::Following(Following::default()),
+            transitions: 0,
+            pace: Pace::default(),
+        }
     }
 
     /// The term in which this candidate leads.
@@ -174,10 +259,17 @@ impl Elector {
     /// How long an effect that talks to the store may take before it counts as [`Event::Failed`]. A renewal whose answer
     /// is lost has to leave time for another one.
     pub fn patience(&self, effect: &Effect) -> Duration {
+        let deadline = self.timing.renew_deadline;
         match effect {
-            Effect::Renew { .. } | Effect::Read => self.timing.renew_deadline / 3,
-            _ => self.timing.renew_deadline,
+            Effect::Renew { .. } => (self.pace.slow() * 3).clamp(deadline / 3, deadline),
+            // Nothing is lost while these are waited for, and how long they take is learned from them.
+            _ => deadline.max(self.pace.slow() * 3),
         }
+    }
+
+    /// How long a Lease of ours lasts at present.
+    pub fn duration(&self) -> Duration {
+        self.pace.stretch(&self.timing).lease_duration
     }
 
     /// Takes a step.
@@ -185,6 +277,18 @@ impl Elector {
         if event == Event::Resign {
             return self.resign();
         }
+        if !matches!(event, Event::Tick | Event::Seen(_)) {
+            self.pace.answered(now, event == Event::Failed);
+        }
+        let effects = self.decide(now, event);
+        if effects.iter().any(|e| !matches!(e, Effect::Lead(_) | Effect::Follow)) {
+            self.pace.asks(now);
+        }
+        effects
+    }
+
+    fn decide(&mut self, now: Instant, event: Event) -> Vec<Effect> {
+        let duration = self.duration();
         if let Event::Seen(Some(record)) | Event::Read(Some(record)) = &event {
             self.transitions = self.transitions.max(record.transitions + 1);
         }
@@ -203,19 +307,21 @@ impl Elector {
                 Event::Refused | Event::Failed => self.rest(now),
                 _ => Vec::new(),
             },
-            State::Creating => match event {
+            State::Creating(told) => match event {
                 Event::Created { version } => {
                     let term = Term(version);
                     let next = now + self.timing.retry_period;
-                    self.state =
-                        State::Leading(Leading { term, version, renewed: now, sent: None, next, unsure: false });
+                    let told = *told;
+                    let leading =
+                        Leading { term, version, renewed: now, sent: None, next, unsure: false, told, telling: told };
+                    self.state = State::Leading(leading);
                     vec![Effect::Lead(term)]
                 }
                 // If the creation did succeed we shall find a Lease of our own, and depose ourselves.
                 Event::Refused | Event::Failed => self.rest(now),
                 _ => Vec::new(),
             },
-            State::Leading(leading) => match lead(leading, &self.identity, &self.timing, now, event) {
+            State::Leading(leading) => match lead(leading, &self.identity, &self.timing, duration, now, event) {
                 Ok(effect) => effect.into_iter().collect(),
                 Err(Deposed) => {
                     let _ = self.rest(now);
@@ -227,8 +333,9 @@ impl Elector {
     }
 
     fn create(&mut self) -> Vec<Effect> {
-        self.state = State::Creating;
-        vec![Effect::Create { transitions: self.transitions }]
+        let duration = self.duration();
+        self.state = State::Creating(duration);
+        vec![Effect::Create { transitions: self.transitions, duration }]
     }
 
     fn rest(&mut self, now: Instant) -> Vec<Effect> {
@@ -253,6 +360,7 @@ fn lead(
     leading: &mut Leading,
     identity: &str,
     timing: &Timing,
+    duration: Duration,
     now: Instant,
     event: Event,
 ) -> Result<Option<Effect>, Deposed> {
@@ -262,6 +370,7 @@ fn lead(
             leading.unsure = false;
             // It counts from when it was asked for: others may have seen it then.
             leading.renewed = leading.sent.take().unwrap_or(now);
+            leading.told = leading.telling;
             leading.next = leading.renewed + timing.retry_period;
         }
         Event::Refused if leading.unsure => return Ok(Some(Effect::Read)),
@@ -280,12 +389,14 @@ fn lead(
         }
         _ => {}
     }
-    if now >= leading.renewed + timing.renew_deadline {
+    // What others were told when it was last renewed is what they wait for.
+    let told = scaled(timing, leading.told);
+    if now >= leading.renewed + told.renew_deadline {
         return Err(Deposed);
     }
     if leading.sent.is_none() && now >= leading.next {
-        leading.sent = Some(now);
-        return Ok(Some(Effect::Renew { version: leading.version }));
+        (leading.sent, leading.telling) = (Some(now), duration);
+        return Ok(Some(Effect::Renew { version: leading.version, duration }));
     }
     Ok(None)
 }
@@ -312,8 +423,9 @@ fn follow(following: &mut Following, identity: &str, timing: &Timing, now: Insta
             following.notice(record, now);
             let confirmed = *following.confirmed.get_or_insert(now);
             let since = following.seen.as_ref().map_or(now, |(_, since)| *since);
+            let times = following.times(timing);
             // Not before this can the silence count.
-            let over = (since + timing.lease_duration).max(confirmed + timing.grace);
+            let over = (since + times.lease_duration).max(confirmed + times.grace);
             if free || now >= over {
                 return Some(Next::Depose(version));
             }
@@ -335,13 +447,21 @@ fn follow(following: &mut Following, identity: &str, timing: &Timing, now: Insta
         None => true,
         Some((record, _)) if record.holder.is_empty() || record.holder == identity => true,
         // The first read starts the grace, so that it ends together with the duration.
-        Some((_, since)) => now + timing.grace >= *since + timing.lease_duration,
+        Some((_, since)) => {
+            let times = following.times(timing);
+            now + times.grace >= *since + times.lease_duration
+        }
     };
     following.reading = ask;
     ask.then_some(Next::Read)
 }
 
 impl Following {
+    /// The times that the holder of the Lease goes by.
+    fn times(&self, timing: &Timing) -> Timing {
+        self.seen.as_ref().map_or(*timing, |(record, _)| scaled(timing, record.duration))
+    }
+
     fn notice(&mut self, record: Record, now: Instant) {
         // A cache may be behind what was read from the store.
         let news = self.seen.as_ref().is_none_or(|(seen, _)| record.version > seen.version);

@@ -8,7 +8,7 @@ fn ms(n: u64) -> Instant {
 }
 
 fn record(holder: &str, version: u64) -> Option<Record> {
-    Some(Record { holder: holder.into(), version, transitions: 3 })
+    Some(Record { holder: holder.into(), version, transitions: 3, duration: FAST.lease_duration })
 }
 
 /// Steps a candidate called `me` through a transcript.
@@ -25,7 +25,7 @@ fn leader() -> Elector {
         &mut elector,
         &[
             (0, Event::Tick, &[Effect::Read]),
-            (5, Event::Read(None), &[Effect::Create { transitions: 0 }]),
+            (5, Event::Read(None), &[Effect::Create { transitions: 0, duration: FAST.lease_duration }]),
             (10, Event::Created { version: 7 }, &[Effect::Lead(Term(7))]),
         ],
     );
@@ -40,11 +40,11 @@ fn the_first_candidate_leads_at_once_and_renews() {
         &mut elector,
         &[
             (200, Event::Tick, &[]),
-            (260, Event::Tick, &[Effect::Renew { version: 7 }]),
+            (260, Event::Tick, &[Effect::Renew { version: 7, duration: FAST.lease_duration }]),
             (270, Event::Tick, &[]),
             (280, Event::Renewed { version: 9 }, &[]),
             (500, Event::Tick, &[]),
-            (510, Event::Tick, &[Effect::Renew { version: 9 }]),
+            (510, Event::Tick, &[Effect::Renew { version: 9, duration: FAST.lease_duration }]),
         ],
     );
 }
@@ -62,7 +62,7 @@ fn a_silent_leader_is_deposed_after_its_duration_and_two_reads() {
             (1000, Event::Tick, &[]),
             (1010, Event::Tick, &[Effect::Read]),
             (1020, Event::Read(record("other", 5)), &[Effect::Delete { version: 5 }]),
-            (1030, Event::Deleted, &[Effect::Create { transitions: 4 }]),
+            (1030, Event::Deleted, &[Effect::Create { transitions: 4, duration: FAST.lease_duration }]),
             (1040, Event::Created { version: 12 }, &[Effect::Lead(Term(12))]),
         ],
     );
@@ -114,7 +114,7 @@ fn a_released_lease_is_taken_at_once() {
             (0, Event::Seen(record("other", 5)), &[]),
             (50, Event::Seen(record("", 6)), &[Effect::Read]),
             (60, Event::Read(record("", 6)), &[Effect::Delete { version: 6 }]),
-            (70, Event::Deleted, &[Effect::Create { transitions: 4 }]),
+            (70, Event::Deleted, &[Effect::Create { transitions: 4, duration: FAST.lease_duration }]),
         ],
     );
 }
@@ -126,7 +126,7 @@ fn who_comes_second_follows() {
         &mut elector,
         &[
             (0, Event::Tick, &[Effect::Read]),
-            (5, Event::Read(None), &[Effect::Create { transitions: 0 }]),
+            (5, Event::Read(None), &[Effect::Create { transitions: 0, duration: FAST.lease_duration }]),
             (10, Event::Refused, &[]),
             (20, Event::Tick, &[]),
             (70, Event::Seen(record("other", 5)), &[]),
@@ -141,9 +141,9 @@ fn a_leader_that_cannot_renew_stops_before_another_may_start() {
     check(
         &mut elector,
         &[
-            (260, Event::Tick, &[Effect::Renew { version: 7 }]),
+            (260, Event::Tick, &[Effect::Renew { version: 7, duration: FAST.lease_duration }]),
             (400, Event::Failed, &[]),
-            (450, Event::Tick, &[Effect::Renew { version: 7 }]),
+            (450, Event::Tick, &[Effect::Renew { version: 7, duration: FAST.lease_duration }]),
             (759, Event::Tick, &[]),
             (760, Event::Tick, &[Effect::Follow]),
         ],
@@ -163,12 +163,12 @@ fn a_renewal_whose_answer_was_lost_does_not_end_the_term() {
     check(
         &mut elector,
         &[
-            (260, Event::Tick, &[Effect::Renew { version: 7 }]),
+            (260, Event::Tick, &[Effect::Renew { version: 7, duration: FAST.lease_duration }]),
             (400, Event::Failed, &[]),
-            (450, Event::Tick, &[Effect::Renew { version: 7 }]),
+            (450, Event::Tick, &[Effect::Renew { version: 7, duration: FAST.lease_duration }]),
             // It had succeeded.
             (460, Event::Refused, &[Effect::Read]),
-            (470, Event::Read(record("me", 9)), &[Effect::Renew { version: 9 }]),
+            (470, Event::Read(record("me", 9)), &[Effect::Renew { version: 9, duration: FAST.lease_duration }]),
             (480, Event::Renewed { version: 10 }, &[]),
         ],
     );
@@ -181,7 +181,7 @@ fn a_deposed_leader_follows() {
     check(
         &mut elector,
         &[
-            (260, Event::Tick, &[Effect::Renew { version: 7 }]),
+            (260, Event::Tick, &[Effect::Renew { version: 7, duration: FAST.lease_duration }]),
             (270, Event::Refused, &[Effect::Follow]),
             (330, Event::Tick, &[Effect::Read]),
             (340, Event::Read(record("other", 20)), &[]),
@@ -196,7 +196,7 @@ fn a_lease_of_our_own_that_we_do_not_know_of_is_made_anew() {
         &mut elector,
         &[
             (0, Event::Tick, &[Effect::Read]),
-            (5, Event::Read(None), &[Effect::Create { transitions: 0 }]),
+            (5, Event::Read(None), &[Effect::Create { transitions: 0, duration: FAST.lease_duration }]),
             (700, Event::Failed, &[]),
             (800, Event::Tick, &[Effect::Read]),
             (810, Event::Read(record("me", 8)), &[Effect::Delete { version: 8 }]),
@@ -213,6 +213,62 @@ fn resigning_lets_go_of_the_lease_and_is_final() {
             (100, Event::Resign, &[Effect::Follow, Effect::Release { version: 7 }]),
             (150, Event::Seen(record("", 8)), &[]),
             (5000, Event::Tick, &[]),
+        ],
+    );
+}
+
+#[test]
+fn where_the_store_is_slow_leases_last_longer() {
+    let mut elector = leader();
+    let mut now = 260;
+    elector.step(ms(now), Event::Tick);
+    for version in 10..20 {
+        now += 400;
+        let effects = elector.step(ms(now), Event::Renewed { version });
+        assert!(matches!(effects[..], [Effect::Renew { .. }]), "at {now} ms: {effects:?}");
+    }
+    assert_eq!(elector.duration(), ms(2000));
+    // Nothing is lost yet after the time that would have been too long at first.
+    assert_eq!(elector.term(), Some(Term(7)));
+    assert_eq!(elector.step(ms(now + 900), Event::Tick), []);
+    // It is faster again: after a while so are the Leases.
+    elector.step(ms(now + 901), Event::Renewed { version: 20 });
+    now += 901;
+    for version in 21..40 {
+        elector.step(ms(now + 5), Event::Renewed { version });
+        now += 260;
+        elector.step(ms(now), Event::Tick);
+    }
+    assert_eq!(elector.duration(), FAST.lease_duration);
+}
+
+#[test]
+fn one_slow_answer_changes_nothing() {
+    let mut elector = leader();
+    for (i, took) in [5, 5, 5, 5, 700, 5].into_iter().enumerate() {
+        let now = 300 + i as u64 * 1000;
+        elector.step(ms(now), Event::Tick);
+        elector.step(ms(now + took), Event::Renewed { version: 10 + i as u64 });
+        if elector.term().is_none() {
+            break;
+        }
+    }
+    assert_eq!(elector.duration(), FAST.lease_duration);
+}
+
+#[test]
+fn a_leader_that_asks_for_more_time_gets_it() {
+    let mut elector = Elector::new("me", FAST);
+    let slow = Some(Record { holder: "other".into(), version: 5, transitions: 3, duration: ms(4000) });
+    check(
+        &mut elector,
+        &[
+            (0, Event::Seen(slow.clone()), &[]),
+            (2900, Event::Tick, &[]),
+            (3000, Event::Tick, &[Effect::Read]),
+            (3010, Event::Read(slow.clone()), &[]),
+            (4010, Event::Tick, &[Effect::Read]),
+            (4020, Event::Read(slow), &[Effect::Delete { version: 5 }]),
         ],
     );
 }

@@ -29,6 +29,8 @@ pub struct Setting {
     pub length: Duration,
     /// Whether the store compares terms. Without, the run has to fail: that is what the fence is for.
     pub fenced: bool,
+    /// How long the store takes for an answer at most, in milliseconds.
+    pub slow: u64,
     /// Whether anything goes wrong.
     pub faults: bool,
     /// Whether what happens is written down in words.
@@ -42,6 +44,7 @@ impl Default for Setting {
             candidates: 3,
             length: Duration::from_secs(60),
             fenced: true,
+            slow: 20,
             faults: true,
             trace: false,
         }
@@ -344,22 +347,23 @@ impl World {
         let name = format!("c{index}-{life}");
         let event = match effect {
             Effect::Read => Event::Read(self.lease.as_ref().map(|l| l.record.clone())),
-            Effect::Create { transitions } => match self.lease {
+            Effect::Create { transitions, duration } => match self.lease {
                 Some(_) => Event::Refused,
                 None => {
                     self.revision += 1;
                     let version = self.revision;
-                    let record = Record { holder: name, version, transitions };
+                    let record = Record { holder: name, version, transitions, duration };
                     self.lease = Some(Lease { record, created: version });
                     Event::Created { version }
                 }
             },
-            Effect::Renew { version } | Effect::Release { version } => match &mut self.lease {
+            Effect::Renew { version, .. } | Effect::Release { version } => match &mut self.lease {
                 Some(lease) if lease.record.version == version => {
                     self.revision += 1;
                     lease.record.version = self.revision;
-                    if matches!(effect, Effect::Release { .. }) {
-                        lease.record.holder.clear();
+                    match effect {
+                        Effect::Renew { duration, .. } => lease.record.duration = duration,
+                        _ => lease.record.holder.clear(),
                     }
                     Event::Renewed { version: self.revision }
                 }
@@ -381,7 +385,8 @@ impl World {
         if lost {
             return;
         }
-        let way = if late { self.clock.between(100, 600) } else { self.clock.between(0, 20) };
+        let slow = self.setting.slow;
+        let way = if late { self.clock.between(100, 600) } else { self.clock.between(slow / 2, slow) };
         self.clock.after(way, Happening::Answer(index, life, request, event));
     }
 

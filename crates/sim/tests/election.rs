@@ -54,3 +54,15 @@ fn without_the_fence_a_deposed_leader_gets_through() {
     let broken = broken.expect("some seed shows what the fence is for");
     assert!(broken.what.contains("was accepted after one of term"), "{}", broken.what);
 }
+
+#[test]
+fn where_everything_is_slow_leaders_stay() {
+    for slow in [200, 300, 400] {
+        for_seeds(100, |seed| {
+            let outcome = run(seed, Setting { slow, faults: false, ..Setting::default() })?;
+            // The first ones may go before they know how slow it is.
+            assert!(outcome.terms <= 6, "seed {seed}, {slow} ms: {} terms in a minute", outcome.terms);
+            Ok(())
+        });
+    }
+}

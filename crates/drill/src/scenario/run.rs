@@ -238,8 +238,9 @@ fn recovered(history: &History, from: Duration) -> Verdict {
 
 /// While there is no quorum: what needs none is answered, and what needs one is refused in words, not by silence.
 fn without_quorum(history: &History, from: Duration, to: Duration) -> [Verdict; 2] {
+    // By when they ended: one that takes as long as the servers try is still under way at every other time.
     let within =
-        |class: Class| history.requests.iter().filter(move |r| r.class == class && r.start >= from && r.end <= to);
+        |class: Class| history.requests.iter().filter(move |r| r.class == class && r.end >= from && r.end <= to);
     let by_balancer = |client: &str| client.contains("balancer");
     let failed = within(Class::Cached)
         .filter(|r| by_balancer(&r.client))
