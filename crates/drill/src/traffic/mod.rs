@@ -101,6 +101,9 @@ pub struct Traffic {
     leaders: Vec<leader::Candidate>,
 }
 
+/// Places to ask from, by name.
+pub type Sites = Vec<(Arc<str>, Arc<Site>)>;
+
 /// What [`Traffic::start`] needs.
 pub struct Plan {
     /// The ways by which the API is asked; each gets a writer, readers and a watcher.
@@ -108,7 +111,7 @@ pub struct Plan {
     /// Each server alone: candidates of an election are there.
     pub servers: Vec<(String, Target)>,
     /// Where the workload is asked from, and at which address it serves.
-    pub workload: (Vec<(Arc<str>, Arc<Site>)>, std::net::SocketAddr),
+    pub workload: (Sites, std::net::SocketAddr),
 }
 
 impl Traffic {
