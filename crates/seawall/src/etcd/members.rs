@@ -1,6 +1,6 @@
 //! The members of etcd: who joins, who leaves, and what one of them has to do for all.
 
-use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{net::IpAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
@@ -357,7 +357,7 @@ async fn remove(members: &Members, name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn open(data_dir: &PathBuf) -> anyhow::Result<Members> {
+async fn open(data_dir: &Path) -> anyhow::Result<Members> {
     let files = Files::new(data_dir);
     let state = files.read_server()?;
     let Some(ServerState { store: StoreKind::Stacked(local), .. }) = state else {
