@@ -224,14 +224,6 @@ pub fn short_hashes(bundle: &str) -> anyhow::Result<BTreeSet<String>> {
     split_bundle(bundle)?.iter().map(|pem| Ok(hash(pem)?[..16].to_owned())).collect()
 }
 
-/// The first certificate of a bundle: of those who are trusted, the one that signs.
-///
-/// # Errors
-/// If there is none.
-pub fn signer_of(bundle: &str) -> anyhow::Result<String> {
-    split_bundle(bundle)?.into_iter().next().context("there is no certificate authority")
-}
-
 /// Which authority of a bundle issued a certificate; none if none of them did.
 ///
 /// # Errors
@@ -292,7 +284,7 @@ mod tests {
             assert_eq!(report.to_string().parse::<Report>().unwrap(), report);
             // The signer stands first, and what it issues can be traced to it.
             let issued = state.authority().unwrap().client("x", "").unwrap();
-            let signer = signer_of(&state.bundle()).unwrap();
+            let signer = split_bundle(&state.bundle()).unwrap().remove(0);
             assert_eq!(short_hashes(&signer).unwrap(), *shows);
             assert_eq!(issuer_of(&issued.certificate, &state.bundle()).unwrap().unwrap(), signer);
             // It comes back from the Secret as it went in.

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use jiff::Timestamp;
 use k8s_openapi::{
     ByteString,
     api::{
@@ -31,8 +32,12 @@ use crate::{files::Files, kubeconfig, token::Place};
 const LOOK: Duration = Duration::from_millis(500);
 /// How long one look may take.
 const ONE: Duration = Duration::from_secs(10);
-/// A machine that went away while it was waited for may come back in this time, and so may the API.
+/// How long the API may be away.
 const GRACE: Duration = Duration::from_secs(15);
+/// A node renews its Lease every ten seconds. One that has not for so long, by a clock that need not be ours, is watched.
+const STALE: Duration = Duration::from_secs(25);
+/// A machine whose Lease does not move for so long, while it is watched, is away.
+const SILENT: Duration = Duration::from_secs(15);
 
 /// What the command's help says.
 pub const HELP: &str = "Replace the cluster's certificate authority while everything runs.
@@ -69,9 +74,43 @@ pub struct Args {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Machine {
     name: String,
-    /// Why it is believed to be away.
+    /// Why it may be away.
+    doubt: Option<&'static str>,
+    /// The version of its Lease.
+    beat: String,
+    /// Why it is away.
     away: Option<&'static str>,
     report: Report,
+}
+
+/// Finds out who is away without trusting anybody's clock.
+#[derive(Default)]
+struct Watch(BTreeMap<String, Seen>);
+
+struct Seen {
+    beat: String,
+    since: Instant,
+    /// It has moved while it was watched.
+    moved: bool,
+}
+
+impl Watch {
+    /// Says of the machines that are in doubt which are away; whether all of them are decided.
+    fn judge(&mut self, now: Instant, machines: &mut [Machine]) -> bool {
+        let mut decided = true;
+        for machine in machines {
+            let first = || Seen { beat: machine.beat.clone(), since: now, moved: false };
+            let seen = self.0.entry(machine.name.clone()).or_insert_with(first);
+            if seen.beat != machine.beat || machine.doubt.is_none() {
+                *seen = Seen { beat: machine.beat.clone(), since: now, moved: machine.doubt.is_some() };
+            }
+            let silent = now.saturating_duration_since(seen.since) >= SILENT;
+            machine.away = machine.doubt.filter(|_| silent);
+            // If it moves, the doubt was one of clocks.
+            decided &= silent || seen.moved || machine.doubt.is_none();
+        }
+        decided
+    }
 }
 
 /// Who keeps a phase from being complete.
@@ -128,8 +167,10 @@ async fn look(client: &Client) -> anyhow::Result<Look> {
     let slices_api = Api::<EndpointSlice>::namespaced(client.clone(), "default");
     let (nodes_api, namespaces_api) = (Api::<Node>::all(client.clone()), Api::<Namespace>::all(client.clone()));
     let roots_api = Api::<ConfigMap>::all(client.clone());
-    let (leases, slices, nodes, namespaces, roots) = tokio::try_join!(
+    let beats_api = Api::<Lease>::namespaced(client.clone(), "kube-node-lease");
+    let (leases, beats, slices, nodes, namespaces, roots) = tokio::try_join!(
         leases_api.list(&of_servers),
+        beats_api.list(&all),
         slices_api.list(&of_api),
         nodes_api.list(&all),
         namespaces_api.list(&all),
@@ -143,25 +184,36 @@ async fn look(client: &Client) -> anyhow::Result<Look> {
     let report = |annotations: &BTreeMap<String, String>| -> Report {
         annotations.get(REPORT).and_then(|text| text.parse().ok()).unwrap_or_default()
     };
+    let stale = |lease: &Lease| {
+        let renewed = lease.spec.as_ref().and_then(|spec| spec.renew_time.as_ref()).map(|time| time.0);
+        renewed.is_none_or(|at| Timestamp::now().duration_since(at).unsigned_abs() > STALE)
+    };
     let mut machines = BTreeMap::new();
     for node in nodes {
-        let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
-        // One that says by itself that it is not ready is there.
-        let silent = conditions.clone().any(|c| c.type_ == "Ready" && c.status == "Unknown");
+        let name = node.name_any();
+        let lease = beats.iter().find(|lease| lease.name_any() == name);
         let machine = Machine {
-            name: node.name_any(),
-            away: silent.then_some("its node is not heard of"),
+            doubt: lease.is_none_or(stale).then_some("its node does not renew its Lease"),
+            beat: lease.and_then(|lease| lease.metadata.resource_version.clone()).unwrap_or_default(),
+            away: None,
             report: report(node.annotations()),
+            name: name.clone(),
         };
-        machines.insert(machine.name.clone(), machine);
+        machines.insert(name, machine);
     }
     // A server speaks for its node, which is a part of it.
     for lease in leases {
         let name = lease.name_any().trim_start_matches("apiserver-").to_owned();
         let address = lease.annotations().get(presence::ADDRESS).cloned().unwrap_or_default();
         let ip = address.parse::<std::net::SocketAddr>().map(|a| a.ip().to_string()).unwrap_or_default();
-        let away = (!serving.contains(&ip)).then_some("its server does not renew its Lease");
-        machines.insert(name.clone(), Machine { name, away, report: report(lease.annotations()) });
+        let machine = Machine {
+            doubt: (!serving.contains(&ip)).then_some("its server does not renew its Lease"),
+            beat: lease.metadata.resource_version.clone().unwrap_or_default(),
+            away: None,
+            report: report(lease.annotations()),
+            name: name.clone(),
+        };
+        machines.insert(name, machine);
     }
     let going = |namespace: &Namespace| namespace.metadata.deletion_timestamp.is_some();
     let mut found: BTreeMap<String, Option<String>> =
@@ -189,14 +241,7 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
                 Some(state) => state,
                 None => on_disk(args)?,
             };
-            let admin = kubeconfig::admin(&args.place.data_dir).await?;
-            let look = tokio::time::timeout(ONE, look(&admin.client)).await.context("the API does not answer")??;
-            let known: Vec<&str> = look.machines.iter().map(|m| m.name.as_str()).collect();
-            if let Some(name) = args.even_without.iter().find(|name| !known.contains(&name.as_str())) {
-                bail!("--even-without {name}: there is no such server or node; there are: {}", known.join(", "));
-            }
-            // Nobody has reached it yet.
-            refuse_away(&missing(&look.machines, &Report::default(), Phase::Trust, &args.even_without).away)?;
+            check(args).await?;
             write(args, &before.begin()?).await?
         }
     };
@@ -216,6 +261,29 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refuses if a machine is away before anything has begun.
+async fn check(args: &Args) -> anyhow::Result<()> {
+    let admin = kubeconfig::admin(&args.place.data_dir).await?;
+    let (mut watch, mut said) = (Watch::default(), false);
+    loop {
+        let seen = tokio::time::timeout(ONE, look(&admin.client)).await.context("the API does not answer")?;
+        let mut machines = seen?.machines;
+        let known: Vec<&str> = machines.iter().map(|m| m.name.as_str()).collect();
+        if let Some(name) = args.even_without.iter().find(|name| !known.contains(&name.as_str())) {
+            bail!("--even-without {name}: there is no such server or node; there are: {}", known.join(", "));
+        }
+        if watch.judge(Instant::now(), &mut machines) {
+            let none = Report { trusts: ["nobody".to_owned()].into(), shows: BTreeSet::new() };
+            return refuse_away(&missing(&machines, &none, Phase::Trust, &args.even_without).away);
+        }
+        if !std::mem::replace(&mut said, true) {
+            let doubtful: Vec<&str> = machines.iter().filter(|m| m.doubt.is_some()).map(|m| m.name.as_str()).collect();
+            println!("sees whether {} is there", doubtful.join(", "));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
 fn what_happens(phase: Phase) -> &'static str {
     match phase {
         Phase::Trust => "everybody learns to trust the new authority beside the old one",
@@ -227,13 +295,14 @@ fn what_happens(phase: Phase) -> &'static str {
 /// Waits until everybody has reached the phase.
 async fn wait(args: &Args, state: &Authorities, phase: Phase) -> anyhow::Result<()> {
     let (goal, bundle) = (state.report()?, state.bundle());
-    let (mut said, mut away_since, mut failing_since) = (String::new(), None, None);
+    let (mut said, mut watch, mut failing_since) = (String::new(), Watch::default(), None);
     loop {
         // The kubeconfig is another one after the second phase.
         let looked = async { look(&kubeconfig::admin(&args.place.data_dir).await?.client).await };
         match tokio::time::timeout(ONE, looked).await.context("the API does not answer").flatten() {
-            Ok(seen) => {
+            Ok(mut seen) => {
                 failing_since = None;
+                watch.judge(Instant::now(), &mut seen.machines);
                 let missing = missing(&seen.machines, &goal, phase, &args.even_without);
                 let mut late: Vec<String> = missing.late.iter().chain(missing.away.keys()).cloned().collect();
                 let behind = seen.namespaces.iter().filter(|(_, found)| found.as_ref() != Some(&bundle));
@@ -253,12 +322,7 @@ async fn wait(args: &Args, state: &Authorities, phase: Phase) -> anyhow::Result<
                     said = late.join(", ");
                     println!("  waits for {said}");
                 }
-                match (missing.away.is_empty(), away_since) {
-                    (true, _) => away_since = None,
-                    (false, None) => away_since = Some(Instant::now()),
-                    (false, Some(since)) if since.elapsed() > GRACE => refuse_away(&missing.away)?,
-                    (false, Some(_)) => {}
-                }
+                refuse_away(&missing.away)?;
             }
             Err(error) => {
                 let since = *failing_since.get_or_insert_with(Instant::now);
@@ -321,7 +385,28 @@ mod tests {
     use super::*;
 
     fn machine(name: &str, away: bool, report: &str) -> Machine {
-        Machine { name: name.into(), away: away.then_some("gone"), report: report.parse().unwrap() }
+        let why = away.then_some("gone");
+        Machine { name: name.into(), doubt: why, beat: "1".into(), away: why, report: report.parse().unwrap() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_silent_is_away() {
+        let (mut watch, start) = (Watch::default(), Instant::now());
+        let mut check = |seconds: u64, beat: &str, doubt: bool, decided: bool, away: bool| {
+            let mut all = [Machine { beat: beat.into(), away: None, ..machine("a", doubt, "") }];
+            assert_eq!(watch.judge(start + Duration::from_secs(seconds), &mut all), decided, "after {seconds} s");
+            assert_eq!(all[0].away.is_some(), away, "after {seconds} s");
+        };
+        check(0, "1", true, false, false);
+        check(14, "1", true, false, false);
+        check(15, "1", true, true, true);
+        // Only its clock is wrong.
+        check(16, "2", true, true, false);
+        check(25, "3", true, true, false);
+        check(39, "3", true, true, false);
+        check(41, "3", false, true, false);
+        check(50, "3", true, false, false);
+        check(56, "3", true, true, true);
     }
 
     #[test]
