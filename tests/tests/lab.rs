@@ -507,7 +507,8 @@ async fn a_service_is_kept_running() {
     s1.power_on().await.unwrap();
     serves().await;
     assert_eq!(s1.told().ended, 0, "a new boot counts anew");
-    assert!(fs::read_to_string(s1.log()).unwrap().contains("the API is served"));
+    until("the log has it", async || fs::read_to_string(s1.log()).unwrap().contains("the API is served").then_some(()))
+        .await;
     s1.reboot().await.unwrap();
     serves().await;
 }

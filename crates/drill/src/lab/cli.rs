@@ -12,7 +12,6 @@ use anyhow::Context as _;
 use clap::{Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use ipnet::Ipv4Net;
-use serde_json::json;
 use tokio::time::Instant;
 
 use super::{
@@ -462,7 +461,7 @@ async fn import(which: &Which, image: PathBuf, machines: &[String]) -> anyhow::R
         async move { machine.import(&image).await }
     })
     .await?;
-    eprintln!("{}", json!({"machines": count, "seconds": (started.elapsed().as_secs_f64() * 100.0).round() / 100.0}));
+    eprintln!("imported into {count} machines ({:.2} s)", started.elapsed().as_secs_f64());
     Ok(())
 }
 

@@ -34,7 +34,7 @@ pub async fn bring_up(lab: &Lab, say: &Say) -> Result<()> {
     };
     first.set_service(&service(lab, first, &["--cluster-init"]))?;
     serving(first, PATIENCE).await?;
-    say(&format!("{} serves", first.name()));
+    say(&format!("{} has begun a cluster", first.name()));
     let token = token(first, Role::Server).await?;
     let mut agents = None;
     for machine in lab.machines().iter().filter(|m| m.name() != first.name()) {

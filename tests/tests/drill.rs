@@ -1,0 +1,60 @@
+//! Drills on a lab: a server dies while clients are at work, and what must hold is found to hold.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{path::Path, process::Stdio};
+
+use seawall_tests::seawall;
+use serde_json::Value;
+
+fn run(labs: &Path, args: &[&str]) -> (bool, String, String) {
+    let mut command = std::process::Command::new(seawall());
+    command.args(["--log", "error"]).args(args).env("SEAWALL_LAB_DIR", labs).env("SEAWALL_LAB", "drilled");
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.success(), text(&output.stdout), text(&output.stderr))
+}
+
+struct Down<'a>(&'a Path);
+
+impl Drop for Down<'_> {
+    fn drop(&mut self) {
+        let (success, _, stderr) = run(self.0, &["lab", "down"]);
+        assert!(success || std::thread::panicking(), "{stderr}");
+    }
+}
+
+#[test]
+fn servers_die_and_what_must_hold_holds() {
+    assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
+    let dir = tempfile::Builder::new().prefix("seawall-drill-test-").tempdir_in("/var/lib").unwrap();
+    let labs = dir.path().join("labs");
+    let (success, _, stderr) = run(&labs, &["drill", "blackout"]);
+    assert!(!success && stderr.contains("there is no lab \"drilled\""), "{stderr}");
+    let _down = Down(&labs);
+    let (success, _, stderr) = run(&labs, &["lab", "up", "--servers", "3", "--agents", "1"]);
+    assert!(success, "{stderr}");
+    let (success, _, stderr) = run(&labs, &["drill", "blakout"]);
+    assert!(!success && stderr.contains("there is no scenario \"blakout\": use all, or one of "), "{stderr}");
+    for scenario in ["power-off-etcd-leader", "kill-server"] {
+        let (success, stdout, stderr) = run(&labs, &["drill", scenario, "--output", "json"]);
+        assert!(success, "{stdout}\n{stderr}");
+        let report: Value = serde_json::from_str(&stdout).unwrap();
+        assert_eq!((&report["scenario"], &report["pass"]), (&scenario.into(), &true.into()));
+        let invariants = report["invariants"].as_object().unwrap();
+        assert!(invariants.len() >= 7 && invariants.values().all(|holds| *holds == true), "{invariants:?}");
+        for window in
+            ["read, a1 by its balancer", "write, outside", "watch, a1 by its balancer", "controllers", "scheduler"]
+        {
+            assert!(report["windows"][window].as_f64().is_some_and(|s| s < 30.0), "{window}: {}", report["windows"]);
+        }
+        assert_eq!(report["by_kind"]["workload"]["failed"], 0);
+        assert!(report["requests"]["total"].as_u64() > Some(200), "{}", report["requests"]);
+    }
+    // Each drill has tidied up: nothing of it is left but the namespace that is on its way out.
+    let (success, stdout, stderr) = run(&labs, &["lab", "status", "--output", "json"]);
+    assert!(success, "{stderr}");
+    let status: Value = serde_json::from_str(&stdout).unwrap();
+    let powers: Vec<&Value> = status["machines"].as_array().unwrap().iter().map(|m| &m["power"]).collect();
+    assert_eq!(powers, ["on"; 4]);
+    assert_eq!(status["cuts"].as_array().unwrap().len(), 0);
+}
