@@ -194,6 +194,12 @@ impl Choice {
         if to == Health::Dead {
             effects.push(Effect::Close(address));
         }
+        if to == Health::Ready {
+            // While none was ready, connections went wherever they were taken: also to a server that stands still, whose
+            // kernel takes them and which never answers.
+            let dead = self.servers.iter().filter(|(_, s)| s.health == Health::Dead);
+            effects.extend(dead.map(|(address, _)| Effect::Close(*address)));
+        }
         effects
     }
 

@@ -207,8 +207,8 @@ proptest! {
                 let closed = effects.contains(&Effect::Close(*server));
                 prop_assert!(closed || !died);
                 // Else only if it lives and does not serve, and another one does.
-                let unready = choice.servers().any(|(a, health, _)| a == *server && health == Health::Unready);
-                prop_assert!(!closed || died || (unready && choice.any_ready()));
+                let ready = choice.servers().any(|(a, health, _)| a == *server && health == Health::Ready);
+                prop_assert!(!closed || died || (!ready && choice.any_ready()));
             }
             // Where nothing changes, nothing moves.
             if effects.is_empty() && before == after && !matches!(input, Input::Answer(..)) {
@@ -243,4 +243,15 @@ fn without_another_server_nobody_is_sent_away() {
             assert!(!effects.contains(&Effect::Close(at(server))), "at {now}");
         }
     }
+}
+
+#[test]
+fn who_went_to_a_frozen_server_for_want_of_a_better_one_is_freed() {
+    let mut choice = choice(None, &[1, 2]);
+    for (server, answer) in [(1, Silent), (1, Silent), (2, Unready)] {
+        tell(&mut choice, 100, server, answer);
+    }
+    let effects = tell(&mut choice, 900, 2, Ready);
+    assert!(effects.contains(&Effect::Close(at(1))), "{effects:?}");
+    assert!(!effects.contains(&Effect::Close(at(2))), "{effects:?}");
 }
