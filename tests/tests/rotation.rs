@@ -227,7 +227,10 @@ async fn an_authority_takes_over_from_another() {
     let mut config: serde_json::Value = serde_yaml_ng::from_str(&old).unwrap();
     config["clusters"][0]["cluster"]["certificate-authority-data"] = STANDARD.encode(&new).into();
     let told = serde_yaml_ng::to_string(&config).unwrap();
-    has(cluster.kubectl("s1", &told, "told.kubeconfig").run("get nodes").await.fails(), &["remote error: tls: "]);
+    let said = cluster.kubectl("s1", &told, "told.kubeconfig").run("get nodes").await.fails();
+    // The server hangs up; whether its alert is read before that is a matter of luck.
+    let hung_up = ["remote error: tls: ", "broken pipe", "connection reset", "EOF"];
+    assert!(hung_up.iter().any(|part| said.contains(part)), "{said}");
     assert_eq!((new.matches("BEGIN").count(), both.contains(new.trim())), (1, true));
     for server in ["s1", "s2", "s3"] {
         cluster.now(server).run("get nodes").await.ok();
