@@ -1,6 +1,10 @@
 //! Leading: the shell around [`seawall_quorum::election`].
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures::{FutureExt, future::BoxFuture};
 use http::{HeaderName, HeaderValue};
@@ -51,7 +55,8 @@ where
     Fut: Future<Output = anyhow::Result<()>> + Send + 'static,
 {
     let start = Instant::now();
-    let lease = LeaseOf { api: Api::namespaced(client.clone(), NAMESPACE), election: election.clone() };
+    let lease =
+        LeaseOf { api: Api::namespaced(client.clone(), NAMESPACE), election: election.clone(), held: Arc::default() };
     let mut elector = Elector::new(election.identity.clone(), election.timing);
     let mut tick = tokio::time::interval(elector.poll());
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -144,6 +149,8 @@ impl Work {
 struct LeaseOf {
     api: Api<Lease>,
     election: Election,
+    /// Since when we hold it, and how often the holder had changed then.
+    held: Arc<Mutex<(Option<MicroTime>, u32)>>,
 }
 
 impl LeaseOf {
@@ -184,6 +191,8 @@ impl LeaseOf {
             Effect::Create { transitions, duration } => {
                 let lease = self.lease(&self.election.identity, None, transitions, duration);
                 let created = self.api.create(&PostParams::default(), &lease).await?;
+                let acquired = lease.spec.and_then(|spec| spec.acquire_time);
+                *self.held.lock().unwrap_or_else(PoisonError::into_inner) = (acquired, transitions);
                 Ok(record(&created).map_or(Event::Failed, |r| Event::Created { version: r.version }))
             }
             Effect::Renew { version, duration } => {
@@ -204,17 +213,16 @@ impl LeaseOf {
         }
     }
 
-    /// Writes the Lease anew with its other fields as they are.
+    /// Writes the Lease anew: what does not change while we lead is known since we created it.
     async fn write(&self, version: u64, holder: &str, duration: Duration) -> kube::Result<Option<u64>> {
-        let name = &self.election.lease;
-        // From the cache at hand: only what does not change while we lead is taken from it.
-        let old = self.api.get_with(name, &GetParams::any()).await?.spec.unwrap_or_default();
-        let transitions = old.lease_transitions.unwrap_or(0).cast_unsigned();
+        let (acquired, transitions) = self.held.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut lease = self.lease(holder, Some(version), transitions, duration);
-        if let Some(spec) = &mut lease.spec {
-            spec.acquire_time = old.acquire_time;
+        if let Some(spec) = &mut lease.spec
+            && acquired.is_some()
+        {
+            spec.acquire_time = acquired;
         }
-        let written = self.api.replace(name, &PostParams::default(), &lease).await?;
+        let written = self.api.replace(&self.election.lease, &PostParams::default(), &lease).await?;
         Ok(record(&written).map(|r| r.version))
     }
 

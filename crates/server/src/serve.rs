@@ -83,7 +83,8 @@ pub async fn serve(server: Arc<Server>, listener: TcpListener, tls: ServerConfig
             };
             let peer = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
             let user = peer.and_then(|der| UserInfo::from_certificate(der));
-            let life = peer.and_then(|der| tls::life(der, Timestamp::now()).ok()).unwrap_or(Duration::MAX);
+            // A certificate whose end cannot be read has none that could be kept.
+            let life = peer.map_or(Duration::MAX, |der| tls::life(der, Timestamp::now()).unwrap_or_default());
             // A session can be resumed with a certificate that has ended since.
             if life.is_zero() {
                 return;

@@ -360,19 +360,15 @@ async fn remove(members: &Members, name: &str) -> anyhow::Result<()> {
 async fn open(data_dir: &Path) -> anyhow::Result<Members> {
     let files = Files::new(data_dir);
     let state = files.read_server()?;
-    let Some(ServerState { store: StoreKind::Stacked(local), .. }) = state else {
+    let Some(ServerState { store: StoreKind::Stacked(local), cluster }) = state else {
         bail!("--data-dir {}: no server with an etcd member of its own has been started there", data_dir.display());
     };
     let authority = Authority::open_existing(&files.etcd_tls()).context("the authority of etcd")?;
     let client = authority.client("seawall-member", "")?;
     let tls =
         seawall_store::etcd::Tls { ca_pem: authority.pem.clone(), cert_pem: client.certificate, key_pem: client.key };
-    let options = options(&local, tls, &seawall_quorum::timing::Timing::of(state_timing(&files)));
+    let options = options(&local, tls, &seawall_quorum::timing::Timing::of(cluster.timing));
     Ok(Members::new(Admin::open(&options)?, &files, &local.name))
-}
-
-fn state_timing(files: &Files) -> seawall_quorum::timing::Profile {
-    files.read_server().ok().flatten().map(|s| s.cluster.timing).unwrap_or_default()
 }
 
 /// How the store of this machine's member is reached.

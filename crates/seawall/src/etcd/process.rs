@@ -79,7 +79,6 @@ impl Settings {
             ("max-request-bytes", (4_u64 << 20).to_string()),
             ("logger", "zap".to_owned()),
             ("log-level", "warn".to_owned()),
-            ("enable-v2", "false".to_owned()),
         ] {
             arguments.push(format!("--{flag}={value}"));
         }
