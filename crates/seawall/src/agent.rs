@@ -6,10 +6,7 @@ use anyhow::{Context as _, bail};
 use seawall_client::tls::{self, Credentials, Tls};
 use seawall_network::balancer;
 use seawall_server::tls::{ClientAuthorities, ServingCertificate, server_config};
-use tokio::{
-    sync::{Mutex, watch},
-    time::Instant,
-};
+use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -22,9 +19,6 @@ use crate::{
     server::{raise_open_files, wait_for_signal},
     supervise::component,
 };
-
-/// How long a machine tries to join.
-const JOIN: Duration = Duration::from_secs(120);
 
 /// How long a machine that has joined tries to join again before it goes on as it is.
 const AGAIN: Duration = Duration::from_secs(45);
@@ -153,7 +147,9 @@ async fn decide(
             tracing::info!("the token is for an authority that this machine does not know: it joins again");
             match tokio::time::timeout(AGAIN, try_join(machine, files, url, token)).await {
                 Ok(Ok(state)) => return Ok(state),
-                Ok(Err((error, _))) => tracing::warn!("it did not join again, and goes on as what it was: {error:#}"),
+                Ok(Err(failure)) => {
+                    tracing::warn!("it did not join again, and goes on as what it was: {:#}", failure.error)
+                }
                 Err(_) => tracing::warn!("{url} did not answer: this machine goes on as what it was"),
             }
             return Ok(state);
@@ -166,23 +162,7 @@ async fn decide(
         );
     };
     let token = token.map_err(|e| anyhow::anyhow!("--token: {e}"))?;
-    let deadline = Instant::now() + JOIN;
-    let mut said: Option<Instant> = None;
-    loop {
-        match try_join(machine, files, url, &token).await {
-            Ok(state) => return Ok(state),
-            Err((error, temporary)) => {
-                if !temporary || Instant::now() > deadline {
-                    return Err(error.context("this machine did not join"));
-                }
-                if said.is_none_or(|at| at.elapsed() > Duration::from_secs(5)) {
-                    said = Some(Instant::now());
-                    tracing::info!("waits to join: {error:#}");
-                }
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(400)).await;
-    }
+    join::insist(async || try_join(machine, files, url, &token).await).await
 }
 
 async fn try_join(
@@ -190,31 +170,17 @@ async fn try_join(
     files: &Files,
     url: &str,
     token: &join::Token,
-) -> Result<AgentState, (anyhow::Error, bool)> {
-    let to = join::connect(url, token).await.map_err(|error| {
-        // A wrong hash stays wrong.
-        let temporary = !format!("{error:#}").contains("is not a server of the cluster");
-        (error, temporary)
+) -> Result<AgentState, join::Failure> {
+    let to = join::connect(url, token).await?;
+    let answer: join::ClusterAnswer = join::ask(&to.client, paths::CONFIG, None::<&()>)
+        .await
+        .map_err(|error| join::Failure::answered(url, error, "seawall token create"))?;
+    machine.fits(&answer.cluster).map_err(join::Failure::for_good)?;
+    let pair = csr::request_client(&to.client, &machine.name).await.map_err(|error| match error {
+        csr::Error::Denied { .. } => join::Failure::for_good(error),
+        error => join::Failure::for_now(error),
     })?;
-    let answer: join::ClusterAnswer =
-        join::ask(&to.client, paths::CONFIG, None::<&()>).await.map_err(|error| match error {
-            kube::Error::Api(status) => {
-                let way_out = match status.code {
-                    401 | 403 => {
-                        " (a token of `seawall token create` is needed, and it must not be older than its --ttl)"
-                    }
-                    _ => "",
-                };
-                (anyhow::anyhow!("{url} said: {}{way_out}", status.message), status.code >= 500)
-            }
-            error => (anyhow::anyhow!("{url}: {error}"), true),
-        })?;
-    machine.fits(&answer.cluster).map_err(|e| (e, false))?;
-    let pair = csr::request_client(&to.client, &machine.name).await.map_err(|e| {
-        let temporary = !matches!(e, csr::Error::Denied { .. });
-        (e.into(), temporary)
-    })?;
-    csr::write(&files.agent_client(), &pair).map_err(|e| (e, false))?;
+    csr::write(&files.agent_client(), &pair).map_err(join::Failure::for_good)?;
     let mut servers: Vec<SocketAddr> = answer.servers;
     if servers.is_empty() {
         servers.extend(join::address_of(url).await.ok());
@@ -223,7 +189,7 @@ async fn try_join(
     let ca = if answer.ca.is_empty() { to.ca } else { answer.ca };
     let known = all_hashes(&ca);
     let state = AgentState { cluster: answer.cluster, ca, ca_revision: answer.ca_revision, known, servers };
-    files.write_agent(&state).map_err(|e| (e, false))?;
+    files.write_agent(&state).map_err(join::Failure::for_good)?;
     tracing::info!(url, "joined the cluster");
     Ok(state)
 }

@@ -23,12 +23,22 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
 use seawall_client::tls::{self, Credentials, Tls};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::Instant};
 
-use crate::options::Cluster;
+use crate::{
+    files::{Files, ServerState, StoreKind},
+    options::{Cluster, Machine},
+    paths, pki,
+};
 
 /// How long one request to a server may take.
 const REQUEST: Duration = Duration::from_secs(10);
+/// How long a machine tries to join.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How long it waits between two attempts.
+const PAUSE: Duration = Duration::from_millis(400);
+/// How often it says what it waits for.
+const SAY: Duration = Duration::from_secs(5);
 /// The largest answer.
 const ANSWER: usize = 1 << 20;
 
@@ -83,18 +93,82 @@ pub fn hash(pem: &str) -> anyhow::Result<String> {
     Ok(Sha256::digest(&der).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// The host and the port in `https://host:port`.
+fn host_of(url: &str) -> anyhow::Result<(String, u16)> {
+    let way_out = || format!("--join {url:?}: write https://ADDRESS:6443, the address of a server of the cluster");
+    let uri: http::Uri = url.parse().with_context(way_out)?;
+    let (Some("https"), Some(host)) = (uri.scheme_str(), uri.host()) else { bail!(way_out()) };
+    Ok((host.trim_matches(['[', ']']).to_owned(), uri.port_u16().unwrap_or(6443)))
+}
+
 /// The address in `https://address:port`.
 ///
 /// # Errors
 /// If it is something else, or a name that has no address.
 pub async fn address_of(url: &str) -> anyhow::Result<SocketAddr> {
-    let way_out = || format!("--join {url:?}: write https://ADDRESS:6443, the address of a server of the cluster");
-    let uri: http::Uri = url.parse().with_context(way_out)?;
-    let (Some("https"), Some(host)) = (uri.scheme_str(), uri.host()) else { bail!(way_out()) };
-    let port = uri.port_u16().unwrap_or(6443);
-    let host = host.trim_matches(['[', ']']);
-    let found = tokio::net::lookup_host((host, port)).await.with_context(way_out)?.next();
-    found.with_context(way_out)
+    let (host, port) = host_of(url)?;
+    let none = || format!("--join {url:?}: {host} has no address");
+    tokio::net::lookup_host((host.as_str(), port)).await.with_context(none)?.next().with_context(none)
+}
+
+/// Why an attempt to join came to nothing.
+pub struct Failure {
+    /// What to say.
+    pub error: anyhow::Error,
+    /// Whether another attempt may succeed.
+    temporary: bool,
+}
+
+impl Failure {
+    /// Another attempt would end in the same way.
+    pub fn for_good(error: impl Into<anyhow::Error>) -> Failure {
+        Failure { error: error.into(), temporary: false }
+    }
+
+    /// Another attempt may succeed.
+    pub fn for_now(error: impl Into<anyhow::Error>) -> Failure {
+        Failure { error: error.into(), temporary: true }
+    }
+
+    /// A server did not give what was asked for with a token that `command` makes.
+    pub fn answered(url: &str, error: kube::Error, command: &str) -> Failure {
+        match error {
+            kube::Error::Api(status) => {
+                let way_out = match status.code {
+                    401 | 403 => {
+                        format!(" (a token of `{command}` is needed, and it must not be older than its --ttl)")
+                    }
+                    _ => String::new(),
+                };
+                let error = anyhow::anyhow!("{url} said: {}{way_out}", status.message);
+                Failure { error, temporary: status.code >= 500 }
+            }
+            error => Failure::for_now(anyhow::anyhow!("{url}: {error}")),
+        }
+    }
+}
+
+/// Tries to join until it succeeds, cannot succeed, or has taken too long.
+///
+/// # Errors
+/// The last failure.
+pub async fn insist<T>(mut attempt: impl AsyncFnMut() -> Result<T, Failure>) -> anyhow::Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut said: Option<Instant> = None;
+    loop {
+        let error = match attempt().await {
+            Ok(done) => return Ok(done),
+            Err(Failure { error, temporary }) if !temporary || Instant::now() > deadline => {
+                return Err(error.context("this machine did not join"));
+            }
+            Err(Failure { error, .. }) => error,
+        };
+        if said.is_none_or(|at| at.elapsed() > SAY) {
+            said = Some(Instant::now());
+            tracing::info!("waits to join: {error:#}");
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
 }
 
 /// What every machine of the cluster may know.
@@ -146,16 +220,61 @@ pub struct Introduced {
 ///
 /// # Errors
 /// If the server cannot be reached, or is not of the cluster that the token is for.
-pub async fn connect(url: &str, token: &Token) -> anyhow::Result<Introduced> {
-    let address = address_of(url).await?;
+pub async fn connect(url: &str, token: &Token) -> Result<Introduced, Failure> {
+    host_of(url).map_err(Failure::for_good)?;
+    let address = address_of(url).await.map_err(Failure::for_now)?;
     let ca = tokio::time::timeout(REQUEST, fetch_authority(address))
         .await
-        .map_err(|_| anyhow::anyhow!("{url} did not answer within {REQUEST:?}"))?
-        .with_context(|| format!("{url} cannot be asked for its certificate authority"))?;
-    let ca =
-        pinned(&ca, token).with_context(|| format!("{url} is not a server of the cluster that the token is for"))?;
+        .map_err(|_| Failure::for_now(anyhow::anyhow!("{url} did not answer within {REQUEST:?}")))?
+        .with_context(|| format!("{url} cannot be asked for its certificate authority"))
+        .map_err(Failure::for_now)?;
+    let ca = pinned(&ca, token)
+        .with_context(|| format!("{url} is not a server of the cluster that the token is for"))
+        .map_err(Failure::for_good)?;
     let credentials = Credentials { ca_pem: ca.clone(), certificate: None, token: Some(token.bearer.clone()) };
-    Ok(Introduced { ca, client: tls::connect(address, &Tls::new(&credentials)?) })
+    let tls = Tls::new(&credentials).map_err(Failure::for_good)?;
+    Ok(Introduced { ca, client: tls::connect(address, &tls) })
+}
+
+/// Makes this machine a server of the cluster: what its store is, and the keys that all servers share, on its disk.
+///
+/// # Errors
+/// What kept it from joining.
+pub async fn server(url: &str, token: &str, machine: &Machine, files: &Files) -> anyhow::Result<ServerState> {
+    let token: Token = token.parse().map_err(|e| anyhow::anyhow!("--token: {e}"))?;
+    let wish = ServerAsk { name: machine.name.clone(), ip: machine.ip };
+    let answer: ServerAnswer = insist(async || {
+        let to = connect(url, &token).await?;
+        ask(&to.client, paths::JOIN, Some(&wish))
+            .await
+            .map_err(|error| Failure::answered(url, error, "seawall token create --role server"))
+    })
+    .await?;
+    for (name, text) in &answer.tls {
+        if !paths::is_shared(name) {
+            bail!("{url} gave a file {name:?} that servers do not share: is it of another version?");
+        }
+        let secret = !name.ends_with(".crt") && !name.ends_with(".pub");
+        pki::write(&files.tls().join(name), text, if secret { 0o600 } else { 0o644 })?;
+    }
+    let store = match (answer.etcd, answer.external) {
+        (Some(local), _) => StoreKind::Stacked(local),
+        (None, Some((servers, texts))) => {
+            let mut written = None;
+            if let Some([ca, certificate, key]) = texts {
+                let dir = files.etcd_tls();
+                let paths = [dir.join("external-ca.crt"), dir.join("external.crt"), dir.join("external.key")];
+                for (path, text) in paths.iter().zip([ca, certificate, key]) {
+                    pki::write(path, &text, 0o600)?;
+                }
+                written = Some(paths);
+            }
+            StoreKind::External { servers, files: written }
+        }
+        (None, None) => bail!("{url} did not say where the cluster's objects are: is it of another version?"),
+    };
+    tracing::info!(url, "joined the cluster");
+    Ok(ServerState { cluster: answer.cluster, store })
 }
 
 /// The authority that a token is for, out of those that a server shows while one takes over from another. It alone is
@@ -285,7 +404,7 @@ mod tests {
 
     #[test]
     fn only_the_tokens_own_authority_is_believed() {
-        let pem = || seawall_server::pki::Authority::generate("x").unwrap().pem;
+        let pem = || pki::Authority::generate("x").unwrap().pem;
         let (old, new, other) = (pem(), pem(), pem());
         let token = |pem: &str| Token { bearer: "abcdef.0123456789abcdef".into(), hash: hash(pem).unwrap() };
         let bundle = format!("{old}{new}");
@@ -301,9 +420,28 @@ mod tests {
     async fn what_to_join() {
         assert_eq!(address_of("https://192.0.2.1:7443").await.unwrap().to_string(), "192.0.2.1:7443");
         assert_eq!(address_of("https://[2001:db8::1]").await.unwrap().to_string(), "[2001:db8::1]:6443");
+        let token: Token = format!("abcdef.0123456789abcdef.{}", "0".repeat(64)).parse().unwrap();
         for bad in ["192.0.2.1", "http://192.0.2.1:6443", "https://"] {
-            let error = format!("{:#}", address_of(bad).await.unwrap_err());
-            assert!(error.contains("write https://ADDRESS:6443"), "{bad}: {error}");
+            // At once: what is no address now is none later.
+            let failure = connect(bad, &token).await.err().unwrap();
+            let error = format!("{:#}", failure.error);
+            assert!(!failure.temporary && error.contains("write https://ADDRESS:6443"), "{bad}: {error}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_may_pass_is_tried_again_for_a_while() {
+        let mut attempts = 0;
+        let joined = insist(async || {
+            attempts += 1;
+            if attempts < 5 { Err(Failure::for_now(anyhow::anyhow!("busy"))) } else { Ok(attempts) }
+        });
+        assert_eq!(joined.await.unwrap(), 5);
+        let error = insist(async || Err::<(), _>(Failure::for_good(anyhow::anyhow!("never")))).await.unwrap_err();
+        assert_eq!(format!("{error:#}"), "this machine did not join: never");
+        let begun = Instant::now();
+        let error = insist(async || Err::<(), _>(Failure::for_now(anyhow::anyhow!("busy")))).await.unwrap_err();
+        assert_eq!(format!("{error:#}"), "this machine did not join: busy");
+        assert!(begun.elapsed() >= PATIENCE && begun.elapsed() < PATIENCE * 2);
     }
 }

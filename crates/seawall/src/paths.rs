@@ -23,6 +23,14 @@ pub const JOIN: &str = "/seawall/v1/join";
 /// The files of `tls/` that all servers have in common, beside the cluster's authorities.
 const SHARED: [&str; 4] = ["service-account.key", "service-account.pub", "etcd/ca.crt", "etcd/ca.key"];
 
+/// Those that say who signs.
+const AUTHORITY: [&str; 3] = ["ca.crt", "ca.key", "authorities.json"];
+
+/// Whether this is a file of `tls/` that a server gives another.
+pub fn is_shared(name: &str) -> bool {
+    SHARED.contains(&name) || AUTHORITY.contains(&name)
+}
+
 /// Answers those who join.
 pub struct Joining {
     /// Our files.
@@ -71,11 +79,10 @@ impl Paths for Joining {
 impl Joining {
     async fn join(&self, asked: &ServerAsk) -> Result<ServerAnswer, Refusal> {
         let authorities = (self.authorities)();
-        let mut tls = BTreeMap::from([
-            ("ca.crt".to_owned(), authorities.current.certificate.clone()),
-            ("ca.key".to_owned(), authorities.current.key.clone()),
-            ("authorities.json".to_owned(), serde_json::to_string_pretty(&authorities).map_err(|e| internal(&e))?),
-        ]);
+        let text = serde_json::to_string_pretty(&authorities).map_err(|e| internal(&e))?;
+        let current = authorities.current;
+        let values = [current.certificate, current.key, text];
+        let mut tls: BTreeMap<String, String> = AUTHORITY.iter().map(|n| (*n).to_owned()).zip(values).collect();
         for name in SHARED {
             let path = self.files.tls().join(name);
             match std::fs::read_to_string(&path) {

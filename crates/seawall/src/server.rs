@@ -39,7 +39,7 @@ use crate::{
     files::{Files, ServerState, StoreKind},
     join, node,
     options::{ClusterOptions, Component, Machine, MachineOptions, TimingOptions},
-    paths::{self, Joining},
+    paths::Joining,
     supervise::component,
 };
 
@@ -49,8 +49,6 @@ const RETRY: Duration = Duration::from_millis(200);
 const SAY: Duration = Duration::from_secs(5);
 /// How often a labelled Node is looked at: it may have been deleted and registered anew.
 const LABELLED: Duration = Duration::from_secs(10);
-/// How long a server tries to join.
-const JOIN: Duration = Duration::from_secs(120);
 
 /// Options of `seawall server`.
 #[derive(clap::Args)]
@@ -143,7 +141,7 @@ async fn decide(args: &Args, machine: &Machine, files: &Files) -> anyhow::Result
     }
     let profile = args.timing.timing.unwrap_or_default();
     let state = match (&args.join, &args.token) {
-        (Some(url), Some(token)) => join_cluster(url, token, machine, files).await?,
+        (Some(url), Some(token)) => join::server(url, token, machine, files).await?,
         _ => {
             let store = match args.external() {
                 Some(external) => external,
@@ -165,68 +163,6 @@ async fn decide(args: &Args, machine: &Machine, files: &Files) -> anyhow::Result
         _ => files.write_server(&state)?,
     }
     Ok(state)
-}
-
-async fn join_cluster(url: &str, token: &str, machine: &Machine, files: &Files) -> anyhow::Result<ServerState> {
-    let token: join::Token = token.parse().map_err(|e| anyhow::anyhow!("--token: {e}"))?;
-    let ask = join::ServerAsk { name: machine.name.clone(), ip: machine.ip };
-    let deadline = Instant::now() + JOIN;
-    let mut said: Option<Instant> = None;
-    let answer: join::ServerAnswer = loop {
-        let connected = join::connect(url, &token).await;
-        let (error, temporary) = match &connected {
-            Ok(to) => match join::ask(&to.client, paths::JOIN, Some(&ask)).await {
-                Ok(answer) => break answer,
-                Err(kube::Error::Api(status)) => {
-                    let way_out = match status.code {
-                        401 | 403 => {
-                            " (a token of `seawall token create --role server` is needed, and it must not be \
-                                      older than its --ttl)"
-                        }
-                        _ => "",
-                    };
-                    (anyhow::anyhow!("{url} said: {}{way_out}", status.message), status.code >= 500)
-                }
-                Err(error) => (anyhow::anyhow!("{url}: {error}"), true),
-            },
-            Err(error) => {
-                // A wrong hash stays wrong.
-                let text = format!("{error:#}");
-                let temporary = !text.contains("is not a server of the cluster");
-                (anyhow::anyhow!(text), temporary)
-            }
-        };
-        if !temporary || Instant::now() > deadline {
-            return Err(error.context("this machine did not join"));
-        }
-        if said.is_none_or(|at| at.elapsed() > SAY) {
-            said = Some(Instant::now());
-            tracing::info!("waits to join: {error:#}");
-        }
-        tokio::time::sleep(RETRY * 2).await;
-    };
-    for (name, text) in &answer.tls {
-        let secret = !name.ends_with(".crt") && !name.ends_with(".pub");
-        pki::write(&files.tls().join(name), text, if secret { 0o600 } else { 0o644 })?;
-    }
-    let store = match (answer.etcd, answer.external) {
-        (Some(local), _) => StoreKind::Stacked(local),
-        (None, Some((servers, texts))) => {
-            let mut written = None;
-            if let Some([ca, certificate, key]) = texts {
-                let dir = files.etcd_tls();
-                let paths = [dir.join("external-ca.crt"), dir.join("external.crt"), dir.join("external.key")];
-                for (path, text) in paths.iter().zip([ca, certificate, key]) {
-                    pki::write(path, &text, 0o600)?;
-                }
-                written = Some(paths);
-            }
-            StoreKind::External { servers, files: written }
-        }
-        (None, None) => bail!("{url} did not say where the cluster's objects are: is it of another version?"),
-    };
-    tracing::info!(url, "joined the cluster");
-    Ok(ServerState { cluster: answer.cluster, store })
 }
 
 /// The store, and what belongs to it.
