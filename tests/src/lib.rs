@@ -3,6 +3,7 @@
 //! `make test` builds the binary first and names it in `SEAWALL_BIN`; kubectl is that of `KUBECTL`.
 #![allow(clippy::unwrap_used)]
 
+pub mod cluster;
 pub mod http;
 pub mod kubectl;
 pub mod machine;

@@ -6,102 +6,19 @@ use std::{
     fs,
     path::Path,
     process::{Command, Stdio},
-    sync::Arc,
     time::Duration,
 };
 
-use seawall_drill::lab::{Cluster, Lab, Machine, Options, Service};
+use seawall_drill::lab::{Machine, Service};
 use seawall_tests::{
+    cluster::{Cluster, fails, works},
     kubectl::{Kubectl, has},
-    on_a_machine, seawall,
+    on_a_machine,
     server::{Options as ServerOptions, Server},
     within,
 };
-use tempfile::TempDir;
 
 const LONG: Duration = Duration::from_secs(90);
-
-struct Cluster3 {
-    lab: Lab,
-    dir: TempDir,
-}
-
-impl Cluster3 {
-    async fn up(name: &str, servers: u8, agents: u8, cluster: Option<Cluster>) -> Cluster3 {
-        assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
-        let dir = tempfile::Builder::new().prefix("seawall-cluster-test-").tempdir_in("/var/lib").unwrap();
-        let options = Options {
-            name: name.into(),
-            dir: dir.path().join("labs"),
-            servers,
-            agents,
-            subnet: None,
-            cpus: None,
-            binary: seawall(),
-            cluster,
-        };
-        let lab = Lab::up(options, Arc::new(|line: &str| eprintln!("{line}"))).await.unwrap();
-        Cluster3 { lab, dir }
-    }
-
-    fn machine(&self, name: &str) -> Machine {
-        self.lab.machine(name).unwrap()
-    }
-
-    /// kubectl from the host, at this server.
-    fn kubectl(&self, server: &str) -> Kubectl {
-        let home = self.dir.path().join("home");
-        fs::create_dir_all(&home).unwrap();
-        let own = self.machine(server).on_disk("/var/lib/seawall/admin.kubeconfig");
-        let text = fs::read_to_string(own).unwrap();
-        let kubeconfig = self.dir.path().join(format!("{server}.kubeconfig"));
-        fs::write(&kubeconfig, text.replace("127.0.0.1", &self.machine(server).address().to_string())).unwrap();
-        Kubectl { kubeconfig, home }
-    }
-}
-
-impl Drop for Cluster3 {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            for machine in self.lab.machines() {
-                let text = fs::read_to_string(machine.log()).unwrap_or_default();
-                let lines: Vec<&str> = text.lines().collect();
-                eprintln!("--- {}\n{}", machine.name(), lines[lines.len().saturating_sub(25)..].join("\n"));
-            }
-        }
-        let down = Command::new(seawall())
-            .args(["lab", "down", "--name", self.lab.name(), "--dir"])
-            .arg(self.dir.path().join("labs"))
-            .stderr(Stdio::null())
-            .status();
-        assert!(down.is_ok_and(|s| s.success()) || std::thread::panicking(), "the lab is not taken away");
-    }
-}
-
-fn fast() -> Cluster {
-    Cluster { timing: "fast".into(), log: "info".into(), ..Cluster::default() }
-}
-
-/// Runs `seawall` on a machine; gives what it printed, and whether it succeeded.
-async fn on(machine: &Machine, words: &str) -> (bool, String) {
-    let mut command = machine.command("seawall");
-    command.args(words.split_whitespace()).stdin(Stdio::null());
-    let output = tokio::time::timeout(LONG, command.output()).await.expect("it ends").unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    (output.status.success(), text)
-}
-
-async fn fails(machine: &Machine, words: &str, parts: &[&str]) {
-    let (success, text) = on(machine, words).await;
-    assert!(!success, "{words} succeeded: {text}");
-    has(&text, parts);
-}
-
-async fn works(machine: &Machine, words: &str) -> String {
-    let (success, text) = on(machine, words).await;
-    assert!(success, "{words}: {text}");
-    text
-}
 
 /// The names that a server's certificate has at the moment.
 fn names_of(server: &Machine) -> String {
@@ -119,7 +36,7 @@ fn voters(list: &str) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn servers_join_are_lost_and_replaced() {
-    let cluster = Cluster3::up("members", 3, 1, Some(fast())).await;
+    let cluster = Cluster::up("members", 3, 1, Cluster::fast()).await;
     let (s1, s2, s3, a1) = (cluster.machine("s1"), cluster.machine("s2"), cluster.machine("s3"), cluster.machine("a1"));
     let kubectl = cluster.kubectl("s1");
     assert_eq!(voters(&works(&s2, "--log error member list").await), 3);
@@ -216,7 +133,7 @@ fn alone(machine: &Machine) -> Service {
     Service { args: words.split(' ').map(str::to_owned).collect(), env: Default::default(), run: true }
 }
 
-async fn serving(cluster: &Cluster3, machine: &Machine) -> Kubectl {
+async fn serving(cluster: &Cluster, machine: &Machine) -> Kubectl {
     let own = machine.on_disk("/var/lib/seawall/admin.kubeconfig");
     within(LONG, &format!("{} serves", machine.name()), async || {
         if !Path::new(&own).exists() {
@@ -230,7 +147,7 @@ async fn serving(cluster: &Cluster3, machine: &Machine) -> Kubectl {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lone_server_becomes_one_of_two() {
-    let cluster = Cluster3::up("grow", 2, 0, None).await;
+    let cluster = Cluster::up("grow", 2, 0, None).await;
     let (s1, s2) = (cluster.machine("s1"), cluster.machine("s2"));
     s1.set_service(&alone(&s1)).unwrap();
     let kubectl = serving(&cluster, &s1).await;

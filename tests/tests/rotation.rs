@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    process::{Command, Stdio},
+    process::Stdio,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -12,94 +12,14 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use seawall_drill::lab::{Cluster, Lab, Machine, Options};
 use seawall_tests::{
+    cluster::{Cluster, on, works},
     kubectl::{Kubectl, has},
-    seawall, within,
+    within,
 };
-use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
 const LONG: Duration = Duration::from_secs(120);
-
-struct Three {
-    lab: Lab,
-    dir: TempDir,
-}
-
-impl Three {
-    async fn up() -> Three {
-        assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
-        let dir = tempfile::Builder::new().prefix("seawall-rotation-test-").tempdir_in("/var/lib").unwrap();
-        let options = Options {
-            name: "rotation".into(),
-            dir: dir.path().join("labs"),
-            servers: 3,
-            agents: 1,
-            subnet: None,
-            cpus: None,
-            binary: seawall(),
-            cluster: Some(Cluster { timing: "fast".into(), log: "info".into(), ..Cluster::default() }),
-        };
-        let lab = Lab::up(options, Arc::new(|line: &str| eprintln!("{line}"))).await.unwrap();
-        Three { lab, dir }
-    }
-
-    fn machine(&self, name: &str) -> Machine {
-        self.lab.machine(name).unwrap()
-    }
-
-    /// The administrator's kubeconfig as a server has it now.
-    fn kubeconfig(&self, server: &str) -> String {
-        fs::read_to_string(self.machine(server).on_disk("/var/lib/seawall/admin.kubeconfig")).unwrap()
-    }
-
-    /// kubectl from the host, at this server, with this kubeconfig.
-    fn kubectl(&self, server: &str, kubeconfig: &str, file: &str) -> Kubectl {
-        let home = self.dir.path().join("home");
-        fs::create_dir_all(&home).unwrap();
-        let path = self.dir.path().join(file);
-        fs::write(&path, kubeconfig.replace("127.0.0.1", &self.machine(server).address().to_string())).unwrap();
-        Kubectl { kubeconfig: path, home }
-    }
-
-    fn now(&self, server: &str) -> Kubectl {
-        self.kubectl(server, &self.kubeconfig(server), &format!("{server}.kubeconfig"))
-    }
-}
-
-impl Drop for Three {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            for machine in self.lab.machines() {
-                let text = fs::read_to_string(machine.log()).unwrap_or_default();
-                let lines: Vec<&str> = text.lines().collect();
-                eprintln!("--- {}\n{}", machine.name(), lines[lines.len().saturating_sub(25)..].join("\n"));
-            }
-        }
-        let down = Command::new(seawall())
-            .args(["lab", "down", "--name", self.lab.name(), "--dir"])
-            .arg(self.dir.path().join("labs"))
-            .stderr(Stdio::null())
-            .status();
-        assert!(down.is_ok_and(|s| s.success()) || std::thread::panicking(), "the lab is not taken away");
-    }
-}
-
-async fn on(machine: &Machine, words: &str) -> (bool, String) {
-    let mut command = machine.command("seawall");
-    command.args(words.split_whitespace()).stdin(Stdio::null());
-    let output = tokio::time::timeout(LONG, command.output()).await.expect("it ends").unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    eprintln!("{}: seawall {words}\n{text}", machine.name());
-    (output.status.success(), text)
-}
-
-async fn works(machine: &Machine, words: &str) -> String {
-    let (success, text) = on(machine, words).await;
-    assert!(success, "{words}: {text}");
-    text
-}
 
 /// Requests one after the other, each on a connection of its own; gives how many there were, and those that failed.
 struct Traffic(JoinHandle<(usize, Vec<String>)>, Arc<AtomicBool>);
@@ -145,10 +65,10 @@ fn trusted(kubeconfig: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_authority_takes_over_from_another() {
-    let cluster = Three::up().await;
+    let cluster = Cluster::up("rotation", 3, 1, Cluster::fast()).await;
     let (s1, s2, a1) = (cluster.machine("s1"), cluster.machine("s2"), cluster.machine("a1"));
     let old = cluster.kubeconfig("s1");
-    let kubectl = cluster.now("s1");
+    let kubectl = cluster.kubectl("s1");
     let old_token = works(&s1, "--log error token create").await.trim().to_owned();
 
     // A machine that is away keeps it from beginning.
@@ -182,7 +102,7 @@ async fn an_authority_takes_over_from_another() {
         command.args(["--server", "https://127.0.0.1:6444", "--tls-server-name", "kubernetes"]);
         command
     });
-    let before = cluster.kubectl("s2", &old, "before.kubeconfig");
+    let before = cluster.kubectl_with("s2", &old, "before.kubeconfig");
     let with_old = Traffic::start("old", move || before.command());
 
     let text = works(&s1, "--log error certs rotate-ca --until trust").await;
@@ -213,7 +133,7 @@ async fn an_authority_takes_over_from_another() {
     // The pod has it, and the way to it leads over certificates of the new authority on both sides.
     let new = trusted(&cluster.kubeconfig("s1"));
     for server in ["s1", "s3"] {
-        let kubectl = cluster.now(server);
+        let kubectl = cluster.kubectl(server);
         within(LONG, "the pod has the new authority alone", async || {
             let inside = "exec idle -- cat /var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
             (kubectl.run(inside).await.ok().trim() == new.trim()).then_some(())
@@ -222,18 +142,18 @@ async fn an_authority_takes_over_from_another() {
     }
 
     // The old kubeconfig is of no use, even if it is told whom to trust; the new one is.
-    let said = cluster.kubectl("s1", &old, "old.kubeconfig").run("get nodes").await.fails();
+    let said = cluster.kubectl_with("s1", &old, "old.kubeconfig").run("get nodes").await.fails();
     has(&said, &["certificate signed by unknown authority"]);
     let mut config: serde_json::Value = serde_yaml_ng::from_str(&old).unwrap();
     config["clusters"][0]["cluster"]["certificate-authority-data"] = STANDARD.encode(&new).into();
     let told = serde_yaml_ng::to_string(&config).unwrap();
-    let said = cluster.kubectl("s1", &told, "told.kubeconfig").run("get nodes").await.fails();
+    let said = cluster.kubectl_with("s1", &told, "told.kubeconfig").run("get nodes").await.fails();
     // The server hangs up; whether its alert is read before that is a matter of luck.
     let hung_up = ["remote error: tls: ", "broken pipe", "connection reset", "EOF"];
     assert!(hung_up.iter().any(|part| said.contains(part)), "{said}");
     assert_eq!((new.matches("BEGIN").count(), both.contains(new.trim())), (1, true));
     for server in ["s1", "s2", "s3"] {
-        cluster.now(server).run("get nodes").await.ok();
+        cluster.kubectl(server).run("get nodes").await.ok();
         let machine = cluster.machine(server);
         let on_disk = fs::read_to_string(machine.on_disk("/var/lib/seawall/tls/ca.crt")).unwrap();
         assert_eq!(on_disk.trim(), new.trim());
@@ -248,7 +168,7 @@ async fn an_authority_takes_over_from_another() {
     let at = service.args.iter().position(|word| word == "--join").unwrap();
     service.args.drain(at..at + 4);
     a1.set_service(&service).unwrap();
-    let kubectl = cluster.now("s1");
+    let kubectl = cluster.kubectl("s1");
     a1.power_on().await.unwrap();
     s2.power_on().await.unwrap();
     cluster.lab.well(LONG).await.unwrap();
@@ -258,11 +178,12 @@ async fn an_authority_takes_over_from_another() {
     }
 
     // And once more, in one go.
-    within(LONG, "s2 serves", async || cluster.now("s2").run("get nodes").await.status.success().then_some(())).await;
+    within(LONG, "s2 serves", async || cluster.kubectl("s2").run("get nodes").await.status.success().then_some(()))
+        .await;
     let text = works(&s2, "--log error certs rotate-ca").await;
     has(&text, &["trust:", "sign:", "drop:", "has a new certificate authority"]);
     let newest = trusted(&cluster.kubeconfig("s3"));
     assert!(newest != new && newest.matches("BEGIN").count() == 1);
     kubectl.run("get nodes").await.fails();
-    cluster.now("s3").run("get nodes").await.ok();
+    cluster.kubectl("s3").run("get nodes").await.ok();
 }

@@ -1,0 +1,138 @@
+//! A cluster on machines of the lab, in a directory of its own; taken away with everything when the test ends.
+
+use std::{
+    fs,
+    process::{Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use seawall_drill::lab::{Cluster as Settings, Lab, Machine, Options};
+use tempfile::TempDir;
+
+use crate::{
+    kubectl::{Kubectl, has},
+    seawall,
+};
+
+/// How long a command on a machine may take.
+const LONG: Duration = Duration::from_secs(120);
+
+/// A cluster under test.
+pub struct Cluster {
+    /// Its machines.
+    pub lab: Lab,
+    dir: TempDir,
+}
+
+impl Cluster {
+    /// Boots the machines, and brings up a cluster on them if there are settings for one.
+    ///
+    /// # Panics
+    /// Without root, or if it does not come up.
+    pub async fn up(name: &str, servers: u8, agents: u8, cluster: Option<Settings>) -> Cluster {
+        assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
+        let dir = tempfile::Builder::new().prefix("seawall-cluster-test-").tempdir_in("/var/lib").unwrap();
+        let options = Options {
+            name: name.into(),
+            dir: dir.path().join("labs"),
+            servers,
+            agents,
+            subnet: None,
+            cpus: None,
+            binary: seawall(),
+            cluster,
+        };
+        let lab = Lab::up(options, Arc::new(|line: &str| eprintln!("{line}"))).await.unwrap();
+        Cluster { lab, dir }
+    }
+
+    /// The settings of a cluster as users get it.
+    pub fn fast() -> Option<Settings> {
+        Some(Settings { timing: "fast".into(), log: "info".into(), ..Settings::default() })
+    }
+
+    /// A machine.
+    ///
+    /// # Panics
+    /// If there is none of this name.
+    pub fn machine(&self, name: &str) -> Machine {
+        self.lab.machine(name).unwrap()
+    }
+
+    /// The administrator's kubeconfig as a server has it now.
+    ///
+    /// # Panics
+    /// If it has none.
+    pub fn kubeconfig(&self, server: &str) -> String {
+        fs::read_to_string(self.machine(server).on_disk("/var/lib/seawall/admin.kubeconfig")).unwrap()
+    }
+
+    /// kubectl from the host, at this server, with the kubeconfig that it has now.
+    pub fn kubectl(&self, server: &str) -> Kubectl {
+        self.kubectl_with(server, &self.kubeconfig(server), &format!("{server}.kubeconfig"))
+    }
+
+    /// kubectl from the host, at this server, with this kubeconfig, which is kept in `file`.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    pub fn kubectl_with(&self, server: &str, kubeconfig: &str, file: &str) -> Kubectl {
+        let home = self.dir.path().join("home");
+        fs::create_dir_all(&home).unwrap();
+        let path = self.dir.path().join(file);
+        fs::write(&path, kubeconfig.replace("127.0.0.1", &self.machine(server).address().to_string())).unwrap();
+        Kubectl { kubeconfig: path, home }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for machine in self.lab.machines() {
+                let text = fs::read_to_string(machine.log()).unwrap_or_default();
+                let lines: Vec<&str> = text.lines().collect();
+                eprintln!("--- {}\n{}", machine.name(), lines[lines.len().saturating_sub(25)..].join("\n"));
+            }
+        }
+        let down = Command::new(seawall())
+            .args(["lab", "down", "--name", self.lab.name(), "--dir"])
+            .arg(self.dir.path().join("labs"))
+            .stderr(Stdio::null())
+            .status();
+        assert!(down.is_ok_and(|s| s.success()) || std::thread::panicking(), "the lab is not taken away");
+    }
+}
+
+/// Runs `seawall` on a machine; gives what it printed, and whether it succeeded.
+///
+/// # Panics
+/// If it does not end.
+pub async fn on(machine: &Machine, words: &str) -> (bool, String) {
+    let mut command = machine.command("seawall");
+    command.args(words.split_whitespace()).stdin(Stdio::null());
+    let output = tokio::time::timeout(LONG, command.output()).await.expect("it ends").unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    eprintln!("{}: seawall {words}\n{text}", machine.name());
+    (output.status.success(), text)
+}
+
+/// Runs `seawall` on a machine, where it has to succeed; gives what it printed.
+///
+/// # Panics
+/// If it fails.
+pub async fn works(machine: &Machine, words: &str) -> String {
+    let (success, text) = on(machine, words).await;
+    assert!(success, "{words}: {text}");
+    text
+}
+
+/// Runs `seawall` on a machine, where it has to fail and to say all of this.
+///
+/// # Panics
+/// If it succeeds, or says something else.
+pub async fn fails(machine: &Machine, words: &str, parts: &[&str]) {
+    let (success, text) = on(machine, words).await;
+    assert!(!success, "{words} succeeded: {text}");
+    has(&text, parts);
+}
