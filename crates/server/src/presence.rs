@@ -94,11 +94,12 @@ pub async fn keep(server: Arc<Server>) {
     let mut watch = Watch::default();
     let mut due = Instant::now();
     let mut trusted = true;
+    let mut held = None;
     loop {
         let now = Instant::now();
         if now >= due {
             due = now + times.renew;
-            let renewed = tokio::time::timeout(times.expiry / 2, server.renew(&name, &started)).await;
+            let renewed = tokio::time::timeout(times.expiry / 2, server.renew(&name, &started, &mut held)).await;
             let answered = matches!(renewed, Ok(Ok(())));
             if let Ok(Err(error)) = renewed {
                 tracing::debug!(error = error.message, "this server could not say that it lives");
@@ -139,15 +140,15 @@ impl Server {
         row.map(|row| row.key(NAMESPACE, name)).unwrap_or_default()
     }
 
-    async fn renew(&self, name: &str, started: &str) -> Result<()> {
+    /// Writes this server's Lease. `held` is what the last time left: its revision and metadata. It is read only when
+    /// that is not known, or somebody else has written it.
+    async fn renew(&self, name: &str, started: &str, held: &mut Option<(Expect, Value)>) -> Result<()> {
         let (address, port) = self.config.advertise;
         let key = self.lease_key(name);
-        let (there, _) = self.store.get(&key).await.map_err(ApiError::store)?;
-        let old: Option<Value> = there.as_ref().and_then(|entry| serde_json::from_slice(&entry.value).ok());
-        let metadata = match &old {
-            Some(old) => old["metadata"].clone(),
-            None => json!({"name": name, "namespace": NAMESPACE, "uid": uuid::Uuid::new_v4().to_string(),
-                "creationTimestamp": timestamp(Timestamp::now())}),
+        // Gone unless this succeeds: whoever gives up half way has to look again.
+        let (expect, metadata) = match held.take() {
+            Some(known) => known,
+            None => self.read_lease(&key, name).await?,
         };
         let mut lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata,
             "spec": {"holderIdentity": format!("{name}_{started}"),
@@ -158,8 +159,28 @@ impl Server {
         for (key, value) in self.notes.lock().iter() {
             lease["metadata"]["annotations"][key] = value.as_str().into();
         }
-        let expect = there.map_or(Expect::Absent, |entry| Expect::At(entry.revision));
-        self.store.put(&key, encode(&lease), expect, None).await.map(|_| ()).map_err(ApiError::store)
+        let revision = self.store.put(&key, encode(&lease), expect, None).await.map_err(ApiError::store)?;
+        *held = Some((Expect::At(revision), lease["metadata"].take()));
+        Ok(())
+    }
+
+    /// This server's Lease as it is: what a write has to expect, and the metadata to keep.
+    async fn read_lease(&self, key: &str, name: &str) -> Result<(Expect, Value)> {
+        let (there, _) = self.store.get(key).await.map_err(ApiError::store)?;
+        let fresh = || {
+            json!({"name": name, "namespace": NAMESPACE, "uid": uuid::Uuid::new_v4().to_string(),
+                "creationTimestamp": timestamp(Timestamp::now())})
+        };
+        let Some(entry) = there else { return Ok((Expect::Absent, fresh())) };
+        // Nobody but servers of this name write it; what cannot be read is written anew.
+        let metadata = match serde_json::from_slice::<Value>(&entry.value) {
+            Ok(mut old) => old["metadata"].take(),
+            Err(error) => {
+                tracing::warn!(%error, key, "this server's Lease cannot be read and is made anew");
+                fresh()
+            }
+        };
+        Ok((Expect::At(entry.revision), metadata))
     }
 
     /// The Leases of all servers as the cache has them.
