@@ -88,12 +88,8 @@ up() {
     saw "controllers and scheduler: $(kubectl get lease -n kube-system kube-controller-manager -o jsonpath='{.spec.holderIdentity}' | cut -d_ -f1)"
 
     step "Cut the power of the server that leads etcd and the controllers, while clients read, write and watch"
-    # 13 scenarios there are; this one looks up who leads when it begins.
-    "$binary" --log error drill power-off-etcd-leader --lab $lab >"$scratch/report" 2>&1 || {
-        cat "$scratch/report"
+    "$binary" --log error drill power-off-etcd-leader --lab $lab 2>&1 | tee "$scratch/report" | sed -u 's/^/   /' ||
         fail "what must hold did not hold; the report is above"
-    }
-    sed 's/^/   /' "$scratch/report"
     felt() { sed -n "s/^ *$1  *\([0-9.]* s\).*/\1/p" "$scratch/report" | head -1; }
     saw "felt at most: reads $(felt 'read, a1 by its balancer'), writes $(felt 'write, a1 by its balancer'), controllers $(felt controllers), the web $(felt 'workload, a1')"
 
