@@ -3,3 +3,4 @@
 pub mod balancer;
 pub mod proxy;
 pub mod routes;
+pub mod verdict;

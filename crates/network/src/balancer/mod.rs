@@ -11,6 +11,7 @@ pub mod choice;
 mod choice_tests;
 mod forward;
 mod list;
+mod pace;
 mod probe;
 
 use std::{
@@ -62,7 +63,7 @@ pub struct Config {
     pub node_name: String,
     /// How often each server is asked.
     pub probe_interval: Duration,
-    /// How long it has to answer.
+    /// How long it has to answer, if it usually answers quickly.
     pub probe_timeout: Duration,
     /// How many questions in a row it may leave unanswered.
     pub misses: u32,

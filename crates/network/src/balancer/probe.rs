@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Config, Counters, Shared,
     choice::{Answer, Health},
+    pace::Pace,
 };
 
 /// How many questions to one server may be open.
@@ -106,16 +107,20 @@ pub async fn run(shared: Arc<Shared>, stop: CancellationToken) {
 }
 
 /// The connection to a server, once there is one.
-#[derive(Default)]
 struct Session {
     sender: Mutex<Option<SendRequest<Empty<Bytes>>>>,
     /// The connection has ended.
     ended: Arc<Notify>,
+    pace: parking_lot::Mutex<Pace>,
 }
 
 /// Asks one server again and again.
 async fn ask_on(shared: Arc<Shared>, server: SocketAddr) {
-    let session = Arc::new(Session::default());
+    let session = Arc::new(Session {
+        sender: Mutex::default(),
+        ended: Arc::default(),
+        pace: parking_lot::Mutex::new(Pace::new(shared.config.probe_timeout)),
+    });
     let mut questions = JoinSet::new();
     let mut due = Instant::now();
     let mut soonest = due;
@@ -146,38 +151,56 @@ fn jitter() -> f64 {
 
 async fn ask(shared: Arc<Shared>, session: Arc<Session>, server: SocketAddr) {
     Counters::add(&shared.counters.probes);
-    let (asked, limit) = (shared.now(), shared.config.probe_timeout);
-    let answer = {
+    let dead = || shared.choice.lock().servers().any(|(s, h, _)| s == server && h == Health::Dead);
+    let (asked, started) = (shared.now(), Instant::now());
+    // Nothing is lost by being patient with a dead one: a whole handshake is needed to come back.
+    let limit = if dead() { session.pace.lock().longest() } else { session.pace.lock().limit() };
+    let silent = {
         // It may hold the session, and is dropped here.
-        let started = Instant::now();
         let mut question = std::pin::pin!(question(&shared, &session, server));
-        match timeout(limit, &mut question).await {
+        let mut answer = timeout(limit, &mut question).await;
+        if answer.is_err() && started.elapsed() > limit + LATE {
             // We did not get to look at what may have come long ago.
-            Err(_) if started.elapsed() > limit + LATE => timeout(limit / 2, &mut question).await,
-            answer => answer,
+            answer = timeout(limit / 2, &mut question).await;
         }
+        let silent = answer.is_err();
+        if silent {
+            shared.answered(server, asked, Answer::Silent);
+            if !dead() {
+                // An answer that is too late for this question still says what is usual.
+                let rest = session.pace.lock().longest().saturating_sub(started.elapsed());
+                answer = timeout(rest, &mut question).await;
+            }
+        }
+        if let Ok(Ok(_)) = answer {
+            session.pace.lock().answered(started.elapsed());
+        }
+        if let Ok(answer) = answer {
+            shared.answered(server, asked, meaning(server, answer));
+        }
+        silent
     };
-    let answer = match answer {
-        Ok(Ok(StatusCode::OK)) => Answer::Ready,
-        Ok(Ok(status)) => {
+    if silent && dead() {
+        // Its connection leads nowhere; the next question makes another.
+        *session.sender.lock().await = None;
+    }
+}
+
+fn meaning(server: SocketAddr, answer: Result<StatusCode, Failure>) -> Answer {
+    match answer {
+        Ok(StatusCode::OK) => Answer::Ready,
+        Ok(status) => {
             tracing::debug!(%server, %status, "a server is not ready");
             Answer::Unready
         }
-        Ok(Err(Failure::Stranger(error))) => {
+        Err(Failure::Stranger(error)) => {
             tracing::warn!(%server, "who answers there is no server of this cluster: {error}");
             Answer::Unready
         }
-        Ok(Err(Failure::Gone(error))) => {
+        Err(Failure::Gone(error)) => {
             tracing::debug!(%server, "a server does not answer: {error}");
             Answer::Refused
         }
-        Err(_) => Answer::Silent,
-    };
-    shared.answered(server, asked, answer);
-    let dead = |shared: &Shared| shared.choice.lock().servers().any(|(s, h, _)| s == server && h == Health::Dead);
-    if answer == Answer::Silent && dead(&shared) {
-        // Its connection leads nowhere; the next question makes another.
-        *session.sender.lock().await = None;
     }
 }
 
