@@ -85,7 +85,15 @@ const CONTROLLERS: &[(&str, Make)] = &[
 ];
 
 /// Runs the controllers until `shutdown`.
-pub async fn run(client: Client, config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+pub fn run(
+    client: Client,
+    config: Config,
+    shutdown: CancellationToken,
+) -> futures::future::BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(client, config, shutdown))
+}
+
+async fn work(client: Client, config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     let mut tasks = JoinSet::new();
     let (recorder, writing) = Recorder::new(client.clone(), "seawall", shutdown.clone());
     tasks.spawn(writing);

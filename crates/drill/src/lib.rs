@@ -8,4 +8,5 @@ pub mod lab;
 mod process;
 pub mod report;
 pub mod scenario;
+pub mod serve;
 mod traffic;

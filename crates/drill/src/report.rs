@@ -108,8 +108,7 @@ impl Report {
         let rows = Rows::new(&history.requests);
         let all: Vec<&Request> = history.requests.iter().collect();
         let kind = |class: Class| -> Vec<&Request> { all.iter().copied().filter(|r| r.class == class).collect() };
-        let classes = [Class::Read, Class::Cached, Class::Write, Class::Workload];
-        let by_kind = classes.into_iter().map(|c| (c.word().to_owned(), requests(&kind(c), times)));
+        let by_kind = Class::ALL.into_iter().map(|c| (c.word().to_owned(), requests(&kind(c), times)));
         let limit = |found: &[String]| found.iter().take(QUOTED).cloned().collect::<Vec<_>>();
         Report {
             scenario: scenario.into(),
@@ -134,6 +133,14 @@ impl Report {
         }
     }
 
+    /// Adds a figure of its own, in seconds, with what it should be at most.
+    pub fn window(&mut self, name: &str, took: Duration, target: Option<f64>) {
+        self.windows.insert(name.to_owned(), round(took.as_secs_f64()));
+        if let Some(target) = target {
+            self.targets.insert(name.to_owned(), target);
+        }
+    }
+
     /// For people.
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -152,10 +159,10 @@ impl Report {
             };
             let _ = writeln!(text, "    {name:width$}  {seconds:>7.3} s{target}");
         }
-        let _ = writeln!(text, "\n  {:<10} {:>8} {:>8} {:>12}", "requests", "total", "failed", "longest gap");
+        let _ = writeln!(text, "\n  {:<15} {:>8} {:>8} {:>12}", "requests", "total", "failed", "longest gap");
         let all = ("all".to_owned(), self.requests.clone());
         for (name, r) in self.by_kind.iter().map(|(n, r)| (n.clone(), r.clone())).chain([all]) {
-            let _ = writeln!(text, "  {name:<10} {:>8} {:>8} {:>10.3} s", r.total, r.failed, r.longest_gap);
+            let _ = writeln!(text, "  {name:<15} {:>8} {:>8} {:>10.3} s", r.total, r.failed, r.longest_gap);
         }
         let _ = writeln!(text, "\n{}", self.drawing);
         for (name, holds) in &self.invariants {

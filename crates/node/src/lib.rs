@@ -190,7 +190,15 @@ pub struct Agent {
 }
 
 /// Runs the agent until `shutdown`, or until a part of it fails for good. Pods are left running.
-pub async fn run(client: Client, config: NodeConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+pub fn run(
+    client: Client,
+    config: NodeConfig,
+    shutdown: CancellationToken,
+) -> futures::future::BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(client, config, shutdown))
+}
+
+async fn work(client: Client, config: NodeConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     // Before anything is touched: who manages the pods of this machine already goes on undisturbed.
     let _locks = lock::Locks::to_run(&config).await?;
     let listener = api::bind(&config).await?;
@@ -266,7 +274,11 @@ async fn part(work: impl Future<Output = ()> + Send) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// If an agent runs, or something cannot be removed.
-pub async fn remove_all(config: &NodeConfig) -> anyhow::Result<()> {
+pub fn remove_all(config: &NodeConfig) -> futures::future::BoxFuture<'_, anyhow::Result<()>> {
+    Box::pin(remove(config))
+}
+
+async fn remove(config: &NodeConfig) -> anyhow::Result<()> {
     let traces = traces::Traces::read(config);
     let _locks = lock::Locks::to_remove(config).await?;
     // Containers live on without their containerd; only one that runs can take them away.

@@ -72,6 +72,9 @@ enum Command {
     Lab(seawall_drill::lab::Args),
     /// Switch machines of a lab off while clients are at work, and say what they felt.
     Drill(seawall_drill::scenario::Args),
+    /// What runs in the pods of drills.
+    #[command(hide = true)]
+    DrillWorkload(seawall_drill::serve::Args),
     /// Measure a running API server.
     Bench(seawall_drill::bench::Args),
 }
@@ -120,6 +123,7 @@ fn main() -> ExitCode {
             Command::Clean(args) => machine::clean(args).await,
             Command::Lab(args) => seawall_drill::lab::run(args).await,
             Command::Drill(args) => seawall_drill::scenario::run(args).await,
+            Command::DrillWorkload(args) => seawall_drill::serve::run(args).await,
             Command::Bench(args) => seawall_drill::bench::run(args).await,
         }
     });

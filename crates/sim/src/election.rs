@@ -22,7 +22,7 @@ use crate::{Broken, clock::Clock};
 #[derive(Clone, Copy, Debug)]
 pub struct Setting {
     /// The times.
-    pub profile: Profile,
+    pub timing: Timing,
     /// How many candidates there are.
     pub candidates: usize,
     /// How long it lasts.
@@ -40,7 +40,7 @@ pub struct Setting {
 impl Default for Setting {
     fn default() -> Setting {
         Setting {
-            profile: Profile::Fast,
+            timing: Timing::of(Profile::Fast),
             candidates: 3,
             length: Duration::from_secs(60),
             fenced: true,
@@ -137,7 +137,7 @@ pub fn run(seed: u64, setting: Setting) -> Result<Outcome, Broken> {
 }
 
 fn run_once(seed: u64, setting: Setting) -> Result<Outcome, Broken> {
-    let timing = Timing::of(setting.profile);
+    let timing = setting.timing;
     let mut world = World {
         clock: Clock::new(seed),
         setting,

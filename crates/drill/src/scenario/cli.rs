@@ -6,13 +6,16 @@ use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use tokio::time::Instant;
 
-use super::{SCENARIOS, Scenario, run as scenario};
-use crate::lab::{LABS, Lab};
+use super::{Scenario, Traffic, all, on_nodes, run as scenario};
+use crate::{
+    lab::{LABS, Lab},
+    report::Report,
+};
 
 /// Options of `seawall drill`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The scenario; `all` for all of them, `list` to say what there is.
+    /// The scenario; `all` for all of them, `servers` or `nodes` for those, `list` to say what there is.
     scenario: String,
     /// The lab.
     #[arg(long, env = "SEAWALL_LAB", default_value = "seawall")]
@@ -40,19 +43,27 @@ enum Output {
 }
 
 fn find(name: &str) -> anyhow::Result<Vec<&'static Scenario>> {
-    if name == "all" {
-        return Ok(SCENARIOS.iter().collect());
+    let of = |traffic: Traffic| all().filter(|s| s.traffic == traffic).collect();
+    match name {
+        "all" => return Ok(all().collect()),
+        "servers" => return Ok(of(Traffic::Api)),
+        "nodes" => return Ok(of(Traffic::Services)),
+        _ => {}
     }
-    let found = SCENARIOS.iter().find(|s| s.name == name);
-    let all: Vec<&str> = SCENARIOS.iter().map(|s| s.name).collect();
-    Ok(vec![found.with_context(|| format!("there is no scenario {name:?}: use all, or one of {}", all.join(", ")))?])
+    let names: Vec<&str> = all().map(|s| s.name).collect();
+    let unknown = || format!("there is no scenario {name:?}: use all, servers, nodes, or one of {}", names.join(", "));
+    Ok(vec![all().find(|s| s.name == name).with_context(unknown)?])
 }
 
 /// Runs `seawall drill`.
-pub async fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(args: Args) -> futures::future::LocalBoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(args))
+}
+
+async fn work(args: Args) -> anyhow::Result<()> {
     if args.scenario == "list" {
-        let width = SCENARIOS.iter().map(|s| s.name.len()).max().unwrap_or(0);
-        for scenario in SCENARIOS {
+        let width = all().map(|s| s.name.len()).max().unwrap_or(0);
+        for scenario in all() {
             print(&format!("{:width$}  {}\n", scenario.name, scenario.about));
         }
         return Ok(());
@@ -65,7 +76,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             let started = Instant::now();
             eprintln!("--- {}: {} ({round} of {})", scenario.name, scenario.about, args.repeat);
             let say = |what: &str| eprintln!("{:7.2} s  {what}", started.elapsed().as_secs_f64());
-            let report = match scenario::run(&lab, scenario, &say).await {
+            let report = match carry_out(&lab, scenario, &say).await {
                 Ok(report) => report,
                 Err(error) => {
                     eprintln!("{}: {error:#}", scenario.name);
@@ -89,6 +100,13 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     bail!("{} of {} drills failed: {}", failed.len(), scenarios.len() * args.repeat as usize, failed.join(", "))
 }
 
+async fn carry_out(lab: &Lab, scenario: &Scenario, say: scenario::Say<'_>) -> anyhow::Result<Report> {
+    match scenario.traffic {
+        Traffic::Api => scenario::run(lab, scenario, say).await,
+        Traffic::Services => on_nodes::run(lab, scenario, say).await,
+    }
+}
+
 /// Writes to stdout; a reader that has gone, as `head` does, is no error.
 fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
@@ -100,11 +118,13 @@ mod tests {
 
     #[test]
     fn scenarios_by_name() {
-        assert_eq!(find("all").unwrap().len(), SCENARIOS.len());
+        assert_eq!(find("all").unwrap().len(), find("servers").unwrap().len() + find("nodes").unwrap().len());
         assert_eq!(find("blackout").unwrap()[0].name, "blackout");
         let said = find("blakout").unwrap_err().to_string();
         assert!(
-            said.starts_with("there is no scenario \"blakout\": use all, or one of power-off-etcd-leader,"),
+            said.starts_with(
+                "there is no scenario \"blakout\": use all, servers, nodes, or one of power-off-etcd-leader,"
+            ),
             "{said}"
         );
     }

@@ -137,7 +137,15 @@ async fn claim() -> anyhow::Result<UnixListener> {
 ///
 /// # Errors
 /// If another proxy runs, `nft` is missing, or the kernel refuses the table.
-pub async fn run(client: Client, config: ProxyConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+pub fn run(
+    client: Client,
+    config: ProxyConfig,
+    shutdown: CancellationToken,
+) -> futures::future::BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(client, config, shutdown))
+}
+
+async fn work(client: Client, config: ProxyConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     let claim = claim().await?;
     let mut services =
         watcher(Api::<Service>::all(client.clone()), watcher::Config::default()).backoff(Backoff::default()).boxed();
