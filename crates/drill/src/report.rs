@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::{
     check::Verdict,
     history::{At, Class, Fate, History, Request},
+    plot::Series,
 };
 
 /// The width of a column of the timeline.
@@ -83,6 +84,9 @@ pub struct Report {
     pub pass: bool,
     #[serde(skip)]
     drawing: String,
+    /// New connections, for a picture.
+    #[serde(skip)]
+    pub series: Vec<Series>,
 }
 
 /// When what happened, on the recording's clock.
@@ -130,6 +134,7 @@ impl Report {
             timeline: rows.failures(times),
             pass: verdicts.iter().all(Verdict::holds),
             drawing: rows.draw(times),
+            series: series(&history.requests, times),
         }
     }
 
@@ -176,6 +181,23 @@ impl Report {
         }
         text
     }
+}
+
+/// How long before the fault a picture begins.
+pub const BEFORE: Duration = Duration::from_secs(1);
+
+/// New connections of each client, by when they were made.
+fn series(requests: &[Request], times: &Times) -> Vec<Series> {
+    let begin = times.fault.saturating_sub(BEFORE);
+    let count = column(times.end.saturating_sub(begin)) as usize;
+    let mut clients: BTreeMap<&str, Vec<(u32, u32)>> = BTreeMap::new();
+    for request in requests.iter().filter(|r| r.class == Class::Connect && r.start >= begin) {
+        let slots = clients.entry(&request.client).or_insert_with(|| vec![(0, 0); count]);
+        if let Some(slot) = slots.get_mut(column(request.start - begin) as usize) {
+            *(if request.error.is_none() { &mut slot.0 } else { &mut slot.1 }) += 1;
+        }
+    }
+    clients.into_iter().map(|(client, slots)| Series { title: client.to_owned(), slots }).collect()
 }
 
 fn since(at: At, fault: At) -> f64 {

@@ -73,13 +73,13 @@ pub enum Step {
 
 /// A scenario.
 #[derive(Clone, Copy, Debug)]
-pub struct Scenario {
+pub struct Scenario<'a> {
     /// Its name on the command line.
     pub name: &'static str,
     /// What it shows.
     pub about: &'static str,
     /// What is done.
-    pub steps: &'static [Step],
+    pub steps: &'a [Step],
     /// What should be felt at most, in seconds: windows by the beginning of their name.
     pub targets: &'static [(&'static str, f64)],
     /// Who is at work meanwhile.
@@ -110,7 +110,7 @@ const ETCDS_LEADER: &[(&str, f64)] =
 const WORKLOAD: &[(&str, f64)] = &[("workload", 0.5)];
 
 /// Scenarios of servers.
-const OF_SERVERS: &[Scenario] = &[
+const OF_SERVERS: &[Scenario<'static>] = &[
     Scenario {
         name: "power-off-etcd-leader",
         about: "the server whose member leads etcd loses its power",
@@ -205,7 +205,7 @@ const OF_SERVERS: &[Scenario] = &[
 ];
 
 /// All scenarios.
-pub fn all() -> impl Iterator<Item = &'static Scenario> {
+pub fn all() -> impl Iterator<Item = &'static Scenario<'static>> {
     OF_SERVERS.iter().chain(nodes::OF_NODES)
 }
 

@@ -25,12 +25,12 @@ const fn of(
     about: &'static str,
     steps: &'static [Step],
     targets: &'static [(&'static str, f64)],
-) -> Scenario {
+) -> Scenario<'static> {
     Scenario { name, about, steps, targets, traffic: Traffic::Services }
 }
 
 /// All of them.
-pub const OF_NODES: &[Scenario] = &[
+pub const OF_NODES: &[Scenario<'static>] = &[
     of(
         "node-power-off",
         "a node with half of a web and a stateful pod loses its power",

@@ -27,7 +27,7 @@ const SERVED: Duration = Duration::from_secs(35);
 const SERVER: u16 = 6443;
 
 /// Carries a scenario out and reports.
-pub async fn run(lab: &Lab, scenario: &Scenario, say: Say<'_>) -> anyhow::Result<Report> {
+pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Result<Report> {
     well(lab).await.context("before the drill")?;
     let workers = roles::workers(lab);
     let [near, .., worker] = &workers[..] else {
@@ -88,7 +88,14 @@ pub async fn run(lab: &Lab, scenario: &Scenario, say: Say<'_>) -> anyhow::Result
     Ok(report(scenario, worker, &history, stage, undone, end))
 }
 
-fn report(scenario: &Scenario, worker: &Machine, history: &History, stage: Stage<'_>, undone: At, end: At) -> Report {
+fn report(
+    scenario: &Scenario<'_>,
+    worker: &Machine,
+    history: &History,
+    stage: Stage<'_>,
+    undone: At,
+    end: At,
+) -> Report {
     let fault = stage.marks.first().map_or(end, |(at, _)| *at);
     let of_worker = stage.victims.iter().find(|v| v.node == worker.name()).map(|v| v.from);
     let mut verdicts = check::services(history, &stage.victims, true);

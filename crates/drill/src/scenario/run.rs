@@ -39,7 +39,7 @@ const BALANCER: u16 = 6444;
 pub type Say<'a> = &'a (dyn Fn(&str) + Sync);
 
 /// Carries a scenario out and reports.
-pub async fn run(lab: &Lab, scenario: &Scenario, say: Say<'_>) -> anyhow::Result<Report> {
+pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Result<Report> {
     well(lab).await.context("before the drill")?;
     let target = Target::from_kubeconfig(&lab.kubeconfig())?;
     let servers: Vec<(String, Target)> =
