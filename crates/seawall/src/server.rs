@@ -14,7 +14,7 @@ use kube::{
     api::{Patch, PatchParams},
 };
 use seawall_client::{
-    election::{Election, lead},
+    election::{Election, Gone, lead},
     tls,
 };
 use seawall_network::balancer;
@@ -451,6 +451,8 @@ fn leaders(
     stop: &CancellationToken,
 ) -> anyhow::Result<Vec<JoinHandle<()>>> {
     let mut parts = Vec::new();
+    // No neighbour's word about machines reaches us yet.
+    let gone: Option<Gone> = None;
     // Two lives of one server are two candidates.
     let identity = format!("{}_{:08x}", machine.name, rand::random::<u32>());
     let alone = state.store == StoreKind::Embedded;
@@ -461,8 +463,12 @@ fn leaders(
             service_cidr: Some(state.cluster.service_cidr),
             ..certificates.controllers()
         };
-        let election =
-            Election { lease: "kube-controller-manager".into(), identity: identity.clone(), timing: *timing };
+        let election = Election {
+            lease: "kube-controller-manager".into(),
+            identity: identity.clone(),
+            timing: *timing,
+            gone: gone.clone(),
+        };
         parts.push(component("controllers", stop.clone(), move |stop| {
             let (client, config, election) = (client.clone(), config.clone(), election.clone());
             async move {
@@ -479,7 +485,7 @@ fn leaders(
     if machine.runs(Component::Scheduler) {
         let client = in_process(server, "system:kube-scheduler", &[]);
         let config = seawall_scheduler::SchedulerConfig::default();
-        let election = Election { lease: "kube-scheduler".into(), identity, timing: *timing };
+        let election = Election { lease: "kube-scheduler".into(), identity, timing: *timing, gone };
         parts.push(component("scheduler", stop.clone(), move |stop| {
             let (client, config, election) = (client.clone(), config.clone(), election.clone());
             async move {
