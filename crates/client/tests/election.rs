@@ -36,6 +36,7 @@ async fn server(dir: &std::path::Path) -> Client {
         presence: Default::default(),
         paths: None,
         shared_store: false,
+        tolerations: Default::default(),
     };
     let server = Server::start(config, store, CancellationToken::new()).await.unwrap();
     seawall_client::in_process(move |request| {
