@@ -317,7 +317,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         let identity = certificates.node_identity();
         let user = format!("system:node:{}", machine.name);
         let client = in_process(&server, &user, &[NODES]);
-        node_parts = node::components(&machine, &state.cluster, &client, &identity, &leading);
+        node_parts = node::components(&machine, &state.cluster, &client, &identity, &verdict::none(), &leading);
     }
     let mut leaders = leaders(&machine, &state, &timing, &server, &certificates, &leading)?;
     if let (Some(members), Some(etcd)) = (&opened.members, &opened.etcd) {
@@ -531,7 +531,7 @@ async fn clustered_node(
             balancer::run(config.clone(), follower.clone(), stop)
         }));
     }
-    parts.extend(node::components(machine, &state.cluster, &client, &certificates.node_identity(), stop));
+    parts.extend(node::components(machine, &state.cluster, &client, &certificates.node_identity(), &verdict::none(), stop));
     Ok(parts)
 }
 
