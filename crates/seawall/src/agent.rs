@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use seawall_client::tls::{self, Credentials, Tls};
-use seawall_network::balancer;
+use seawall_network::{balancer, verdict};
 use seawall_server::tls::{ClientAuthorities, ServingCertificate, server_config};
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;

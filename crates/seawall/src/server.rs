@@ -17,7 +17,7 @@ use seawall_client::{
     election::{Election, lead},
     tls,
 };
-use seawall_network::balancer;
+use seawall_network::{balancer, verdict};
 use seawall_quorum::timing::Timing;
 use seawall_server::{
     Config, Server, StartError,
@@ -531,7 +531,14 @@ async fn clustered_node(
             balancer::run(config.clone(), follower.clone(), stop)
         }));
     }
-    parts.extend(node::components(machine, &state.cluster, &client, &certificates.node_identity(), &verdict::none(), stop));
+    parts.extend(node::components(
+        machine,
+        &state.cluster,
+        &client,
+        &certificates.node_identity(),
+        &verdict::none(),
+        stop,
+    ));
     Ok(parts)
 }
 
