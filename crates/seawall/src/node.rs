@@ -7,7 +7,7 @@ use std::{
 
 use kube::Client;
 use rustls::ServerConfig;
-use seawall_network::{proxy, routes};
+use seawall_network::{proxy, routes, verdict};
 use seawall_node::fence;
 use seawall_quorum::timing::Timing;
 use tokio::task::JoinHandle;
@@ -33,6 +33,7 @@ pub fn components(
     timing: &Timing,
     client: &Client,
     identity: &Identity,
+    verdicts: &verdict::Receiver,
     stop: &CancellationToken,
 ) -> Vec<JoinHandle<()>> {
     let mut parts = Vec::new();
@@ -47,10 +48,13 @@ pub fn components(
             node_name: machine.name.clone(),
             node_ips: vec![machine.ip],
             cluster_cidr: cluster.cluster_cidr,
+            file: Some(Files::new(&machine.options.data_dir).agent().join("proxy.json")),
             ..Default::default()
         };
-        let client = client.clone();
-        parts.push(component("proxy", stop.clone(), move |stop| proxy::run(client.clone(), config.clone(), stop)));
+        let (client, verdicts) = (client.clone(), verdicts.clone());
+        parts.push(component("proxy", stop.clone(), move |stop| {
+            proxy::run(client.clone(), config.clone(), verdicts.clone(), stop)
+        }));
     }
     if machine.runs(Component::Routes) && machine.runs(Component::Agent) {
         let (client, config) =

@@ -17,7 +17,7 @@ use seawall_client::{
     election::{Election, Gone, lead},
     tls,
 };
-use seawall_network::balancer;
+use seawall_network::{balancer, verdict};
 use seawall_quorum::timing::Timing;
 use seawall_server::{
     Config, Server, StartError, Tolerations,
@@ -319,7 +319,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         let identity = certificates.node_identity();
         let user = format!("system:node:{}", machine.name);
         let client = in_process(&server, &user, &[NODES]);
-        node_parts = node::components(&machine, &state.cluster, &timing, &client, &identity, &leading);
+        node_parts =
+            node::components(&machine, &state.cluster, &timing, &client, &identity, &verdict::none(), &leading);
     }
     let mut leaders = leaders(&args, &machine, &state, &timing, &server, &certificates, &leading)?;
     if let (Some(members), Some(etcd)) = (&opened.members, &opened.etcd) {
@@ -545,7 +546,8 @@ async fn clustered_node(
             balancer::run(config.clone(), follower.clone(), stop)
         }));
     }
-    parts.extend(node::components(machine, &state.cluster, timing, &client, &certificates.node_identity(), stop));
+    let identity = certificates.node_identity();
+    parts.extend(node::components(machine, &state.cluster, timing, &client, &identity, &verdict::none(), stop));
     Ok(parts)
 }
 
