@@ -71,6 +71,14 @@ pub struct Timing {
     pub probe_interval: Duration,
     /// `--balancer-probe-timeout`: how long a server has to answer that.
     pub probe_timeout: Duration,
+    /// `--gossip-probe-interval`: how often a machine is probed by some other one.
+    pub gossip_probe_interval: Duration,
+    /// `--gossip-probe-timeout`: how long it has to answer before others are asked to probe it too.
+    pub gossip_probe_timeout: Duration,
+    /// `--gossip-suspicion-timeout`: how long a machine that several suspect has to object before it is held for dead.
+    pub gossip_suspicion: Duration,
+    /// `--gossip-interval`: how often news about machines is passed on.
+    pub gossip_interval: Duration,
 }
 
 const fn ms(n: u64) -> Duration {
@@ -94,6 +102,10 @@ impl Timing {
                 server_expiry: ms(1400),
                 probe_interval: ms(100),
                 probe_timeout: ms(200),
+                gossip_probe_interval: ms(100),
+                gossip_probe_timeout: ms(40),
+                gossip_suspicion: ms(400),
+                gossip_interval: ms(50),
             },
             Profile::Kubernetes => Timing {
                 lease_duration: ms(15_000),
@@ -108,6 +120,10 @@ impl Timing {
                 server_expiry: ms(15_000),
                 probe_interval: ms(1000),
                 probe_timeout: ms(1000),
+                gossip_probe_interval: ms(1000),
+                gossip_probe_timeout: ms(400),
+                gossip_suspicion: ms(5000),
+                gossip_interval: ms(200),
             },
             Profile::Wan => Timing {
                 lease_duration: ms(4000),
@@ -122,6 +138,10 @@ impl Timing {
                 server_expiry: ms(6000),
                 probe_interval: ms(500),
                 probe_timeout: ms(750),
+                gossip_probe_interval: ms(800),
+                gossip_probe_timeout: ms(300),
+                gossip_suspicion: ms(2400),
+                gossip_interval: ms(150),
             },
         }
     }
@@ -149,8 +169,12 @@ impl Timing {
         let expiry = Flag::new("--server-expiry", self.server_expiry);
         let interval = Flag::new("--balancer-probe-interval", self.probe_interval);
         let timeout = Flag::new("--balancer-probe-timeout", self.probe_timeout);
+        let gossip_probe = Flag::new("--gossip-probe-interval", self.gossip_probe_interval);
+        let gossip_timeout = Flag::new("--gossip-probe-timeout", self.gossip_probe_timeout);
+        let gossip_suspicion = Flag::new("--gossip-suspicion-timeout", self.gossip_suspicion);
+        let gossip_interval = Flag::new("--gossip-interval", self.gossip_interval);
         let shortest = Flag::new("the shortest time", ms(10));
-        for time in [&retry, &grace, &heartbeat, &renew, &interval, &timeout] {
+        for time in [&retry, &grace, &heartbeat, &renew, &interval, &timeout, &gossip_timeout, &gossip_interval] {
             longer(time, 1, &shortest, "shorter times are noise");
         }
         let both = Flag { name: format!("{} + {}", deadline.name, retry.name), value: deadline.value + retry.value };
@@ -164,6 +188,9 @@ impl Timing {
         longer(&budget, 3, &election, "two elections in a row must not fail a write");
         longer(&expiry, 3, &renew, "two lost renewals must not take a server off");
         longer(&timeout, 1, &interval, "a probe has at least until the next one");
+        longer(&gossip_probe, 2, &gossip_timeout, "those who are asked to probe too need as much time again");
+        longer(&gossip_suspicion, 3, &gossip_probe, "a machine that lives must be probed again before it is given up");
+        longer(&gossip_suspicion, 6, &gossip_interval, "its objection must have reached everybody by then");
         if broken.is_empty() { Ok(()) } else { Err(Violations(broken)) }
     }
 

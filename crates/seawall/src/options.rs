@@ -133,6 +133,18 @@ pub struct TimingOptions {
     /// How long a server has to answer that.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     balancer_probe_timeout: Option<Duration>,
+    /// How often a machine is probed by some other one.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_probe_interval: Option<Duration>,
+    /// How long a machine has to answer before others are asked to probe it too.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_probe_timeout: Option<Duration>,
+    /// How long a machine that several suspect has to object before it is held for dead.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_suspicion_timeout: Option<Duration>,
+    /// How often news about machines is passed on.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_interval: Option<Duration>,
 }
 
 /// Reads a time such as `250ms`, `1.5s` or `1m`.
@@ -171,6 +183,10 @@ impl TimingOptions {
             (self.server_expiry, &mut timing.server_expiry),
             (self.balancer_probe_interval, &mut timing.probe_interval),
             (self.balancer_probe_timeout, &mut timing.probe_timeout),
+            (self.gossip_probe_interval, &mut timing.gossip_probe_interval),
+            (self.gossip_probe_timeout, &mut timing.gossip_probe_timeout),
+            (self.gossip_suspicion_timeout, &mut timing.gossip_suspicion),
+            (self.gossip_interval, &mut timing.gossip_interval),
         ] {
             if let Some(given) = given {
                 *place = given;
