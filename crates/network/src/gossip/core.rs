@@ -20,7 +20,7 @@ use rand10::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 
 use super::{
     id::{ENDED, Id, Key, LEFT},
-    judge::{Health, Judgement, Record, State, Times, View, judge},
+    judge::{Health, Record, State, Times, View, judge},
     metrics::Counters,
     wire::{self, Packet, Wire},
     word::{Ear, Said, Word},
@@ -233,6 +233,8 @@ pub struct Core {
     /// Until when a machine's word that nobody listens there holds.
     absent: BTreeMap<Key, Duration>,
     said_absent: BTreeMap<Key, (Duration, u16)>,
+    /// How often we have said of somebody that it does not answer: each time is told on anew.
+    accused: BTreeMap<Key, u16>,
     probe: Option<Probe>,
     helps: BTreeMap<Key, Help>,
     health: Health,
@@ -299,6 +301,7 @@ impl Core {
             judging: BTreeMap::new(),
             absent: BTreeMap::new(),
             said_absent: BTreeMap::new(),
+            accused: BTreeMap::new(),
             probe: None,
             helps: BTreeMap::new(),
             health: Health::default(),
@@ -490,9 +493,10 @@ impl Core {
         // We cannot talk to those whom we do not know, and must not call them dead for it.
         let strangers = packet.updates.iter().filter(|update| !known(update.id().key)).count();
         let message = message.clone();
+        let answer = matches!(message, Message::Ack(_) | Message::IndirectAck { .. } | Message::Feed);
         let before = self.incarnation;
         let accused = packet.updates.iter().any(|u| u.id().key == own && u.state() == foca::State::Suspect);
-        self.heard(now, from);
+        self.heard(now, from, answer);
         self.touched.extend(packet.updates.iter().filter_map(|update| {
             let noted = self.records.contains_key(&update.id().key);
             (noted || update.state() != foca::State::Alive).then_some(update.id().key)
@@ -513,8 +517,10 @@ impl Core {
             Message::Announce => self.tell_of_the_dead(src),
             _ => {}
         }
-        // Whatever it sends, it lives.
-        self.vouch(now, from);
+        // An answer to whatever we asked shows that it lives and hears us. What it says unasked shows only the former.
+        if answer {
+            self.vouch(now, from);
+        }
         self.listen(now);
         if accused && self.incarnation != before {
             self.counters.accused += 1;
@@ -535,11 +541,13 @@ impl Core {
         Ok(())
     }
 
-    fn heard(&mut self, now: Duration, from: Key) {
+    fn heard(&mut self, now: Duration, from: Key, answer: bool) {
         if let Some(contact) = self.contacts.get_mut(&from) {
             contact.heard = millis(now).max(1);
         }
-        self.helps.remove(&from);
+        if answer {
+            self.helps.remove(&from);
+        }
         self.said_absent.remove(&from);
         if self.absent.remove(&from).is_some() {
             self.touched.insert(from);
@@ -574,7 +582,10 @@ impl Core {
         if self.health.doubts() || self.health.quiet(now) {
             return;
         }
-        self.say(now, Said::Silent, id, incarnation, 0);
+        let count = self.accused.entry(id.key).or_default();
+        *count = count.wrapping_add(1);
+        let count = *count;
+        self.say(now, Said::Silent, id, incarnation, count);
         // It hears of it at once, and can object.
         let own = *self.swim.identity();
         let suspicion = vec![Member::new(id, incarnation, foca::State::Suspect)];
@@ -685,6 +696,7 @@ impl Core {
         self.judging.remove(&key);
         self.absent.remove(&key);
         self.said_absent.remove(&key);
+        self.accused.remove(&key);
         self.helps.remove(&key);
         if let Some(contact) = self.contacts.remove(&key) {
             self.missing.remove(&(contact.search, key));
@@ -912,7 +924,7 @@ impl Core {
                     State::Left => {}
                 }
                 let record =
-                    Record { id, incarnation, since: now, from: now, accusers: BTreeSet::new(), state };
+                    Record { id, incarnation, since: now, from: now, held: now, accusers: BTreeSet::new(), state };
                 self.records.insert(key, record);
             }
         }
@@ -938,32 +950,26 @@ impl Core {
             State::Left => None,
             State::Dead => Some(Verdict::Dead),
             State::Suspected => {
-                let since = millis(record.since).max(1);
-                let heard = self.contacts.iter().filter(|(k, c)| **k != key && c.heard >= since).take(2).count();
-                let view = View {
-                    members: self.active + 1,
-                    suspected: self.suspected(),
-                    heard,
-                    doubt: self.health.doubts(),
-                };
-                match judge(now, record, view, &self.times) {
-                    Judgement::Open(again) => {
-                        self.judge_at(now, again, key);
-                        Some(Verdict::Alive)
+                let late = millis(now.saturating_sub(self.times.late() * self.health.stretch())).max(1);
+                let heard = self.contacts.iter().filter(|(k, c)| **k != key && c.heard >= late).take(2).count();
+                let view =
+                    View { members: self.active + 1, suspected: self.suspected(), heard, doubt: self.health.doubts() };
+                let judged = judge(now, record, view, &self.times);
+                if judged.verdict == Verdict::Dead {
+                    let down = Member::new(record.id, record.incarnation, foca::State::Down);
+                    self.swim(now, |swim, wishes| {
+                        swim.apply_many(std::iter::once(down), true, &mut *wishes)?;
+                        swim.gossip(wishes)
+                    });
+                } else {
+                    if judged.held
+                        && let Some(record) = self.records.get_mut(&key)
+                    {
+                        record.held = now;
                     }
-                    Judgement::Suspect(again) => {
-                        self.judge_at(now, again, key);
-                        Some(Verdict::Suspect)
-                    }
-                    Judgement::Dead => {
-                        let down = Member::new(record.id, record.incarnation, foca::State::Down);
-                        self.swim(now, |swim, wishes| {
-                            swim.apply_many(std::iter::once(down), true, &mut *wishes)?;
-                            swim.gossip(wishes)
-                        });
-                        Some(Verdict::Dead)
-                    }
+                    self.judge_at(now, judged.again, key);
                 }
+                Some(judged.verdict)
             }
         }
     }

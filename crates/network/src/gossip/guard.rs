@@ -77,8 +77,7 @@ impl Guard {
             Some(heard) if heard.session == stamp.session => heard,
             Some(heard) if heard.session > stamp.session => return Err(Refused::Former),
             _ => {
-                let heard =
-                    Heard { session: stamp.session, highest: stamp.number, window: 1, offset, at: now };
+                let heard = Heard { session: stamp.session, highest: stamp.number, window: 1, offset, at: now };
                 self.heard.insert(from, heard);
                 return Ok(());
             }

@@ -10,6 +10,7 @@ use foca::Incarnation;
 use seawall_quorum::timing::Timing;
 
 use super::id::{Id, Key};
+use crate::verdict::Verdict;
 
 /// The times of the gossip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +36,7 @@ impl Times {
         }
     }
 
-    /// How long one that only a single member suspects has.
+    /// How long one has where there is nobody else to ask.
     pub fn alone(&self) -> Duration {
         self.suspicion * 3
     }
@@ -43,6 +44,11 @@ impl Times {
     /// We are to act every [`Times::spread`]. A pause longer than this means that we were not given the time to.
     pub fn gap(&self) -> Duration {
         (self.spread * 3).max(self.probe_interval)
+    }
+
+    /// Who was heard no longer ago than this was heard of late.
+    pub fn late(&self) -> Duration {
+        self.probe_interval * 4
     }
 
     /// How long "its machine answers, its process does not" holds. Kernels say so about once a second to each who asks.
@@ -65,6 +71,8 @@ pub struct Record {
     pub since: Duration,
     /// Our own patience begins no earlier than this: we were not listening before.
     pub from: Duration,
+    /// When we last had reason to hold our tongue: patience for its death begins anew then.
+    pub held: Duration,
     /// Who found out by itself.
     pub accusers: BTreeSet<Key>,
     /// What it has come to.
@@ -89,7 +97,7 @@ pub struct View {
     pub members: usize,
     /// Those of them that are under suspicion.
     pub suspected: usize,
-    /// From how many others we have heard since the suspicion began, counted up to two.
+    /// From how many others we have heard of late, counted up to two.
     pub heard: usize,
     /// Whether our own probes fail one after the other, whomever we ask.
     pub doubt: bool,
@@ -97,13 +105,13 @@ pub struct View {
 
 /// What follows from a suspicion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Judgement {
-    /// Nothing yet; look again then.
-    Open(Duration),
-    /// It is better avoided; look again then.
-    Suspect(Duration),
-    /// It is dead.
-    Dead,
+pub struct Judgement {
+    /// What it has come to.
+    pub verdict: Verdict,
+    /// Whether we have reason to hold our tongue, and patience begins anew.
+    pub held: bool,
+    /// When to look again.
+    pub again: Duration,
 }
 
 /// Judges one member that is under suspicion.
@@ -112,20 +120,26 @@ pub fn judge(now: Duration, record: &Record, view: View, times: &Times) -> Judge
     let healthy = view.members.saturating_sub(view.suspected).max(1);
     let needed = healthy.min(WITNESSES);
     let accusers = record.accusers.len();
-    let dead = start + patience(accusers, needed, times);
-    let suspect = match needed > 1 && accusers >= needed.min(2) {
+    // One alone may be wrong about its own cable. Where there are several, two have to say so.
+    let confirmed = accusers >= needed.min(2);
+    let suspect = match needed > 1 && confirmed {
         // One that lives objects within a round trip.
         true => start + times.probe_interval,
         false => start + times.suspicion,
     };
-    if now >= dead && !holds_back(healthy, view) {
-        return Judgement::Dead;
+    let held = holds_back(healthy, view);
+    let dead = start.max(record.held) + patience(accusers, needed, times);
+    let soon = now + times.probe_interval;
+    if needed > 1 && !confirmed || held {
+        let verdict = if now >= suspect { Verdict::Suspect } else { Verdict::Alive };
+        return Judgement { verdict, held, again: soon };
     }
-    let again = |at: Duration| if at > now { at } else { now + times.probe_interval };
-    match now >= suspect {
-        true => Judgement::Suspect(again(dead)),
-        false => Judgement::Open(again(suspect.min(dead))),
-    }
+    let (verdict, again) = match () {
+        () if now >= dead => (Verdict::Dead, soon),
+        () if now >= suspect => (Verdict::Suspect, dead),
+        () => (Verdict::Alive, suspect.min(dead)),
+    };
+    Judgement { verdict, held, again: again.min(soon) }
 }
 
 /// From [`Times::alone`] for one accuser down to [`Times::suspicion`] for as many as are needed, by the logarithm: the
@@ -214,8 +228,7 @@ mod tests {
         Duration::from_millis(n)
     }
 
-    const TIMES: Times =
-        Times { probe_interval: ms(100), probe_timeout: ms(40), suspicion: ms(400), spread: ms(50) };
+    const TIMES: Times = Times { probe_interval: ms(100), probe_timeout: ms(40), suspicion: ms(400), spread: ms(50) };
     const GOOD: View = View { members: 5, suspected: 1, heard: 2, doubt: false };
 
     fn record(since: u64, accusers: u64) -> Record {
@@ -224,6 +237,7 @@ mod tests {
             incarnation: 0,
             since: ms(since),
             from: ms(0),
+            held: ms(0),
             accusers: (0..accusers).map(Key).collect(),
             state: State::Suspected,
         }
@@ -231,55 +245,59 @@ mod tests {
 
     #[test]
     fn patience_is_shorter_with_more_witnesses() {
-        // The instant of death and of being avoided, counted from the suspicion.
-        let check = |accusers: u64, view: View, suspect: u64, dead: u64| {
+        // The instants of being avoided and of death, counted from the suspicion.
+        let check = |accusers: u64, view: View, suspect: u64, dead: Option<u64>| {
             let record = record(1000, accusers);
-            let at = |n: u64| judge(ms(1000 + n), &record, view, &TIMES);
-            assert!(matches!(at(suspect - 1), Judgement::Open(_)), "{accusers} {view:?}");
-            if suspect < dead {
-                assert!(matches!(at(suspect), Judgement::Suspect(_)), "{accusers} {view:?}");
-                assert!(matches!(at(dead - 1), Judgement::Suspect(_)), "{accusers} {view:?}");
+            let at = |n: u64| judge(ms(1000 + n), &record, view, &TIMES).verdict;
+            assert_eq!(at(suspect - 1), Verdict::Alive, "{accusers} {view:?}");
+            assert_eq!(at(suspect), Verdict::Suspect, "{accusers} {view:?}");
+            assert_eq!(at(dead.unwrap_or(1 << 40) - 1), Verdict::Suspect, "{accusers} {view:?}");
+            if let Some(dead) = dead {
+                assert_eq!(at(dead), Verdict::Dead, "{accusers} {view:?}");
             }
-            assert_eq!(at(dead), Judgement::Dead, "{accusers} {view:?}");
         };
-        check(3, GOOD, 100, 400);
-        check(4, GOOD, 100, 400);
-        check(2, GOOD, 100, 696);
-        check(1, GOOD, 400, 1200);
-        check(0, GOOD, 400, 1200);
-        // Two of three: both have to say so for the short time.
-        check(2, View { members: 3, ..GOOD }, 100, 400);
-        check(1, View { members: 3, ..GOOD }, 400, 1200);
+        check(3, GOOD, 100, Some(400));
+        check(4, GOOD, 100, Some(400));
+        check(2, GOOD, 100, Some(696));
+        check(1, GOOD, 400, None);
+        check(0, GOOD, 400, None);
+        // Two of three: both have to say so.
+        check(2, View { members: 3, ..GOOD }, 100, Some(400));
+        check(1, View { members: 3, ..GOOD }, 400, None);
         // Where there is no other witness, only time can tell.
-        check(1, View { members: 2, heard: 0, ..GOOD }, 400, 1200);
-        check(3, View { members: 5000, ..GOOD }, 100, 400);
+        check(1, View { members: 2, heard: 0, ..GOOD }, 400, Some(1200));
+        check(3, View { members: 5000, ..GOOD }, 100, Some(400));
     }
 
     #[test]
     fn who_may_be_cut_off_declares_nobody_dead() {
-        let check = |view: View, dead: bool| {
+        let check = |view: View, held: bool| {
             let judged = judge(ms(100_000), &record(0, 3), view, &TIMES);
-            match dead {
-                true => assert_eq!(judged, Judgement::Dead, "{view:?}"),
-                false => assert_eq!(judged, Judgement::Suspect(ms(100_100)), "{view:?}"),
-            }
+            let verdict = if held { Verdict::Suspect } else { Verdict::Dead };
+            assert_eq!((judged.verdict, judged.held), (verdict, held), "{view:?}");
         };
-        check(GOOD, true);
-        check(View { suspected: 2, ..GOOD }, true);
-        check(View { suspected: 3, ..GOOD }, false);
-        check(View { heard: 1, ..GOOD }, false);
-        check(View { doubt: true, ..GOOD }, false);
-        check(View { members: 4, suspected: 2, heard: 1, ..GOOD }, true);
-        check(View { members: 3, suspected: 2, heard: 0, ..GOOD }, false);
+        check(GOOD, false);
+        check(View { suspected: 2, ..GOOD }, false);
+        check(View { suspected: 3, ..GOOD }, true);
+        check(View { heard: 1, ..GOOD }, true);
+        check(View { doubt: true, ..GOOD }, true);
+        check(View { members: 4, suspected: 2, heard: 1, ..GOOD }, false);
+        check(View { members: 3, suspected: 2, heard: 0, ..GOOD }, true);
     }
 
     #[test]
-    fn who_was_away_begins_to_count_when_it_is_back() {
+    fn who_had_doubts_or_was_away_begins_to_count_when_that_is_over() {
         let mut record = record(0, 3);
-        record.from = ms(5000);
-        assert_eq!(judge(ms(5000), &record, GOOD, &TIMES), Judgement::Open(ms(5100)));
-        assert_eq!(judge(ms(5100), &record, GOOD, &TIMES), Judgement::Suspect(ms(5400)));
-        assert_eq!(judge(ms(5400), &record, GOOD, &TIMES), Judgement::Dead);
+        let check = |record: &Record, at: u64, verdict: Verdict| {
+            assert_eq!(judge(ms(at), record, GOOD, &TIMES).verdict, verdict, "at {at}");
+        };
+        record.held = ms(5000);
+        check(&record, 5399, Verdict::Suspect);
+        check(&record, 5400, Verdict::Dead);
+        record.from = ms(6000);
+        check(&record, 6099, Verdict::Alive);
+        check(&record, 6399, Verdict::Suspect);
+        check(&record, 6400, Verdict::Dead);
     }
 
     #[test]

@@ -123,11 +123,12 @@ impl Metrics {
             }
         };
         let Metrics { protocol: p, dropped: d, .. } = self;
-        family("probes_total", "counter", "Probes by what came of them.", &[
-            ("{result=\"answered\"}", p.answered),
-            ("{result=\"failed\"}", p.failed),
-            ("{result=\"void\"}", p.void),
-        ]);
+        family(
+            "probes_total",
+            "counter",
+            "Probes by what came of them.",
+            &[("{result=\"answered\"}", p.answered), ("{result=\"failed\"}", p.failed), ("{result=\"void\"}", p.void)],
+        );
         family("indirect_probes_total", "counter", "Probes for which others were asked too.", &[("", p.indirect)]);
         family("suspicions_total", "counter", "Suspicions, whoever raised them.", &[("", p.suspicions)]);
         family("false_suspicions_total", "counter", "Suspicions that were refuted.", &[("", p.refuted)]);
@@ -139,31 +140,48 @@ impl Metrics {
         family("errors_total", "counter", "What went wrong inside.", &[("", p.errors)]);
         let in_and_out = |received, sent| [("{direction=\"in\"}", received), ("{direction=\"out\"}", sent)];
         family("packets_total", "counter", "Packets.", &in_and_out(self.received.0, self.sent.0));
-        family("bytes_total", "counter", "Bytes in packets, without IP and UDP.", &in_and_out(self.received.1, self.sent.1));
-        family("dropped_total", "counter", "Packets dropped, by the reason.", &[
-            ("{reason=\"foreign\"}", d.foreign),
-            ("{reason=\"unknown-key\"}", d.unknown_key),
-            ("{reason=\"forged\"}", d.forged),
-            ("{reason=\"unknown-sender\"}", d.unknown_sender),
-            ("{reason=\"wrong-address\"}", d.wrong_address),
-            ("{reason=\"wrong-receiver\"}", d.wrong_receiver),
-            ("{reason=\"repeated\"}", d.repeated),
-            ("{reason=\"former\"}", d.former),
-            ("{reason=\"stale\"}", d.stale),
-            ("{reason=\"malformed\"}", d.malformed),
-            ("{reason=\"about-unknown\"}", d.about_unknown),
-            ("{reason=\"unsent\"}", d.unsent),
-        ]);
+        family(
+            "bytes_total",
+            "counter",
+            "Bytes in packets, without IP and UDP.",
+            &in_and_out(self.received.1, self.sent.1),
+        );
+        family(
+            "dropped_total",
+            "counter",
+            "Packets dropped, by the reason.",
+            &[
+                ("{reason=\"foreign\"}", d.foreign),
+                ("{reason=\"unknown-key\"}", d.unknown_key),
+                ("{reason=\"forged\"}", d.forged),
+                ("{reason=\"unknown-sender\"}", d.unknown_sender),
+                ("{reason=\"wrong-address\"}", d.wrong_address),
+                ("{reason=\"wrong-receiver\"}", d.wrong_receiver),
+                ("{reason=\"repeated\"}", d.repeated),
+                ("{reason=\"former\"}", d.former),
+                ("{reason=\"stale\"}", d.stale),
+                ("{reason=\"malformed\"}", d.malformed),
+                ("{reason=\"about-unknown\"}", d.about_unknown),
+                ("{reason=\"unsent\"}", d.unsent),
+            ],
+        );
         let (alive, suspected) = self.members;
-        family("members", "gauge", "Members by what is thought of them.", &[
-            ("{verdict=\"alive\"}", alive.saturating_sub(suspected) as u64),
-            ("{verdict=\"suspect\"}", suspected as u64),
-            ("{verdict=\"dead\"}", self.dead as u64),
-        ]);
-        family("stretch", "gauge", "How many times as long as usual others are waited for.", &[(
-            "",
-            u64::from(self.stretch),
-        )]);
+        family(
+            "members",
+            "gauge",
+            "Members by what is thought of them.",
+            &[
+                ("{verdict=\"alive\"}", alive.saturating_sub(suspected) as u64),
+                ("{verdict=\"suspect\"}", suspected as u64),
+                ("{verdict=\"dead\"}", self.dead as u64),
+            ],
+        );
+        family(
+            "stretch",
+            "gauge",
+            "How many times as long as usual others are waited for.",
+            &[("", u64::from(self.stretch))],
+        );
         let name = "seawall_gossip_round_trip_seconds";
         let _ = writeln!(out, "# HELP {name} From a probe to its answer.\n# TYPE {name} histogram");
         let mut sum = 0;
