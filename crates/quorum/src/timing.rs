@@ -92,6 +92,14 @@ pub struct Timing {
     /// `--fence-wait`: how long a node's Lease must have been silent before such pods are made anew elsewhere. Zero:
     /// they are not, as in Kubernetes.
     pub fence_wait: Duration,
+    /// `--gossip-probe-interval`: how often a machine is probed by some other one.
+    pub gossip_probe_interval: Duration,
+    /// `--gossip-probe-timeout`: how long it has to answer before others are asked to probe it too.
+    pub gossip_probe_timeout: Duration,
+    /// `--gossip-suspicion-timeout`: how long a machine that several suspect has to object before it is held for dead.
+    pub gossip_suspicion: Duration,
+    /// `--gossip-interval`: how often news about machines is passed on.
+    pub gossip_interval: Duration,
 }
 
 const fn ms(n: u64) -> Duration {
@@ -125,6 +133,10 @@ impl Timing {
                 fence_after: ms(10_000),
                 fence_stop: ms(5000),
                 fence_wait: ms(18_000),
+                gossip_probe_interval: ms(100),
+                gossip_probe_timeout: ms(40),
+                gossip_suspicion: ms(400),
+                gossip_interval: ms(50),
             },
             Profile::Kubernetes => Timing {
                 lease_duration: ms(15_000),
@@ -149,6 +161,10 @@ impl Timing {
                 fence_after: ms(0),
                 fence_stop: ms(0),
                 fence_wait: ms(0),
+                gossip_probe_interval: ms(1000),
+                gossip_probe_timeout: ms(400),
+                gossip_suspicion: ms(5000),
+                gossip_interval: ms(200),
             },
             Profile::Wan => Timing {
                 lease_duration: ms(4000),
@@ -173,6 +189,10 @@ impl Timing {
                 fence_after: ms(20_000),
                 fence_stop: ms(5000),
                 fence_wait: ms(32_000),
+                gossip_probe_interval: ms(800),
+                gossip_probe_timeout: ms(300),
+                gossip_suspicion: ms(2400),
+                gossip_interval: ms(150),
             },
         }
     }
@@ -200,8 +220,12 @@ impl Timing {
         let expiry = Flag::new("--server-expiry", self.server_expiry);
         let interval = Flag::new("--balancer-probe-interval", self.probe_interval);
         let timeout = Flag::new("--balancer-probe-timeout", self.probe_timeout);
+        let gossip_probe = Flag::new("--gossip-probe-interval", self.gossip_probe_interval);
+        let gossip_timeout = Flag::new("--gossip-probe-timeout", self.gossip_probe_timeout);
+        let gossip_suspicion = Flag::new("--gossip-suspicion-timeout", self.gossip_suspicion);
+        let gossip_interval = Flag::new("--gossip-interval", self.gossip_interval);
         let shortest = Flag::new("the shortest time", ms(10));
-        for time in [&retry, &grace, &heartbeat, &renew, &interval, &timeout] {
+        for time in [&retry, &grace, &heartbeat, &renew, &interval, &timeout, &gossip_timeout, &gossip_interval] {
             longer(time, 1, &shortest, "shorter times are noise");
         }
         let both = Flag { name: format!("{} + {}", deadline.name, retry.name), value: deadline.value + retry.value };
@@ -249,6 +273,9 @@ impl Timing {
             };
             longer(&wait, 1, &stopped, "a pod must have stopped before it is started elsewhere");
         }
+        longer(&gossip_probe, 2, &gossip_timeout, "those who are asked to probe too need as much time again");
+        longer(&gossip_suspicion, 3, &gossip_probe, "a machine that lives must be probed again before it is given up");
+        longer(&gossip_suspicion, 6, &gossip_interval, "its objection must have reached everybody by then");
         if broken.is_empty() { Ok(()) } else { Err(Violations(broken)) }
     }
 

@@ -168,6 +168,18 @@ pub struct TimingOptions {
     /// How long a node must have been silent before such pods are made anew elsewhere [0s: they are not].
     #[arg(long, value_name = "TIME", value_parser = duration)]
     fence_wait: Option<Duration>,
+    /// How often a machine is probed by some other one.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_probe_interval: Option<Duration>,
+    /// How long a machine has to answer before others are asked to probe it too.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_probe_timeout: Option<Duration>,
+    /// How long a machine that several suspect has to object before it is held for dead.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_suspicion_timeout: Option<Duration>,
+    /// How often news about machines is passed on.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_interval: Option<Duration>,
 }
 
 /// Reads a time such as `250ms`, `1.5s` or `1m`.
@@ -256,6 +268,10 @@ impl TimingOptions {
             (self.fence_after, &mut timing.fence_after),
             (self.fence_stop, &mut timing.fence_stop),
             (self.fence_wait, &mut timing.fence_wait),
+            (self.gossip_probe_interval, &mut timing.gossip_probe_interval),
+            (self.gossip_probe_timeout, &mut timing.gossip_probe_timeout),
+            (self.gossip_suspicion_timeout, &mut timing.gossip_suspicion),
+            (self.gossip_interval, &mut timing.gossip_interval),
         ] {
             if let Some(given) = given {
                 *place = given;
