@@ -5,6 +5,7 @@
 
 pub mod clock;
 pub mod election;
+pub mod fencing;
 
 /// Runs `one` for many seeds, or for the one that `SEAWALL_SEED` names.
 ///
