@@ -25,7 +25,7 @@ pub mod node_lifecycle;
 pub mod pod_gc;
 pub mod replica_set;
 pub mod runtime;
-//SS pub mod stateful_set;
+pub mod stateful_set;
 pub mod taint_eviction;
 
 pub use context::{Caches, Context};
@@ -89,7 +89,7 @@ const CONTROLLERS: &[(&str, Make)] = &[
     ("nodelifecycle", node_lifecycle::NodeLifecycle::start),
     ("tainteviction", taint_eviction::TaintEviction::start),
     ("fencing", fencing::Fencing::start),
-    //SS ("statefulset", stateful_set::StatefulSets::start),
+    ("statefulset", stateful_set::StatefulSets::start),
     ("job", job::Jobs::start),
     ("podgc", pod_gc::PodGc::start),
     ("namespace", namespace::Namespaces::start),

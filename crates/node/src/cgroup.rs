@@ -5,6 +5,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use crate::pod::qos::{CPU_PERIOD, Limits, Qos};
@@ -20,7 +21,9 @@ pub struct Cgroups {
 const CLASSES: [Qos; 3] = [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort];
 
 /// The v1 controllers in which the agent makes groups itself; runc makes the rest.
-const V1: [&str; 3] = ["cpu", "memory", "pids"];
+const V1: [&str; 4] = ["cpu", "memory", "pids", "freezer"];
+/// How often killed processes are looked at until they have ended, every two milliseconds.
+const ENDING: usize = 25;
 
 impl Cgroups {
     /// Looks at this host. Hybrid hosts (v1 controllers beside an empty v2) count as v1, as they do for runc.
@@ -56,6 +59,11 @@ impl Cgroups {
         }
         let present = V1.iter().map(|c| self.root.join(c)).filter(|d| d.exists());
         present.map(|d| d.join(path)).collect()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn directories_of(&self, path: &str) -> Vec<PathBuf> {
+        self.directories(path)
     }
 
     /// One directory that stands for all pods: whoever has locked it manages them.
@@ -144,39 +152,56 @@ impl Cgroups {
         &self.base
     }
 
-    /// Kills every process of a pod, and says whether none is left. None of them runs on meanwhile.
-    pub fn kill_pod(&self, uid: &str) -> io::Result<bool> {
+    /// Kills every process of a pod and sees to it that no other one runs there until [`Cgroups::let_go`]. Says whether none
+    /// is left. None of them runs on meanwhile.
+    pub fn hold_pod(&self, uid: &str) -> io::Result<bool> {
         let mut empty = true;
         for qos in CLASSES {
-            empty &= self.kill(&self.pod_path(qos, uid))?;
+            let path = self.pod_path(qos, uid);
+            let path = path.trim_start_matches('/');
+            empty &= if self.v2 { hold_v2(&self.root.join(path))? } else { self.hold_v1(path)? };
         }
         Ok(empty)
     }
 
-    fn kill(&self, path: &str) -> io::Result<bool> {
-        let path = path.trim_start_matches('/');
-        if self.v2 {
-            return kill_v2(&self.root.join(path));
+    /// A pod that was held may run.
+    pub fn let_go(&self, uid: &str) -> io::Result<()> {
+        for qos in CLASSES {
+            let path = self.pod_path(qos, uid);
+            let (file, free) = if self.v2 { ("cgroup.freeze", "0") } else { ("freezer.state", "THAWED") };
+            let group = if self.v2 { self.root.clone() } else { self.root.join("freezer") };
+            let file = group.join(path.trim_start_matches('/')).join(file);
+            if file.exists() {
+                fs::write(file, free)?;
+            }
         }
+        Ok(())
+    }
+
+    fn hold_v1(&self, path: &str) -> io::Result<bool> {
         // Where the freezer is not mounted, any other hierarchy knows the processes too.
         let mut found = ["freezer", "pids", "memory", "cpu"].iter().map(|c| self.root.join(c).join(path));
         let Some(directory) = found.find(|directory| directory.exists()) else { return Ok(true) };
+        let state = directory.join("freezer.state");
+        let freezes = state.exists();
+        let set = |word: &str| if freezes { fs::write(&state, word) } else { Ok(()) };
+        set("FROZEN")?;
         if processes(&directory)?.is_empty() {
             return Ok(true);
         }
-        let state = directory.join("freezer.state");
-        let freezes = state.exists();
-        if freezes {
-            fs::write(&state, "FROZEN")?;
-        }
         // What was forked before the freezer had all of them is found the second time.
         let killed = (0..2).try_for_each(|_| kill_all(&processes(&directory)?));
-        if freezes {
-            // They end before they get back to their own code.
-            fs::write(&state, "THAWED")?;
-        }
+        // A process has to be thawed to end; it does so before it gets back to its own code.
+        set("THAWED")?;
         killed?;
-        Ok(processes(&directory)?.is_empty())
+        for _ in 0..ENDING {
+            if processes(&directory)?.is_empty() {
+                set("FROZEN")?;
+                return Ok(processes(&directory)?.is_empty());
+            }
+            std::thread::park_timeout(Duration::from_millis(2));
+        }
+        Ok(false)
     }
 
     /// The uids of pods that have a group here.
@@ -196,12 +221,16 @@ impl Cgroups {
 }
 
 /// With cgroup v2 the kernel kills a group as a whole, frozen or not (since 5.14).
-fn kill_v2(directory: &Path) -> io::Result<bool> {
+fn hold_v2(directory: &Path) -> io::Result<bool> {
     let populated = || -> io::Result<bool> {
         let text = fs::read_to_string(directory.join("cgroup.events"))?;
         Ok(text.lines().any(|line| line == "populated 1"))
     };
-    if !directory.exists() || !populated()? {
+    if !directory.exists() {
+        return Ok(true);
+    }
+    fs::write(directory.join("cgroup.freeze"), "1")?;
+    if !populated()? {
         return Ok(true);
     }
     match fs::write(directory.join("cgroup.kill"), "1") {

@@ -12,7 +12,8 @@
 //! What holds, and what does not:
 //!
 //! - An agent that is cut off, hangs, is killed, or whose runtime hangs: its guarded pods end within a fraction of a second
-//!   after the time is over. They are frozen, killed and only then thawed, so that none of their code runs meanwhile.
+//!   after the time is over. They are frozen, killed and only then thawed, so that none of their code runs meanwhile, and what a runtime is just
+//!   starting finds their cgroup frozen.
 //! - A machine that was frozen as a whole and thaws: the agent starts nothing without a new permit, and the watchdog kills
 //!   first of all. But the pods' processes wake up together with the watchdog, and may run for some milliseconds
 //!   before it has had its turn. Software on the machine itself cannot do better.
@@ -25,6 +26,7 @@
 //!   hears of it.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
     path::{Path, PathBuf},
@@ -123,6 +125,7 @@ pub struct Guard {
     config: Config,
     path: PathBuf,
     boot: String,
+    cgroups: Cgroups,
     fence: Mutex<Fence>,
     changed: watch::Sender<u64>,
 }
@@ -153,7 +156,14 @@ impl Guard {
         for uid in gone {
             fence.step(now(), Event::Forget { uid });
         }
-        let guard = Guard { config, path, boot, fence: Mutex::new(fence), changed: watch::channel(0).0 };
+        let guard = Guard {
+            config,
+            path,
+            boot,
+            cgroups: cgroups.clone(),
+            fence: Mutex::new(fence),
+            changed: watch::channel(0).0,
+        };
         // With fencing switched off, an earlier promise is kept until the Lease no longer says so.
         if !guard.is_off() || !is_new {
             guard.write(&guard.fence.lock())?;
@@ -226,6 +236,10 @@ impl Guard {
     /// A pod was written to in this epoch.
     pub fn permitted(&self, uid: &str, epoch: Epoch) {
         self.step(Event::Permitted { uid: uid.to_owned(), epoch });
+        // The watchdog would do so in a moment; what is started now need not wait for it.
+        if let (true, Err(error)) = (self.may_run(uid), self.cgroups.let_go(uid)) {
+            tracing::warn!(uid, %error, "a pod that may run again could not be thawed; the watchdog tries again");
+        }
     }
 
     /// Nothing is left of a pod, or it may run twice.
@@ -257,9 +271,9 @@ impl Guard {
     ///
     /// # Errors
     /// If one of them cannot be started.
-    pub fn watch(&self, cgroups: &Cgroups) -> io::Result<Watchdog> {
+    pub fn watch(&self) -> io::Result<Watchdog> {
         let stop = Arc::new(AtomicBool::new(false));
-        let (path, groups, ends) = (self.path.clone(), cgroups.clone(), stop.clone());
+        let (path, groups, ends) = (self.path.clone(), self.cgroups.clone(), stop.clone());
         // The device can be held by one only: by the process, if there is one.
         let hardware = self.config.hardware.clone().filter(|_| self.config.program.is_empty());
         let mut device = hardware.map(|path| Device::open(&path)).transpose()?;
@@ -278,7 +292,7 @@ impl Guard {
         })?;
         if let (Some((program, arguments)), true) = (self.config.program.split_first(), self.path.exists()) {
             let mut command = std::process::Command::new(program);
-            command.args(arguments).arg(&self.path).arg(cgroups.base());
+            command.args(arguments).arg(&self.path).arg(self.cgroups.base());
             if let Some(device) = &self.config.hardware {
                 command.arg("--hardware").arg(device);
             }
@@ -315,12 +329,14 @@ struct Dog {
     /// What the file said when it could last be read.
     board: Option<Board>,
     boot: String,
+    /// The guarded pods that are known not to be held.
+    free: BTreeSet<String>,
     complained: bool,
 }
 
 impl Dog {
     fn new(path: PathBuf, cgroups: Cgroups) -> Dog {
-        Dog { path, cgroups, board: None, boot: boot(), complained: false }
+        Dog { path, cgroups, board: None, boot: boot(), free: BTreeSet::new(), complained: false }
     }
 
     /// One look. Whether nothing runs that may not.
@@ -331,10 +347,11 @@ impl Dog {
             Err(error) => self.complain(|path| format!("{path}: {error}")),
         }
         let Some(board) = self.board.as_ref().filter(|board| board.boot == self.boot) else { return true };
-        let over: Vec<String> = board.fence.stopped(now()).map(str::to_owned).collect();
+        let over: BTreeSet<String> = board.fence.stopped(now()).map(str::to_owned).collect();
+        let may: BTreeSet<String> = board.fence.pods().filter(|uid| !over.contains(*uid)).map(str::to_owned).collect();
         let mut well = true;
         for uid in over {
-            match self.cgroups.kill_pod(&uid) {
+            match self.cgroups.hold_pod(&uid) {
                 Ok(empty) => well &= empty,
                 Err(error) => {
                     well = false;
@@ -342,6 +359,13 @@ impl Dog {
                 }
             }
         }
+        // A watchdog that begins does not know what one before it held.
+        for uid in may.difference(&self.free.clone()) {
+            if let Err(error) = self.cgroups.let_go(uid) {
+                self.complain(|_| format!("pod {uid} cannot go on: {error}"));
+            }
+        }
+        self.free = may;
         if well {
             self.complained = false;
         }
@@ -455,6 +479,94 @@ mod tests {
         fs::remove_dir_all(dir.path().join("sub")).unwrap();
         guard.renewed(now());
         assert_eq!(guard.needs_permit("a"), None, "the renewal does not count");
+    }
+
+    /// What is left of a test's cgroup.
+    struct Group(Cgroups, String);
+
+    impl Drop for Group {
+        fn drop(&mut self) {
+            let _ = self.0.hold_pod(&self.1);
+            let _ = self.0.let_go(&self.1);
+            let _ = self.0.remove_all();
+        }
+    }
+
+    #[test]
+    fn the_watchdog_kills_and_holds_and_lets_go() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("not root: cgroups cannot be made");
+            return;
+        }
+        let cgroups = Cgroups::detect(&format!("/seawall-fence-test-{}", std::process::id()));
+        let path = cgroups.pod_path(crate::pod::qos::Qos::Guaranteed, "u");
+        cgroups.create(&path, Default::default()).unwrap();
+        let group = Group(cgroups.clone(), "u".into());
+        let procs = cgroups.directories_of(&path).into_iter().map(|d| d.join("cgroup.procs")).collect::<Vec<_>>();
+        let dir = tempfile::tempdir().unwrap();
+        let (file, counter) = (dir.path().join("fence.json"), dir.path().join("counter"));
+        // Counts ten times a second, and in a child of its own too.
+        let count = || {
+            let write = format!("while :; do echo x >> {}; sleep 0.02; done", counter.display());
+            // It begins, and forks, when it is in its group.
+            let mut child = std::process::Command::new("sh")
+                .args(["-c", &format!("read begin; {{ {write}; }} & {write}")])
+                .stdin(std::process::Stdio::piped())
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            procs.iter().for_each(|file| fs::write(file, child.id().to_string()).unwrap());
+            // The watchdog may have killed it already.
+            let _ = child.stdin.take().unwrap().write_all(b"now\n");
+            child
+        };
+        let size = || fs::metadata(&counter).map_or(0, |m| m.len());
+        let until = |what: &str, holds: &dyn Fn() -> bool| {
+            let deadline = now() + Duration::from_secs(20);
+            while !holds() {
+                assert!(now() < deadline, "not in time: {what}");
+                thread::park_timeout(Duration::from_millis(10));
+            }
+        };
+        let write = |fence: &Fence| Board { boot: boot(), fence: fence.clone() }.write(&file).unwrap();
+        let mut fence = Fence::new(Duration::from_secs(2));
+        let renew = |fence: &mut Fence| {
+            let t = now();
+            fence.step(t, Event::Renewed { sent: t });
+            fence.step(t, Event::Guard { uid: "u".into(), running: false });
+            let epoch = fence.epoch();
+            fence.step(t, Event::Permitted { uid: "u".into(), epoch });
+        };
+        renew(&mut fence);
+        write(&fence);
+        let (path, base) = (file.clone(), cgroups.base().to_owned());
+        let dog = thread::spawn(move || run_watchdog(&path, &base, None));
+        let mut first = count();
+        until("it runs", &|| size() > 10);
+        // Nobody renews: it ends by itself, without anybody writing to the file.
+        let deadline = fence.deadline().unwrap();
+        first.wait().unwrap();
+        assert!(now() >= deadline, "not before its time");
+        assert!(cgroups.hold_pod("u").unwrap(), "with all its children");
+        // What is started now does not get anywhere.
+        let (before, mut second) = (size(), count());
+        second.wait().unwrap();
+        assert_eq!(size(), before);
+        renew(&mut fence);
+        write(&fence);
+        until("it is thawed", &|| {
+            let state = Path::new("/sys/fs/cgroup/freezer")
+                .join(cgroups.pod_path(crate::pod::qos::Qos::Guaranteed, "u").trim_start_matches('/'));
+            fs::read_to_string(state.join("freezer.state")).map_or(true, |s| s.trim() == "THAWED")
+        });
+        let before = size();
+        let mut third = count();
+        until("it runs again", &|| size() > before + 10);
+        fs::remove_file(&file).unwrap();
+        dog.join().unwrap().unwrap();
+        drop(group);
+        third.wait().unwrap();
     }
 
     #[test]

@@ -226,7 +226,7 @@ async fn work(client: Client, config: NodeConfig, shutdown: CancellationToken) -
     let file = config.run_dir.join("fence.json");
     let fence = fence::Guard::open(config.fence.clone(), file, &cgroups)
         .with_context(|| format!("write to {}", config.run_dir.display()))?;
-    let _watchdog = fence.watch(&cgroups).context("start the watchdog of pods that must not run twice")?;
+    let _watchdog = fence.watch().context("start the watchdog of pods that must not run twice")?;
     let supervised = match &config.runtime {
         Runtime::Supervised {} => Some(containerd::ensure_running(&config.containerd()).await?),
         Runtime::External { .. } => None,

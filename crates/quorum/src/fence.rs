@@ -109,6 +109,11 @@ impl Fence {
         !self.is_over(now) && self.pods.get(uid).is_some_and(|permit| *permit == Some(self.epoch))
     }
 
+    /// The guarded pods.
+    pub fn pods(&self) -> impl Iterator<Item = &str> {
+        self.pods.keys().map(String::as_str)
+    }
+
     /// The guarded pods that may not run now.
     pub fn stopped(&self, now: Instant) -> impl Iterator<Item = &str> {
         self.pods.keys().map(String::as_str).filter(move |uid| !self.may_run(uid, now))

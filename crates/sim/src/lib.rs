@@ -6,6 +6,7 @@
 pub mod balancer;
 pub mod clock;
 pub mod election;
+pub mod fencing;
 pub mod gossip;
 pub mod membership;
 

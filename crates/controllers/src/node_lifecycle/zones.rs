@@ -73,9 +73,10 @@ impl Limiter {
 
     fn take(&mut self, now: Instant) -> bool {
         self.fill(now);
-        let may = self.rate > 0.0 && self.tokens >= 1.0;
+        // Ten tenths are not quite one.
+        let may = self.rate > 0.0 && self.tokens > 1.0 - 1e-6;
         if may {
-            self.tokens -= 1.0;
+            self.tokens = (self.tokens - 1.0).max(0.0);
         }
         may
     }

@@ -5,10 +5,14 @@
 use std::{
     net::{IpAddr, Ipv4Addr},
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
+use http_body_util::{BodyExt, Full};
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, ServiceAccount};
 use kube::{
     Api, Client,
@@ -31,6 +35,8 @@ const NODE: &str = "node-under-test";
 pub struct Cluster {
     pub config: NodeConfig,
     pub client: Client,
+    /// The node's requests are not answered any more.
+    pub cut: Arc<AtomicBool>,
     node_client: Client,
     agent: Option<(CancellationToken, JoinHandle<anyhow::Result<()>>)>,
     stop: CancellationToken,
@@ -64,6 +70,11 @@ fn free_port() -> u16 {
 
 impl Cluster {
     pub async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    /// With a node that is run differently.
+    pub async fn start_with(change: impl FnOnce(&mut NodeConfig)) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "this test runs containers: run it as root");
         for program in ["containerd", "ctr", "runc", "iptables"] {
             let found = std::process::Command::new("which").arg(program).output().is_ok_and(|o| o.status.success());
@@ -105,13 +116,23 @@ impl Cluster {
         let tls = serve::tls(&serving, &authority.pem).unwrap();
         let server = Server::start(server_config, store, stop.child_token()).await.unwrap();
         tokio::spawn(serve::serve(Arc::clone(&server), listener, tls, stop.clone()));
-        let client = |name: &str, groups: &[&str]| {
+        let client = |name: &str, groups: &[&str], cut: Arc<AtomicBool>| {
             let (server, user) = (Arc::clone(&server), UserInfo::new(name, groups));
             seawall_client::in_process(move |request| {
-                let (server, user) = (Arc::clone(&server), user.clone());
-                async move { server.handle(request, Some(user)).await }
+                let (server, user, cut) = (Arc::clone(&server), user.clone(), Arc::clone(&cut));
+                async move {
+                    if cut.load(Ordering::SeqCst) {
+                        // As long as a connection takes to be given up.
+                        tokio::time::sleep(Duration::from_secs(4)).await;
+                        let text = r#"{"kind":"Status","status":"Failure","code":503,"reason":"cut off"}"#;
+                        let body = Full::new(text.into()).map_err(|never| match never {}).boxed_unsync();
+                        return http::Response::builder().status(503).body(body).unwrap();
+                    }
+                    server.handle(request, Some(user)).await
+                }
             })
         };
+        let cut = Arc::new(AtomicBool::new(false));
         let write = |name: &str, text: &str| {
             std::fs::write(at(name), text).unwrap();
             at(name).display().to_string()
@@ -131,10 +152,12 @@ impl Cluster {
         config.serving_key_pem = agent.key;
         config.client_ca_pem = authority.pem;
         config.api_users = vec!["kube-apiserver-kubelet-client".into()];
+        change(&mut config);
         let mut cluster = Self {
             config,
-            client: client("admin", &[MASTERS]),
-            node_client: client(&user, &[NODES]),
+            client: client("admin", &[MASTERS], Arc::default()),
+            node_client: client(&user, &[NODES], Arc::clone(&cut)),
+            cut,
             agent: None,
             stop,
             kubeconfig,
@@ -185,14 +208,19 @@ impl Cluster {
     }
 
     /// Creates a pod on the node, as the scheduler would have it.
-    pub async fn create(&self, name: &str, mut spec: Value) -> Pod {
+    pub async fn create(&self, name: &str, spec: Value) -> Pod {
+        self.create_owned(name, spec, json!([])).await
+    }
+
+    /// The same, with owners.
+    pub async fn create_owned(&self, name: &str, mut spec: Value, owners: Value) -> Pod {
         spec["nodeName"] = json!(NODE);
         for list in ["containers", "initContainers"] {
             for container in spec[list].as_array_mut().into_iter().flatten() {
                 container["image"] = json!(IMAGE);
             }
         }
-        let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": name}}, "spec": spec});
+        let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": name}, "ownerReferences": owners}, "spec": spec});
         self.pods().create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap()
     }
 
