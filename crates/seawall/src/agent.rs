@@ -13,7 +13,7 @@ use crate::{
     authorities::node::{Follower, all_hashes},
     csr,
     files::{AgentState, Files},
-    join, node,
+    gossip, join, node,
     options::{Component, Machine, MachineOptions, TimingOptions},
     paths,
     server::{raise_open_files, wait_for_signal},
@@ -72,6 +72,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         state: Mutex::new(state.clone()),
     });
     let mut parts = Vec::new();
+    let gossip = gossip::member(&machine, &timing)?;
+    parts.extend(gossip.iter().map(|member| gossip::start(member, &client, &stop)));
     if machine.runs(Component::Balancer) {
         let config = balancer::Config {
             listen: node::balancer_address(&machine),

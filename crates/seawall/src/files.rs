@@ -92,6 +92,11 @@ impl Files {
         self.root.join("agent")
     }
 
+    /// What the gossip keeps.
+    pub fn gossip(&self) -> PathBuf {
+        self.root.join("gossip")
+    }
+
     /// The servers that the balancer knows.
     pub fn balancer_list(&self) -> PathBuf {
         self.root.join("servers.json")

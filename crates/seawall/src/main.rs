@@ -6,6 +6,7 @@ mod certs;
 mod csr;
 mod etcd;
 mod files;
+mod gossip;
 mod install;
 mod join;
 mod kubeconfig;
@@ -54,6 +55,9 @@ enum Command {
     /// The members of etcd.
     #[command(subcommand)]
     Member(etcd::members::Command),
+    /// The gossip, by which machines find out which of them live.
+    #[command(subcommand)]
+    Gossip(gossip::Command),
     /// The certificates on this machine.
     #[command(subcommand)]
     Certs(certs::Command),
@@ -136,6 +140,7 @@ fn main() -> ExitCode {
             Command::Agent(args) => agent::run(*args).await,
             Command::Token(command) => token::run(command).await,
             Command::Member(command) => etcd::members::run(command).await,
+            Command::Gossip(command) => gossip::run(command).await,
             Command::Certs(command) => certs::run(command).await,
             Command::Migrate(args) => migrate::run(args).await,
             Command::Install(args) => install::run(&args),

@@ -28,6 +28,8 @@ pub enum Component {
     Balancer,
     /// The routes to other nodes' pods.
     Routes,
+    /// The gossip, by which machines find out which of them live.
+    Gossip,
 }
 
 /// Options of a machine.
@@ -70,6 +72,9 @@ pub struct MachineOptions {
     /// The port of this machine's balancer, on 127.0.0.1.
     #[arg(long, default_value_t = 6444)]
     pub balancer_port: u16,
+    /// The port of the gossip (UDP), the same on all machines.
+    #[arg(long, default_value_t = seawall_network::gossip::PORT)]
+    pub gossip_port: u16,
     /// Parts to leave out. May be repeated.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub disable: Vec<Component>,
@@ -91,6 +96,7 @@ impl MachineOptions {
             hardware_watchdog: None,
             pod_log_dir: "/var/log/pods".into(),
             balancer_port: 6444,
+            gossip_port: seawall_network::gossip::PORT,
             disable: Vec::new(),
         }
     }

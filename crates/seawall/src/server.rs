@@ -17,7 +17,7 @@ use seawall_client::{
     election::{Election, Gone, lead},
     tls,
 };
-use seawall_network::{balancer, verdict};
+use seawall_network::{balancer, gossip::Gossip};
 use seawall_quorum::timing::Timing;
 use seawall_server::{
     Config, Server, StartError, Tolerations,
@@ -37,7 +37,7 @@ use crate::{
     certs::ServerCertificates,
     etcd::{members, process},
     files::{Files, ServerState, StoreKind},
-    join, node,
+    gossip, join, node,
     options::{ClusterOptions, Component, EvictionOptions, Machine, MachineOptions, TimingOptions},
     paths::Joining,
     supervise::component,
@@ -275,10 +275,12 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let (leading, stop, last) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
     let certificates = ServerCertificates::make(&files, &machine, &state.cluster, &args.tls_san, args.url())?;
     let mut node_parts = Vec::new();
+    let gossip = gossip::member(&machine, &timing)?;
     let clustered = state.store != StoreKind::Embedded;
     if clustered {
         // The node does not wait for this machine's server: any server will do.
-        node_parts = clustered_node(&machine, &files, &state, &certificates, &timing, args.port, &leading).await?;
+        let (member, port) = (gossip.as_ref(), args.port);
+        node_parts = clustered_node(&machine, &files, &state, &certificates, &timing, port, member, &leading).await?;
     }
     let opened = tokio::select! {
         opened = open_store(&args, &state, &files, &timing, &last) => opened?,
@@ -322,7 +324,14 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         node_parts =
             node::components(&machine, &state.cluster, &timing, &client, &identity, &verdict::none(), &leading);
     }
-    let mut leaders = leaders(&args, &machine, &state, &timing, &server, &certificates, &leading)?;
+    let mut leaders = leaders(&args, &machine, &state, &timing, &server, &certificates, gossip.as_ref(), &leading)?;
+    if let Some(member) = &gossip {
+        let client = in_process(&server, "system:seawall", &[]);
+        leaders.push(gossip::keep_key(member, &client, &leading));
+        if !clustered || !machine.runs(Component::Agent) {
+            node_parts.push(gossip::start(member, &client, &leading));
+        }
+    }
     if let (Some(members), Some(etcd)) = (&opened.members, &opened.etcd) {
         let (members, etcd) = (members.clone(), etcd.clone());
         leaders.push(component("members", leading.clone(), move |stop| members.clone().look_after(etcd.clone(), stop)));
@@ -513,6 +522,7 @@ fn leaders(
 
 /// The node of a machine whose server is one of several: it reaches the API through the balancer, so that it does not
 /// depend on the server beside it.
+#[allow(clippy::too_many_arguments, reason = "everything that a node is told comes together here")]
 async fn clustered_node(
     machine: &Arc<Machine>,
     files: &Files,
@@ -520,6 +530,7 @@ async fn clustered_node(
     certificates: &ServerCertificates,
     timing: &Timing,
     port: u16,
+    gossip: Option<&Gossip>,
     stop: &CancellationToken,
 ) -> anyhow::Result<Vec<JoinHandle<()>>> {
     let client = tls::connect(node::balancer_address(machine), &certificates.node_client());
@@ -530,6 +541,11 @@ async fn clustered_node(
         initial.extend(hosts.map(|ip: IpAddr| SocketAddr::new(ip, port)));
     }
     let mut parts = Vec::new();
+    if let Some(member) = gossip
+        && machine.runs(Component::Agent)
+    {
+        parts.push(gossip::start(member, &client, stop));
+    }
     if machine.runs(Component::Balancer) {
         let config = balancer::Config {
             listen: node::balancer_address(machine),

@@ -20,6 +20,9 @@ use crate::{
 /// Where the leases of nodes are.
 pub const LEASES: &str = "kube-node-lease";
 
+/// The Secret with the keys of the machines' gossip, of which every node is a member: its namespace and its name.
+pub const GOSSIP: (&str, &str) = ("kube-system", "seawall-gossip");
+
 /// The name of the node that a user is: `None` if the user is none, an empty name if it is one without a name.
 pub fn identity(user: &UserInfo) -> Option<&str> {
     user.username.strip_prefix("system:node:").filter(|_| user.is_in(NODES))
@@ -69,6 +72,7 @@ pub fn authorize(node: &str, a: &Attributes<'_>, relations: &dyn Relations) -> R
     let read = matches!(a.verb, "get" | "list" | "watch");
     let allow = |yes: bool| if yes { Ok(()) } else { Err(String::new()) };
     match (a.group, a.resource) {
+        ("", "secrets") if (a.namespace, a.name) == GOSSIP => readable(a),
         ("", "secrets") => readable(a).and_then(|()| related(Kind::Secret)),
         ("", "configmaps") => readable(a).and_then(|()| related(Kind::ConfigMap)),
         ("", "persistentvolumeclaims") => only_get(Kind::Claim),

@@ -70,6 +70,20 @@ async fn a_node_reads_what_its_pods_refer_to() {
         check("b", "GET", &format!("{NS}/{kind}/mine"), 403).await;
         check("c", "GET", &format!("{NS}/{kind}/mine"), 403).await;
     }
+    // The key of the gossip is every node's to read, and nothing else of its kind.
+    let system = "/api/v1/namespaces/kube-system/secrets";
+    for (path, name) in
+        [(system, "seawall-gossip"), (system, "seawall-gossip-2"), (&format!("{NS}/secrets"), "seawall-gossip")]
+    {
+        api.create(path, json!({"metadata": {"name": name}})).await;
+    }
+    check("b", "GET", &format!("{system}/seawall-gossip"), 200).await;
+    check("b", "GET", &format!("{system}?watch=1&fieldSelector=metadata.name%3Dseawall-gossip"), 200).await;
+    check("b", "GET", system, 403).await;
+    check("b", "GET", &format!("{system}/seawall-gossip-2"), 403).await;
+    check("b", "GET", &format!("{NS}/secrets/seawall-gossip"), 403).await;
+    check("b", "PUT", &format!("{system}/seawall-gossip"), 403).await;
+    check("b", "DELETE", &format!("{system}/seawall-gossip"), 403).await;
     check("a", "GET", &format!("{NS}/persistentvolumeclaims/mine"), 200).await;
     check("a", "GET", &format!("{NS}/persistentvolumeclaims/other"), 403).await;
     check("a", "GET", "/api/v1/persistentvolumes/mine", 200).await;
