@@ -136,7 +136,11 @@ impl Samples {
 }
 
 /// Runs `seawall bench`.
-pub async fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(args: Args) -> futures::future::LocalBoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(args))
+}
+
+async fn work(args: Args) -> anyhow::Result<()> {
     match args.command {
         Command::Api(args) => api(args).await,
         Command::Pods(args) => pods(args).await,

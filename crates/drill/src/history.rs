@@ -30,6 +30,12 @@ pub struct History {
     pub leases: Vec<LeaseSeen>,
     /// What controllers and the scheduler were given to do.
     pub probes: Vec<Probe>,
+    /// Nodes, as a watch saw them.
+    pub nodes: Vec<NodeSeen>,
+    /// Pods of the drill, as a watch saw them.
+    pub pods: Vec<PodSeen>,
+    /// When each life of the stateful pod wrote, from the recording's clock.
+    pub lives: Vec<Life>,
     /// What is there in the end.
     pub last: BTreeMap<Arc<str>, Seen>,
     /// The revision at which `last` was read.
@@ -48,9 +54,19 @@ pub enum Class {
     Write,
     /// A service of the workload.
     Workload,
+    /// A new connection to a Service.
+    Connect,
+    /// A line, there and back, on a connection that stays open.
+    Open,
+    /// A datagram, there and back.
+    Datagram,
 }
 
 impl Class {
+    /// All of them.
+    pub const ALL: [Class; 7] =
+        [Class::Read, Class::Cached, Class::Write, Class::Workload, Class::Connect, Class::Open, Class::Datagram];
+
     /// The word for it.
     pub fn word(self) -> &'static str {
         match self {
@@ -58,6 +74,9 @@ impl Class {
             Class::Cached => "cached",
             Class::Write => "write",
             Class::Workload => "workload",
+            Class::Connect => "new connection",
+            Class::Open => "open connection",
+            Class::Datagram => "datagram",
         }
     }
 }
@@ -193,4 +212,47 @@ pub struct LeaseSeen {
     pub uid: Arc<str>,
     /// The revision of this state.
     pub revision: Revision,
+}
+
+/// A node, as a watch saw it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeSeen {
+    /// When it was seen.
+    pub at: At,
+    /// Its name.
+    pub node: Arc<str>,
+    /// Whether its Ready condition was True.
+    pub ready: bool,
+}
+
+/// A pod of the drill, as a watch saw it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodSeen {
+    /// When it was seen.
+    pub at: At,
+    /// What it is of: its label `app`.
+    pub app: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Which pod of that name.
+    pub uid: Arc<str>,
+    /// Where it runs; empty before that is decided.
+    pub node: Arc<str>,
+    /// Whether it was Ready and not being deleted.
+    pub ready: bool,
+    /// Whether this was its end.
+    pub gone: bool,
+}
+
+/// A life of a stateful pod, as it wrote of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Life {
+    /// The pod's name.
+    pub name: Arc<str>,
+    /// Which pod of that name.
+    pub uid: Arc<str>,
+    /// Its first sign of life.
+    pub first: At,
+    /// Its last one.
+    pub last: At,
 }

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::{
     check::Verdict,
     history::{At, Class, Fate, History, Request},
+    plot::Series,
 };
 
 /// The width of a column of the timeline.
@@ -83,6 +84,9 @@ pub struct Report {
     pub pass: bool,
     #[serde(skip)]
     drawing: String,
+    /// New connections, for a picture.
+    #[serde(skip)]
+    pub series: Vec<Series>,
 }
 
 /// When what happened, on the recording's clock.
@@ -108,8 +112,7 @@ impl Report {
         let rows = Rows::new(&history.requests);
         let all: Vec<&Request> = history.requests.iter().collect();
         let kind = |class: Class| -> Vec<&Request> { all.iter().copied().filter(|r| r.class == class).collect() };
-        let classes = [Class::Read, Class::Cached, Class::Write, Class::Workload];
-        let by_kind = classes.into_iter().map(|c| (c.word().to_owned(), requests(&kind(c), times)));
+        let by_kind = Class::ALL.into_iter().map(|c| (c.word().to_owned(), requests(&kind(c), times)));
         let limit = |found: &[String]| found.iter().take(QUOTED).cloned().collect::<Vec<_>>();
         Report {
             scenario: scenario.into(),
@@ -131,6 +134,15 @@ impl Report {
             timeline: rows.failures(times),
             pass: verdicts.iter().all(Verdict::holds),
             drawing: rows.draw(times),
+            series: series(&history.requests, times),
+        }
+    }
+
+    /// Adds a figure of its own, in seconds, with what it should be at most.
+    pub fn window(&mut self, name: &str, took: Duration, target: Option<f64>) {
+        self.windows.insert(name.to_owned(), round(took.as_secs_f64()));
+        if let Some(target) = target {
+            self.targets.insert(name.to_owned(), target);
         }
     }
 
@@ -152,10 +164,10 @@ impl Report {
             };
             let _ = writeln!(text, "    {name:width$}  {seconds:>7.3} s{target}");
         }
-        let _ = writeln!(text, "\n  {:<10} {:>8} {:>8} {:>12}", "requests", "total", "failed", "longest gap");
+        let _ = writeln!(text, "\n  {:<15} {:>8} {:>8} {:>12}", "requests", "total", "failed", "longest gap");
         let all = ("all".to_owned(), self.requests.clone());
         for (name, r) in self.by_kind.iter().map(|(n, r)| (n.clone(), r.clone())).chain([all]) {
-            let _ = writeln!(text, "  {name:<10} {:>8} {:>8} {:>10.3} s", r.total, r.failed, r.longest_gap);
+            let _ = writeln!(text, "  {name:<15} {:>8} {:>8} {:>10.3} s", r.total, r.failed, r.longest_gap);
         }
         let _ = writeln!(text, "\n{}", self.drawing);
         for (name, holds) in &self.invariants {
@@ -169,6 +181,23 @@ impl Report {
         }
         text
     }
+}
+
+/// How long before the fault a picture begins.
+pub const BEFORE: Duration = Duration::from_secs(1);
+
+/// New connections of each client, by when they were made.
+fn series(requests: &[Request], times: &Times) -> Vec<Series> {
+    let begin = times.fault.saturating_sub(BEFORE);
+    let count = column(times.end.saturating_sub(begin)) as usize;
+    let mut clients: BTreeMap<&str, Vec<(u32, u32)>> = BTreeMap::new();
+    for request in requests.iter().filter(|r| r.class == Class::Connect && r.start >= begin) {
+        let slots = clients.entry(&request.client).or_insert_with(|| vec![(0, 0); count]);
+        if let Some(slot) = slots.get_mut(column(request.start - begin) as usize) {
+            *(if request.error.is_none() { &mut slot.0 } else { &mut slot.1 }) += 1;
+        }
+    }
+    clients.into_iter().map(|(client, slots)| Series { title: client.to_owned(), slots }).collect()
 }
 
 fn since(at: At, fault: At) -> f64 {

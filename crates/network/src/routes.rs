@@ -192,7 +192,15 @@ fn route(
 ///
 /// # Errors
 /// If the kernel cannot be asked, or the watch of nodes ends for good.
-pub async fn run(client: Client, config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+pub fn run(
+    client: Client,
+    config: Config,
+    stop: CancellationToken,
+) -> futures::future::BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(client, config, stop))
+}
+
+async fn work(client: Client, config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     let kernel = Kernel::connect()?;
     let mut events =
         Box::pin(watcher(Api::<Node>::all(client), watcher::Config::default()).backoff(Backoff::default()));

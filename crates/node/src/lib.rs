@@ -12,6 +12,7 @@ pub mod cri;
 pub mod downward;
 pub mod env;
 pub mod events;
+pub mod fence;
 pub mod handler;
 pub mod hooks;
 pub mod image;
@@ -38,6 +39,7 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -108,6 +110,12 @@ pub struct NodeConfig {
     pub node_labels: BTreeMap<String, String>,
     /// Taints that a new node is registered with.
     pub taints: Vec<Taint>,
+    /// How long the node's Lease says that it holds. It is renewed four times in that time.
+    pub lease: Duration,
+    /// How long a renewal may take.
+    pub lease_request: Duration,
+    /// What is stopped when the Lease is not renewed.
+    pub fence: fence::Config,
 }
 
 impl NodeConfig {
@@ -133,6 +141,9 @@ impl NodeConfig {
             max_pods: 110,
             node_labels: BTreeMap::new(),
             taints: Vec::new(),
+            lease: Duration::from_secs(40),
+            lease_request: Duration::from_secs(10),
+            fence: fence::Config::default(),
         }
     }
 
@@ -177,6 +188,8 @@ pub struct Agent {
     pub watches: Watches,
     /// The host's cgroups.
     pub cgroups: Cgroups,
+    /// What may run only while the node's Lease is renewed.
+    pub fence: fence::Guard,
     /// What pods may use.
     pub allocatable: Allocatable,
     /// The node's memory in bytes.
@@ -190,7 +203,15 @@ pub struct Agent {
 }
 
 /// Runs the agent until `shutdown`, or until a part of it fails for good. Pods are left running.
-pub async fn run(client: Client, config: NodeConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+pub fn run(
+    client: Client,
+    config: NodeConfig,
+    shutdown: CancellationToken,
+) -> futures::future::BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(client, config, shutdown))
+}
+
+async fn work(client: Client, config: NodeConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     // Before anything is touched: who manages the pods of this machine already goes on undisturbed.
     let _locks = lock::Locks::to_run(&config).await?;
     let listener = api::bind(&config).await?;
@@ -201,6 +222,11 @@ pub async fn run(client: Client, config: NodeConfig, shutdown: CancellationToken
     cni::enable_forwarding().context("enable IP forwarding")?;
     let cgroups = Cgroups::detect(&config.cgroup_root);
     cgroups.prepare_node().context("make the cgroups of pods under /sys/fs/cgroup (root is needed)")?;
+    // Before anything else runs here: what may not run any more is stopped.
+    let file = config.run_dir.join("fence.json");
+    let fence = fence::Guard::open(config.fence.clone(), file, &cgroups)
+        .with_context(|| format!("write to {}", config.run_dir.display()))?;
+    let _watchdog = fence.watch(&cgroups).context("start the watchdog of pods that must not run twice")?;
     let supervised = match &config.runtime {
         Runtime::Supervised {} => Some(containerd::ensure_running(&config.containerd()).await?),
         Runtime::External { .. } => None,
@@ -224,6 +250,7 @@ pub async fn run(client: Client, config: NodeConfig, shutdown: CancellationToken
         cri,
         events,
         cgroups,
+        fence,
     });
     agent.pleg.relist(None).await.map_err(|s| anyhow::anyhow!("list the runtime's containers: {}", s.message()))?;
 
@@ -266,7 +293,11 @@ async fn part(work: impl Future<Output = ()> + Send) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// If an agent runs, or something cannot be removed.
-pub async fn remove_all(config: &NodeConfig) -> anyhow::Result<()> {
+pub fn remove_all(config: &NodeConfig) -> futures::future::BoxFuture<'_, anyhow::Result<()>> {
+    Box::pin(remove(config))
+}
+
+async fn remove(config: &NodeConfig) -> anyhow::Result<()> {
     let traces = traces::Traces::read(config);
     let _locks = lock::Locks::to_remove(config).await?;
     // Containers live on without their containerd; only one that runs can take them away.

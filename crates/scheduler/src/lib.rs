@@ -71,7 +71,15 @@ struct Bound {
 ///
 /// # Errors
 /// If a watch ends for good.
-pub async fn run(client: Client, config: SchedulerConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+pub fn run(
+    client: Client,
+    config: SchedulerConfig,
+    shutdown: CancellationToken,
+) -> futures::future::BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(client, config, shutdown))
+}
+
+async fn work(client: Client, config: SchedulerConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     let watch = watcher::Config::default();
     let mut pods = watcher(Api::<Pod>::all(client.clone()), watch.clone()).default_backoff().boxed();
     let mut nodes = watcher(Api::<Node>::all(client.clone()), watch.clone()).default_backoff().boxed();

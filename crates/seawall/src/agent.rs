@@ -99,7 +99,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         stop.clone(),
     ));
     let identity = node::Identity { tls: Arc::new(serving) };
-    parts.extend(node::components(&machine, &state.cluster, &client, &identity, &verdict::none(), &stop));
+    parts.extend(node::components(&machine, &state.cluster, &timing, &client, &identity, &verdict::none(), &stop));
     let (ca, path) = (follower.ca.subscribe(), files.agent_client());
     parts.push(follower.start(&client, &stop));
     parts.push(csr::keep_client(&machine.name, &path, client.clone(), ca, stop.clone(), move |_| follower.reconnect()));

@@ -8,6 +8,8 @@ use std::{
 use kube::Client;
 use rustls::ServerConfig;
 use seawall_network::{proxy, routes, verdict};
+use seawall_node::fence;
+use seawall_quorum::timing::Timing;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -28,6 +30,7 @@ pub struct Identity {
 pub fn components(
     machine: &Arc<Machine>,
     cluster: &Cluster,
+    timing: &Timing,
     client: &Client,
     identity: &Identity,
     verdicts: &verdict::Receiver,
@@ -35,7 +38,7 @@ pub fn components(
 ) -> Vec<JoinHandle<()>> {
     let mut parts = Vec::new();
     if machine.runs(Component::Agent) {
-        let (client, config) = (client.clone(), agent_config(machine, cluster, identity));
+        let (client, config) = (client.clone(), agent_config(machine, cluster, timing, identity));
         parts.push(component("agent", stop.clone(), move |stop| {
             seawall_node::run(client.clone(), config.clone(), stop)
         }));
@@ -61,7 +64,12 @@ pub fn components(
     parts
 }
 
-fn agent_config(machine: &Machine, cluster: &Cluster, identity: &Identity) -> seawall_node::NodeConfig {
+fn agent_config(
+    machine: &Machine,
+    cluster: &Cluster,
+    timing: &Timing,
+    identity: &Identity,
+) -> seawall_node::NodeConfig {
     let options = &machine.options;
     let mut config = seawall_node::NodeConfig::new(&machine.name, machine.ip);
     config.data_dir = Files::new(&options.data_dir).agent();
@@ -79,7 +87,23 @@ fn agent_config(machine: &Machine, cluster: &Cluster, identity: &Identity) -> se
     config.port = options.agent_port;
     config.node_labels = machine.labels.clone();
     config.taints = machine.taints.clone();
+    config.lease = timing.node_lease;
+    config.lease_request = timing.node_lease_request;
+    config.fence = fence::Config {
+        after: timing.fence_after,
+        promise: timing.fence_promise(),
+        program: watchdog(),
+        hardware: options.hardware_watchdog.clone(),
+    };
     config
+}
+
+/// The command that runs the watchdog of pods that must not run twice. Without it the agent watches alone.
+fn watchdog() -> Vec<String> {
+    let program = std::env::current_exe().ok().and_then(|path| path.into_os_string().into_string().ok());
+    // A binary that was replaced meanwhile is found no more.
+    let program = program.filter(|path| std::path::Path::new(path).exists());
+    program.map(|program| vec![program, "fence-watchdog".into()]).unwrap_or_default()
 }
 
 /// Where this machine's balancer listens.

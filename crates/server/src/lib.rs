@@ -43,6 +43,7 @@ use bytes::Bytes;
 use cache::Cache;
 pub use encode::{Body, BodyError};
 use error::{ApiError, Result};
+use futures::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
 use http_body_util::{BodyExt, Limited};
 use ipnet::IpNet;
@@ -89,6 +90,23 @@ pub struct Config {
     pub paths: Option<Arc<dyn paths::Paths>>,
     /// Whether other servers use the same store.
     pub shared_store: bool,
+    /// How long pods stay on nodes that are not well, if they do not say.
+    pub tolerations: Tolerations,
+}
+
+/// How many seconds a pod stays on a node that is not ready, or not heard of, if it does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tolerations {
+    /// `--default-not-ready-toleration-seconds`.
+    pub not_ready: u64,
+    /// `--default-unreachable-toleration-seconds`.
+    pub unreachable: u64,
+}
+
+impl Default for Tolerations {
+    fn default() -> Tolerations {
+        Tolerations { not_ready: 300, unreachable: 300 }
+    }
 }
 
 /// The API server.
@@ -170,11 +188,15 @@ impl Context<'_> {
 
 impl Server {
     /// Reads the store and makes sure that what every cluster has is there.
-    pub async fn start(
+    pub fn start(
         config: Config,
         store: Arc<dyn Store>,
         stop: CancellationToken,
-    ) -> Result<Arc<Server>, StartError> {
+    ) -> BoxFuture<'static, Result<Arc<Server>, StartError>> {
+        Box::pin(Server::begin(config, store, stop))
+    }
+
+    async fn begin(config: Config, store: Arc<dyn Store>, stop: CancellationToken) -> Result<Arc<Server>, StartError> {
         let registry = Arc::new(Registry::new()?);
         let key = |e: &dyn std::fmt::Display| StartError::Key(e.to_string());
         let (private, public) = &config.service_account_key;
@@ -240,9 +262,22 @@ impl Server {
     /// process. A bearer token in the request speaks for itself.
     pub async fn handle<B>(self: &Arc<Self>, request: Request<B>, user: Option<UserInfo>) -> Response<Body>
     where
-        B: http_body::Body<Data = Bytes> + Send,
+        B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BodyError>,
     {
+        self.respond(request.map(|body| body.map_err(|error| Broken(error.into())).boxed_unsync()), user).await
+    }
+
+    /// In a box, and for one kind of body: so the whole pipeline is compiled here, once, and not by every caller.
+    fn respond(
+        self: &Arc<Self>,
+        request: Request<RequestBody>,
+        user: Option<UserInfo>,
+    ) -> BoxFuture<'_, Response<Body>> {
+        Box::pin(self.respond_to(request, user))
+    }
+
+    async fn respond_to(self: &Arc<Self>, request: Request<RequestBody>, user: Option<UserInfo>) -> Response<Body> {
         let started = tokio::time::Instant::now();
         let (mut parts, body) = request.into_parts();
         let form = encode::negotiate(&parts.headers);
@@ -451,6 +486,14 @@ fn denied(user: &UserInfo, a: &Attributes<'_>, why: &str) -> ApiError {
     error.details = serde_json::json!({"name": a.name, "group": a.group, "kind": a.resource});
     error
 }
+
+/// The body of a request, whoever it came from.
+type RequestBody = http_body_util::combinators::UnsyncBoxBody<Bytes, Broken>;
+
+/// A body that broke off.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+struct Broken(BodyError);
 
 /// Reads a body up to the limit.
 async fn collect<B>(body: B) -> Result<Bytes>

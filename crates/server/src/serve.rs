@@ -2,6 +2,7 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
+use futures::future::BoxFuture;
 use http::Request;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
@@ -36,7 +37,16 @@ pub fn tls(pair: &Pair, ca_pem: &str) -> Result<ServerConfig, StartError> {
 }
 
 /// Serves until `stop`; then lets requests end and closes what is left.
-pub async fn serve(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, stop: CancellationToken) {
+pub fn serve(
+    server: Arc<Server>,
+    listener: TcpListener,
+    tls: ServerConfig,
+    stop: CancellationToken,
+) -> BoxFuture<'static, ()> {
+    Box::pin(accept(server, listener, tls, stop))
+}
+
+async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, stop: CancellationToken) {
     let acceptor = TlsAcceptor::from(Arc::new(tls));
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let graceful = GracefulShutdown::new();

@@ -3,8 +3,10 @@
 //! A simulation is a queue of things that happen at instants of virtual time; whoever handles one may plan more. The
 //! same seed gives the same run, so a failure is a number. `SEAWALL_SEED=<number>` runs that one alone, with its trace.
 
+pub mod balancer;
 pub mod clock;
 pub mod election;
+pub mod membership;
 
 /// Runs `one` for many seeds, or for the one that `SEAWALL_SEED` names.
 ///

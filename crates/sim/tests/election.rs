@@ -1,8 +1,9 @@
 //! Elections by seed.
 
-use std::time::Duration;
+use std::{cell::Cell, time::Duration};
 
-use seawall_quorum::timing::Profile;
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use seawall_quorum::timing::{Profile, Timing};
 use seawall_sim::{
     election::{Setting, run},
     for_seeds,
@@ -10,7 +11,7 @@ use seawall_sim::{
 
 #[test]
 fn one_writer_and_no_gap_on_bad_days() {
-    let totals = std::cell::Cell::new((0, 0, 0));
+    let totals = Cell::new((0, 0, 0));
     for_seeds(3000, |seed| {
         let outcome = run(seed, Setting { candidates: 2 + (seed % 4) as usize, ..Setting::default() })?;
         let (terms, written, refused) = totals.get();
@@ -27,8 +28,35 @@ fn one_writer_and_no_gap_on_bad_days() {
 fn other_profiles() {
     for profile in [Profile::Kubernetes, Profile::Wan] {
         let length = Duration::from_secs(300);
-        for_seeds(200, |seed| run(seed, Setting { profile, length, ..Setting::default() }).map(|_| ()));
+        let timing = Timing::of(profile);
+        for_seeds(200, |seed| run(seed, Setting { timing, length, ..Setting::default() }).map(|_| ()));
     }
+}
+
+/// Whatever times the sums let through, elections keep what they promise.
+#[test]
+fn any_times_that_fit_together() {
+    let (fit, refused) = (Cell::new(0), Cell::new(0));
+    for_seeds(3000, |seed| {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut time = |low: u64, high: u64| Duration::from_millis(random.random_range(low..high));
+        let timing = Timing {
+            lease_duration: time(300, 20_000),
+            renew_deadline: time(100, 15_000),
+            retry_period: time(50, 5000),
+            grace: time(50, 5000),
+            ..Timing::of(Profile::Fast)
+        };
+        let fits = timing.check().is_ok();
+        let count = if fits { &fit } else { &refused };
+        count.set(count.get() + 1);
+        match fits {
+            true => run(seed, Setting { timing, length: Duration::from_secs(120), ..Setting::default() }).map(|_| ()),
+            false => Ok(()),
+        }
+    });
+    eprintln!("{} sets of times fit together, {} are refused", fit.get(), refused.get());
+    assert!(std::env::var("SEAWALL_SEED").is_ok() || (fit.get() > 100 && refused.get() > 100));
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 mod acknowledged;
 mod leaders;
+pub mod nodes;
+mod one_writer;
 mod reads;
 mod watches;
 mod workload;
@@ -37,6 +39,20 @@ const INVARIANTS: [Invariant; 5] = [
     ("no two leaders in one term", leaders::check),
     ("workload untouched", workload::check),
 ];
+
+/// A verdict about nodes and Services.
+pub fn services(history: &History, victims: &[nodes::Victim], stateful: bool) -> Vec<Verdict> {
+    let verdict = |name, (violations, looked_at): (Vec<String>, usize)| Verdict { name, violations, looked_at };
+    let mut verdicts = vec![
+        verdict("no false verdict", nodes::no_false_verdict(history, victims)),
+        verdict("no relayed connection failed", nodes::no_relayed_connection_failed(history)),
+        verdict("living connections left alone", nodes::living_connections_are_left_alone(history, victims)),
+    ];
+    if stateful {
+        verdicts.push(verdict("no stateful pod ran twice", one_writer::check(history)));
+    }
+    verdicts
+}
 
 /// Checks a history.
 pub fn check(history: &History) -> Vec<Verdict> {

@@ -32,6 +32,8 @@ use super::{
 
 /// Where a machine finds what the lab gives it.
 pub const GIVEN: &str = "/run/seawall-lab";
+/// Where machines see the directory that they share.
+pub const SHARED: &str = "/run/seawall-lab/shared";
 
 /// Everything that a boot has to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -209,6 +211,9 @@ fn given(boot: &Boot, root: &Path) -> Step {
     let conf = boot.place().conf();
     fs::create_dir_all(&conf).map_err(Cause::io(conf.display().to_string()))?;
     bind(&conf, &made(root, &format!("{GIVEN}/conf"))?)?;
+    let shared = boot.place().shared();
+    fs::create_dir_all(&shared).map_err(Cause::io(shared.display().to_string()))?;
+    bind(&shared, &made(root, SHARED.trim_start_matches('/'))?)?;
     let program = made(root, &format!("{GIVEN}/bin"))?.join("seawall");
     fs::write(&program, "").map_err(Cause::io(program.display().to_string()))?;
     bind(&boot.binary, &program)

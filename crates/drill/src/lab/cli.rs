@@ -235,7 +235,11 @@ enum Command {
 }
 
 /// Runs `seawall lab`.
-pub async fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(args: Args) -> futures::future::LocalBoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(args))
+}
+
+async fn work(args: Args) -> anyhow::Result<()> {
     match args.command {
         Command::Up(args) => return up(args).await,
         Command::Down(which) => {

@@ -267,6 +267,11 @@ impl MachinePlace {
         self.dir.join("conf")
     }
 
+    /// What all machines of the lab see: a storage that no power cut of one of them takes away.
+    pub fn shared(&self) -> PathBuf {
+        self.dir.ancestors().nth(2).unwrap_or(&self.dir).join("shared")
+    }
+
     /// Where the machine's root is put together.
     pub fn root(&self) -> PathBuf {
         self.dir.join("root")

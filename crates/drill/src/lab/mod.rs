@@ -32,6 +32,7 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 pub use self::{
+    boot::SHARED,
     cli::{Args, run},
     error::{Cause, Error, Result, Step},
     init::{Service, Told},
@@ -282,6 +283,11 @@ impl Lab {
     /// The file with the administrator's kubeconfig, for use on the host.
     pub fn kubeconfig(&self) -> PathBuf {
         self.inner.place.kubeconfig()
+    }
+
+    /// The directory that all machines see as [`SHARED`].
+    pub fn shared(&self) -> PathBuf {
+        self.directory().join("shared")
     }
 
     /// All machines: servers, then agents.

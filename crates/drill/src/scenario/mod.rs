@@ -3,8 +3,11 @@
 //! A scenario is data: a list of steps. [`run`] carries them out on a lab's machines while clients are at work.
 
 mod cli;
+mod nodes;
+mod on_nodes;
 mod roles;
 mod run;
+mod services;
 mod workload;
 
 pub use self::cli::{Args, run};
@@ -25,6 +28,10 @@ pub enum Who {
     AllServers,
     /// Whoever the last fault concerned.
     Same,
+    /// The node that runs half of the web and the stateful pod, and no client.
+    Worker,
+    /// All nodes that run nothing but pods.
+    Workers,
 }
 
 /// A step of a scenario.
@@ -44,6 +51,14 @@ pub enum Step {
     Thaw(Who),
     /// Cuts the machine off from everyone.
     Partition(Who, Way),
+    /// Cuts the machine off from the servers alone.
+    CutFromServers(Who),
+    /// Loses so many packets in a hundred, of everyone.
+    Loss(f64),
+    /// Keeps every CPU of the host busy with so many other programs for each, for so many seconds.
+    Starve(usize, f64),
+    /// Empties each machine in turn as `kubectl drain` does.
+    Drain(Who),
     /// Mends all cables.
     Heal,
     /// Shuts each machine down in order and boots it, one after the other, each when all is well again.
@@ -58,15 +73,26 @@ pub enum Step {
 
 /// A scenario.
 #[derive(Clone, Copy, Debug)]
-pub struct Scenario {
+pub struct Scenario<'a> {
     /// Its name on the command line.
     pub name: &'static str,
     /// What it shows.
     pub about: &'static str,
     /// What is done.
-    pub steps: &'static [Step],
+    pub steps: &'a [Step],
     /// What should be felt at most, in seconds: windows by the beginning of their name.
     pub targets: &'static [(&'static str, f64)],
+    /// Who is at work meanwhile.
+    pub traffic: Traffic,
+}
+
+/// Who is at work while a fault is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Traffic {
+    /// Clients of the API, and of a Service that no fault touches.
+    Api,
+    /// Clients of Services whose pods a fault touches.
+    Services,
 }
 
 use Step::*;
@@ -83,87 +109,105 @@ const ETCDS_LEADER: &[(&str, f64)] =
 /// Where it is not a matter of time, the workload is still not to notice.
 const WORKLOAD: &[(&str, f64)] = &[("workload", 0.5)];
 
-/// All scenarios.
-pub const SCENARIOS: &[Scenario] = &[
+/// Scenarios of servers.
+const OF_SERVERS: &[Scenario<'static>] = &[
     Scenario {
         name: "power-off-etcd-leader",
         about: "the server whose member leads etcd loses its power",
         steps: &[PowerOff(Who::EtcdLeader), A_WHILE, PowerOn(Who::Same), Well],
         targets: ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "power-off-controllers-leader",
         about: "the server whose controllers act loses its power",
         steps: &[PowerOff(Who::ControllersLeader), A_WHILE, PowerOn(Who::Same), Well],
         targets: ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "power-off-follower",
         about: "a server that leads nothing loses its power",
         steps: &[PowerOff(Who::Follower), A_WHILE, PowerOn(Who::Same), Well],
         targets: NOT_ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "kill-server",
         about: "the server process whose controllers act is killed",
         steps: &[Kill(Who::ControllersLeader, Program::Seawall), A_WHILE, Well],
         targets: NOT_ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "kill-etcd",
         about: "the member that leads etcd is killed",
         steps: &[Kill(Who::EtcdLeader, Program::Etcd), A_WHILE, Well],
         targets: ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "freeze-leader",
         about: "the server whose controllers act stands still for 30 s, and then believes that it is still then",
         steps: &[Freeze(Who::ControllersLeader), Stay(30.0), Thaw(Who::Same), Stay(3.0), Well],
         targets: ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "partition-server",
         about: "the server whose controllers act is cut off from everyone",
         steps: &[Partition(Who::ControllersLeader, Way::Both), Stay(8.0), Heal, Stay(2.0), Well],
         targets: ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "partition-server-in",
         about: "nothing reaches the server whose controllers act; what it sends arrives",
         steps: &[Partition(Who::ControllersLeader, Way::In), Stay(8.0), Heal, Stay(2.0), Well],
         targets: ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "partition-server-out",
         about: "nothing that the server whose controllers act sends arrives; it hears everything",
         steps: &[Partition(Who::ControllersLeader, Way::Out), Stay(8.0), Heal, Stay(2.0), Well],
         targets: ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "quorum-loss",
         about: "two of three servers lose their power: reads that need no quorum go on, writes are refused, all comes back",
         steps: &[PowerOff(Who::Two), WithoutQuorum, Stay(12.0), PowerOn(Who::Same), Well],
         targets: WORKLOAD,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "blackout",
         about: "all servers lose their power and come back: nothing is lost",
         steps: &[PowerOff(Who::AllServers), Stay(3.0), PowerOn(Who::Same), Well],
         targets: WORKLOAD,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "replace-server",
         about: "a server is lost with its disk, and a new machine takes its place",
         steps: &[Destroy(Who::EtcdLeader), A_WHILE, PowerOn(Who::Same), Well],
         targets: ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
     Scenario {
         name: "rolling-restart",
         about: "all servers are restarted in order, one after the other",
         steps: &[RollingRestart(Who::AllServers), Well],
         targets: NOT_ETCDS_LEADER,
+        traffic: Traffic::Api,
     },
 ];
+
+/// All scenarios.
+pub fn all() -> impl Iterator<Item = &'static Scenario<'static>> {
+    OF_SERVERS.iter().chain(nodes::OF_NODES)
+}
 
 #[cfg(test)]
 mod tests {
@@ -171,20 +215,20 @@ mod tests {
 
     #[test]
     fn every_fault_is_undone_and_all_is_well_in_the_end() {
-        for scenario in SCENARIOS {
+        for scenario in all() {
             let has = |wanted: fn(&Step) -> bool| scenario.steps.iter().any(wanted);
             assert_eq!(scenario.steps.last(), Some(&Well), "{}", scenario.name);
             for (fault, cure) in [
                 (has(|s| matches!(s, PowerOff(_) | Destroy(_))), has(|s| matches!(s, PowerOn(_)))),
                 (has(|s| matches!(s, Freeze(_))), has(|s| matches!(s, Thaw(_)))),
-                (has(|s| matches!(s, Partition(..))), has(|s| matches!(s, Heal))),
+                (has(|s| matches!(s, Partition(..) | CutFromServers(_) | Loss(_))), has(|s| matches!(s, Heal))),
             ] {
                 assert_eq!(fault, cure, "{}", scenario.name);
             }
         }
-        let mut names: Vec<&str> = SCENARIOS.iter().map(|s| s.name).collect();
+        let mut names: Vec<&str> = all().map(|s| s.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), SCENARIOS.len());
+        assert_eq!(names.len(), all().count());
     }
 }

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use super::Who;
 use crate::{
     connection::Target,
-    lab::{Lab, Machine, Power},
+    lab::{Lab, Machine, Power, Role},
     traffic::Site,
 };
 
@@ -29,6 +29,8 @@ pub async fn find(who: Who, lab: &Lab, targets: &[Target], same: &[Machine]) -> 
     Ok(match who {
         Who::Same => same.to_vec(),
         Who::AllServers => servers,
+        Who::Worker => workers(lab).last().cloned().into_iter().collect(),
+        Who::Workers => workers(lab),
         Who::EtcdLeader => vec![etcd_leader(lab).await?],
         Who::ControllersLeader => vec![controllers_leader(lab, targets).await?],
         Who::Follower => {
@@ -50,6 +52,11 @@ pub async fn find(who: Who, lab: &Lab, targets: &[Target], same: &[Machine]) -> 
             two
         }
     })
+}
+
+/// The machines that run nothing but pods.
+pub fn workers(lab: &Lab) -> Vec<Machine> {
+    lab.machines().into_iter().filter(|m| m.role() == Role::Agent).collect()
 }
 
 async fn etcd_leader(lab: &Lab) -> anyhow::Result<Machine> {

@@ -1,18 +1,24 @@
 //! A scenario on a lab's machines.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use tokio::time::Instant;
 
-use super::{Scenario, Step, Who, roles, workload};
+use super::{Scenario, Step, Who, roles, services, workload};
 use crate::{
-    check::{self, Verdict},
+    check::{self, Verdict, nodes::Victim},
     connection::Target,
     history::{Class, History},
-    lab::{Lab, Machine, Power, Role},
+    lab::{Lab, Machine, Power, Way},
     report::{Report, Times},
-    traffic::{self, Client, IMPATIENT, PATIENT, Plan, Recorder, Site, Traffic, Way},
+    traffic::{self, Client, IMPATIENT, PATIENT, Plan, Recorder, Site, Traffic, Way as ByWay},
 };
 
 /// How long clients work before the first fault.
@@ -33,21 +39,30 @@ const BALANCER: u16 = 6444;
 pub type Say<'a> = &'a (dyn Fn(&str) + Sync);
 
 /// Carries a scenario out and reports.
-pub async fn run(lab: &Lab, scenario: &Scenario, say: Say<'_>) -> anyhow::Result<Report> {
+pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Result<Report> {
     well(lab).await.context("before the drill")?;
     let target = Target::from_kubeconfig(&lab.kubeconfig())?;
     let servers: Vec<(String, Target)> =
         lab.servers().iter().map(|s| (s.name().to_owned(), target.at(&s.address().to_string(), SERVER))).collect();
     let targets: Vec<Target> = servers.iter().map(|(_, target)| target.clone()).collect();
-    let outside =
-        Way { name: "outside".into(), site: Arc::new(Site::new(None)?), targets: targets.clone(), patience: IMPATIENT };
+    let outside = ByWay {
+        name: "outside".into(),
+        site: Arc::new(Site::new(None)?),
+        targets: targets.clone(),
+        patience: IMPATIENT,
+    };
     // Preparations have time.
-    let patient = Way { patience: PATIENT, ..outside.clone() };
+    let patient = ByWay { patience: PATIENT, ..outside.clone() };
     let (mut ways, mut sites) = (Vec::new(), Vec::new());
-    for agent in workload::hosts(lab) {
+    for agent in roles::workers(lab) {
         let site = Arc::new(Site::new(Some(agent.network()))?);
         let name: Arc<str> = format!("{} by its balancer", agent.name()).into();
-        ways.push(Way { name, site: site.clone(), targets: vec![target.at("127.0.0.1", BALANCER)], patience: PATIENT });
+        ways.push(ByWay {
+            name,
+            site: site.clone(),
+            targets: vec![target.at("127.0.0.1", BALANCER)],
+            patience: PATIENT,
+        });
         sites.push((Arc::from(agent.name()), site));
     }
     anyhow::ensure!(!ways.is_empty(), "lab {} has no agent: drills need one at least", lab.name());
@@ -59,7 +74,7 @@ pub async fn run(lab: &Lab, scenario: &Scenario, say: Say<'_>) -> anyhow::Result
     let recorder = Recorder::default();
     let traffic = Traffic::start(recorder.clone(), &Plan { ways, servers, workload: (sites, address) }).await?;
     tokio::time::sleep(BEFORE).await;
-    let mut stage = Stage { lab, targets, recorder: recorder.clone(), same: vec![], marks: vec![], quorum: None, say };
+    let mut stage = Stage::new(lab, targets, recorder.clone(), say);
     let done = stage.steps(scenario.steps).await;
     let undone = recorder.now();
     if done.is_ok() {
@@ -94,18 +109,25 @@ pub async fn run(lab: &Lab, scenario: &Scenario, say: Say<'_>) -> anyhow::Result
     Ok(report)
 }
 
-struct Stage<'a> {
+/// Where the steps of a scenario are carried out.
+pub(super) struct Stage<'a> {
     lab: &'a Lab,
     targets: Vec<Target>,
     recorder: Recorder,
     same: Vec<Machine>,
-    marks: Vec<(Duration, String)>,
+    pub(super) marks: Vec<(Duration, String)>,
+    /// To whom something was done.
+    pub(super) victims: Vec<Victim>,
     quorum: Option<(Duration, Duration)>,
     say: Say<'a>,
 }
 
-impl Stage<'_> {
-    async fn steps(&mut self, steps: &[Step]) -> anyhow::Result<()> {
+impl<'a> Stage<'a> {
+    pub(super) fn new(lab: &'a Lab, targets: Vec<Target>, recorder: Recorder, say: Say<'a>) -> Stage<'a> {
+        Stage { lab, targets, recorder, same: vec![], marks: vec![], victims: vec![], quorum: None, say }
+    }
+
+    pub(super) async fn steps(&mut self, steps: &[Step]) -> anyhow::Result<()> {
         for step in steps {
             self.step(*step).await.with_context(|| format!("{step:?}"))?;
         }
@@ -118,6 +140,12 @@ impl Stage<'_> {
         Ok(machines)
     }
 
+    fn harm(&mut self, machines: &[Machine]) {
+        let from = self.recorder.now();
+        let victim = |m: &Machine| Victim { node: m.name().to_owned(), from, until: None };
+        self.victims.extend(machines.iter().map(victim));
+    }
+
     fn mark(&mut self, what: String) {
         (self.say)(&what);
         self.marks.push((self.recorder.now(), what));
@@ -128,6 +156,7 @@ impl Stage<'_> {
         match step {
             Step::PowerOff(who) | Step::Destroy(who) => {
                 let (machines, wipe) = (self.find(who).await?, matches!(step, Step::Destroy(_)));
+                self.harm(&machines);
                 self.mark(format!("power off {}{}", names(&machines), if wipe { ", its disk is lost" } else { "" }));
                 lab.each(machines, move |m| async move { m.power_off(wipe).await }).await?;
             }
@@ -152,6 +181,7 @@ impl Stage<'_> {
             }
             Step::Freeze(who) => {
                 let machines = self.find(who).await?;
+                self.harm(&machines);
                 self.mark(format!("freeze {}", names(&machines)));
                 lab.each(machines, |m| async move { m.freeze().await }).await?;
             }
@@ -162,16 +192,40 @@ impl Stage<'_> {
             }
             Step::Partition(who, way) => {
                 let machines = self.find(who).await?;
+                self.harm(&machines);
                 self.mark(format!("cut {} off from everyone ({way:?})", names(&machines)));
                 let names: Vec<String> = machines.iter().map(|m| m.name().to_owned()).collect();
                 lab.partition(&names, &[], way).await?;
             }
+            Step::CutFromServers(who) => {
+                let machines = self.find(who).await?;
+                self.harm(&machines);
+                self.mark(format!("cut {} off from the servers", names(&machines)));
+                let names = |machines: Vec<Machine>| machines.iter().map(|m| m.name().to_owned()).collect::<Vec<_>>();
+                lab.partition(&names(machines), &names(lab.servers()), Way::Both).await?;
+            }
+            Step::Loss(percent) => {
+                self.mark(format!("lose {percent} % of all packets"));
+                lab.loss(percent).await?;
+            }
+            Step::Starve(programs, seconds) => {
+                self.mark(format!("{programs} busy programs for each CPU of the host"));
+                starve(programs, Duration::from_secs_f64(seconds)).await?;
+            }
+            Step::Drain(who) => {
+                for machine in self.find(who).await? {
+                    self.mark(format!("drain {}", machine.name()));
+                    services::drain(&mut Client::new(self.targets.clone(), PATIENT), machine.name()).await?;
+                }
+            }
             Step::Heal => {
                 self.mark("mend the cables".into());
+                lab.loss(0.0).await?;
                 lab.heal(&[]).await?;
             }
             Step::RollingRestart(who) => {
                 for machine in self.find(who).await? {
+                    self.harm(std::slice::from_ref(&machine));
                     self.mark(format!("reboot {}", machine.name()));
                     machine.reboot().await?;
                     self.well().await?;
@@ -187,17 +241,22 @@ impl Stage<'_> {
     async fn well(&mut self) -> anyhow::Result<()> {
         well(self.lab).await?;
         self.mark("all is well".into());
+        let now = self.recorder.now();
+        for victim in self.victims.iter_mut().filter(|v| v.until.is_none()) {
+            victim.until = Some(now);
+        }
         Ok(())
     }
 
     /// Brings back what a scenario that broke off has left broken.
-    async fn undo(&self) {
+    pub(super) async fn undo(&self) {
+        let _ = self.lab.loss(0.0).await;
         let _ = self.lab.heal(&[]).await;
         for machine in self.lab.machines() {
             // The errors are of no use: the next drill says what is not well.
             match machine.power() {
                 Ok(Power::Frozen) => drop(machine.thaw().await),
-                Ok(Power::Off | Power::Broken) if machine.role() == Role::Server => {
+                Ok(Power::Off | Power::Broken) => {
                     drop(self.lab.power_on(&machine).await);
                 }
                 _ => {}
@@ -207,7 +266,7 @@ impl Stage<'_> {
 }
 
 /// Waits until everything is well: servers serve, nodes are Ready, etcd's members vote.
-async fn well(lab: &Lab) -> anyhow::Result<()> {
+pub(super) async fn well(lab: &Lab) -> anyhow::Result<()> {
     lab.well(WELL).await?;
     let deadline = Instant::now() + WELL;
     while !roles::members_are_well(lab).await? {
@@ -217,12 +276,29 @@ async fn well(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Keeps the host busy.
+async fn starve(programs: usize, time: Duration) -> anyhow::Result<()> {
+    let cpus = std::thread::available_parallelism()?.get();
+    let end = Arc::new(AtomicBool::new(false));
+    for _ in 0..cpus * programs {
+        let end = Arc::clone(&end);
+        std::thread::Builder::new().name("starve".into()).spawn(move || {
+            while !end.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        })?;
+    }
+    tokio::time::sleep(time).await;
+    end.store(true, Ordering::Relaxed);
+    Ok(())
+}
+
 fn names(machines: &[Machine]) -> String {
     machines.iter().map(Machine::name).collect::<Vec<_>>().join(", ")
 }
 
 /// After the last step every client is served again.
-fn recovered(history: &History, from: Duration) -> Verdict {
+pub(super) fn recovered(history: &History, from: Duration) -> Verdict {
     let mut clients: std::collections::BTreeMap<(&str, &str), bool> = Default::default();
     for request in &history.requests {
         let served = clients.entry((request.class.word(), &request.client)).or_default();
@@ -265,7 +341,7 @@ fn without_quorum(history: &History, from: Duration, to: Duration) -> [Verdict; 
 }
 
 /// A check that looked at nothing has proved nothing.
-fn looked(verdicts: &[Verdict]) -> Verdict {
+pub(super) fn looked(verdicts: &[Verdict]) -> Verdict {
     let nothing = verdicts.iter().filter(|v| v.looked_at == 0);
     Verdict {
         name: "every check had something to look at",

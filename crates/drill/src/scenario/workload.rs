@@ -8,23 +8,19 @@ use http::Method;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use super::roles::workers;
 use crate::{
-    lab::{Lab, Machine, Role},
+    lab::Lab,
     traffic::{Client, NAMESPACE},
 };
 
 const IMAGE: &str = "seawall.local/drill:v1";
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// The machines that it runs on: those that no scenario touches.
-pub fn hosts(lab: &Lab) -> Vec<Machine> {
-    lab.machines().into_iter().filter(|m| m.role() == Role::Agent).collect()
-}
-
 /// Puts the image on the machines; without a registry, and only where it is not yet.
 pub async fn image(lab: &Lab) -> anyhow::Result<()> {
     let mut missing = Vec::new();
-    for machine in hosts(lab) {
+    for machine in workers(lab) {
         let args = ["--address", "/run/seawall/containerd/containerd.sock", "--namespace", "k8s.io"];
         let listed = machine.run("ctr", &[&args[..], &["images", "ls", "-q"]].concat(), PATIENCE).await;
         // One that cannot say is asked again by the import, whose error says more.
@@ -55,7 +51,7 @@ async fn archive(lab: &Lab) -> anyhow::Result<PathBuf> {
 
 /// Makes it, waits until it is ready, and gives the Service's address.
 pub async fn deploy(lab: &Lab, client: &mut Client) -> anyhow::Result<SocketAddr> {
-    let replicas = hosts(lab).len();
+    let replicas = workers(lab).len();
     let labels = json!({"app": "drill"});
     // One on each agent; those of the control plane are left to it.
     let deployment = json!({

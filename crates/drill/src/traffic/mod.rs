@@ -5,8 +5,10 @@
 
 mod client;
 mod leader;
+pub mod observer;
 mod probe;
 mod reader;
+pub mod service;
 mod site;
 mod watcher;
 mod workload;

@@ -379,7 +379,15 @@ impl Balancer {
 ///
 /// # Errors
 /// If it cannot listen, or a part of it fails for good.
-pub async fn run(config: Config, client: Client, stop: CancellationToken) -> anyhow::Result<()> {
+pub fn run(
+    config: Config,
+    client: Client,
+    stop: CancellationToken,
+) -> futures::future::BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(config, client, stop))
+}
+
+async fn work(config: Config, client: Client, stop: CancellationToken) -> anyhow::Result<()> {
     let balancer = Balancer::bind(config).await?;
     let stop = stop.child_token();
     let _guard = stop.clone().drop_guard();

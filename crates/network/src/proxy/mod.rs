@@ -151,7 +151,16 @@ async fn claim() -> anyhow::Result<UnixListener> {
 ///
 /// # Errors
 /// If another proxy runs, `nft` is missing, or the kernel refuses the table.
-pub async fn run(
+pub fn run(
+    client: Client,
+    config: ProxyConfig,
+    verdicts: verdict::Receiver,
+    shutdown: CancellationToken,
+) -> futures::future::BoxFuture<'static, anyhow::Result<()>> {
+    Box::pin(work(client, config, verdicts, shutdown))
+}
+
+async fn work(
     client: Client,
     config: ProxyConfig,
     verdicts: verdict::Receiver,

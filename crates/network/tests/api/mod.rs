@@ -40,6 +40,7 @@ impl Cluster {
             presence: Default::default(),
             paths: None,
             shared_store: false,
+            tolerations: Default::default(),
         };
         let store = Arc::new(Embedded::open(&directory.path().join("store"), Default::default()).unwrap());
         let server = Server::start(config, store, CancellationToken::new()).await.unwrap();

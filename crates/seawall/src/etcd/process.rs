@@ -32,6 +32,9 @@ const GOODBYE: Duration = Duration::from_secs(10);
 /// (<https://etcd.io/docs/v3.4/faq/#what-does-the-etcd-warning-apply-entries-took-too-long-mean>).
 const SLOW_SYNC: Duration = Duration::from_millis(10);
 
+/// A gap in time that no load explains.
+const STILL: Duration = Duration::from_secs(4);
+
 /// How to start it.
 pub struct Settings {
     files: Files,
@@ -115,6 +118,12 @@ pub async fn run(settings: &Settings, stop: CancellationToken) -> anyhow::Result
         let started = Instant::now();
         tokio::select! {
             () = process.ended() => {}
+            () = stood_still() => {
+                tracing::warn!("this machine stood still: its etcd begins anew, which is faster than to take in what piled up");
+                let _ = kill(process.pid(), Signal::SIGKILL);
+                process.ended().await;
+                continue;
+            }
             () = stop.cancelled() => {
                 process.stop().await;
                 let _ = fs::remove_file(&settings.pid_file);
@@ -136,6 +145,21 @@ pub async fn run(settings: &Settings, stop: CancellationToken) -> anyhow::Result
             () = stop.cancelled() => return Ok(()),
         }
         pause = (pause * 2).min(Duration::from_secs(5));
+    }
+}
+
+/// Done when this machine has stood still for longer than [`STILL`]: frozen, suspended, or starved.
+///
+/// For a member that stood still, the others have thousands of small messages in their buffers, and it syncs its disk for
+/// each of them: that takes nearly as long as it was away, and until then it answers nobody in time. One that starts
+/// anew is sent what it lacks in large pieces.
+async fn stood_still() {
+    loop {
+        let before = Instant::now();
+        tokio::time::sleep(STILL / 8).await;
+        if before.elapsed() > STILL {
+            return;
+        }
     }
 }
 
@@ -245,4 +269,20 @@ pub fn measure_disk(dir: &Path) -> anyhow::Result<Duration> {
         tracing::info!(?median, ?worst, "a synced write of 2 KiB below {}", dir.display());
     }
     Ok(median)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_gap_in_time_is_standing_still() {
+        let mut watch = std::pin::pin!(stood_still());
+        for _ in 0..1000 {
+            let looked = tokio::time::timeout(Duration::from_millis(400), watch.as_mut()).await;
+            assert!(looked.is_err(), "time went on as usual");
+        }
+        tokio::time::advance(Duration::from_secs(6)).await;
+        tokio::time::timeout(Duration::from_millis(1), watch).await.expect("it stood still");
+    }
 }

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use tokio::{
     sync::{Notify, watch},
@@ -17,10 +18,10 @@ use tokio_rustls::rustls::ClientConfig;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Endpoint,
+    Endpoint, OFFSET_KEY,
     endpoint::{Choice, Effect, Event, Fault, Id, Timing},
     link::{Address, ConfigError, Failure, Kind, Link, Patience},
-    proto::{HasHeader, Rpc, StatusRequest},
+    proto::{HasHeader, RangeRequest, Rpc, StatusRequest},
 };
 use crate::Error;
 
@@ -389,7 +390,10 @@ impl Pool {
             Ok(Ok(status)) => {
                 let term = status.raft_term;
                 member.term.send_if_modified(|known| std::mem::replace(known, term.max(*known)) < term);
-                return self.step(Event::Served(member.id), "");
+                match self.serves(member, &link).await {
+                    Ok(()) => return self.step(Event::Served(member.id), ""),
+                    Err(fault) => fault,
+                }
             }
             Err(_) => (Fault::Mute, "it stopped answering".to_owned()),
             Ok(Err(status)) => {
@@ -404,6 +408,23 @@ impl Pool {
             }
         };
         self.step(Event::Failed(member.id, fault), &said);
+    }
+
+    /// Whether a member that let requests wait serves again. That it knows a leader is not enough: one that is far behind the
+    /// others, as after its machine stood still, knows it and keeps everybody waiting until it has caught up.
+    async fn serves(&self, member: &Member, link: &Link) -> Result<(), (Fault, String)> {
+        if self.choice.lock().is_well(member.id) {
+            return Ok(());
+        }
+        let limit = self.limits.probe;
+        let newest =
+            RangeRequest { key: Bytes::from_static(OFFSET_KEY.as_bytes()), keys_only: true, ..Default::default() };
+        match tokio::time::timeout(limit, link.call(newest, limit)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) if Failure::of(&status).kind == Kind::Final => Ok(()),
+            _ if link.cut.is_cancelled() => Ok(()),
+            _ => Err((Fault::Unfit, "it is behind the others".to_owned())),
+        }
     }
 }
 

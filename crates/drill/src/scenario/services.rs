@@ -1,0 +1,249 @@
+//! The workload of drills on nodes: a web of two pods behind two Services, one served by the kernel's tables and one by the
+//! relay, and a stateful pod that writes to a storage which all nodes see.
+
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+use bytes::Bytes;
+use http::Method;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::{
+    history::{At, Life},
+    lab::{Lab, Machine, SHARED},
+    serve,
+    traffic::{Client, NAMESPACE},
+};
+
+const IMAGE: &str = "seawall.local/drill-echo:v1";
+const PATIENCE: Duration = Duration::from_secs(90);
+/// The log of the stateful pod.
+const LOG: &str = "drill-writer.log";
+/// The Services: name, whether it is relayed, its ports on every node.
+const SERVICES: [(&str, bool, u16, u16); 2] = [("nftables", false, 30_080, 30_081), ("relay", true, 30_082, 30_083)];
+
+/// A Service and where it is reached.
+#[derive(Clone, Debug)]
+pub struct Service {
+    /// Its name: how it is served.
+    pub name: &'static str,
+    /// Its address in the cluster, for connections.
+    pub connections: SocketAddr,
+    /// And for datagrams.
+    pub datagrams: SocketAddr,
+    /// Its port on every node.
+    pub node_port: u16,
+}
+
+/// The image, put on machines.
+pub async fn image(lab: &Lab, machines: &[Machine]) -> anyhow::Result<()> {
+    let mut missing = Vec::new();
+    for machine in machines {
+        let args = ["--address", "/run/seawall/containerd/containerd.sock", "--namespace", "k8s.io"];
+        let listed = machine.run("ctr", &[&args[..], &["images", "ls", "-q"]].concat(), PATIENCE).await;
+        if !listed.is_ok_and(|l| l.lines().any(|image| image == IMAGE)) {
+            missing.push(machine.clone());
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let path: PathBuf = lab.directory().join("drill-echo.tar");
+    let program = format!("{}:/seawall", lab.binary().display());
+    let mut command = tokio::process::Command::new(lab.binary());
+    command.args(["--log", "warn", "image", "build", "-t", IMAGE, "--program", &program, "--output"]).arg(&path);
+    command.args(["--", "/seawall", "--log", "warn", "drill-workload"]);
+    let output = command.stdin(std::process::Stdio::null()).kill_on_drop(true).output().await;
+    let output = output.with_context(|| lab.binary().display().to_string())?;
+    ensure!(output.status.success(), "seawall image build: {}", String::from_utf8_lossy(&output.stderr).trim());
+    for machine in &missing {
+        machine.import(&path).await?;
+    }
+    std::fs::remove_file(&path).with_context(|| path.display().to_string())
+}
+
+/// Makes the workload, waits until it is ready, and says where it is reached. The stateful pod prefers `worker`.
+pub async fn deploy(lab: &Lab, client: &mut Client, worker: &str) -> anyhow::Result<Vec<Service>> {
+    let _ = std::fs::remove_file(lab.shared().join(LOG));
+    let labels = json!({"app": "echo"});
+    let prefer = |expression: Value| {
+        json!({"preferredDuringSchedulingIgnoredDuringExecution": [
+        {"weight": 100, "preference": {"matchExpressions": [expression]}}]})
+    };
+    let agents = json!({"key": "node-role.kubernetes.io/control-plane", "operator": "DoesNotExist"});
+    let container = |arguments: &[&str]| {
+        json!({
+            "name": "echo", "image": IMAGE, "imagePullPolicy": "Never", "args": arguments,
+            "command": ["/seawall", "--log", "warn", "drill-workload"],
+            "env": [{"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}],
+            "readinessProbe": {"tcpSocket": {"port": serve::CONNECTIONS}, "periodSeconds": 1},
+        })
+    };
+    let echo = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "echo", "labels": labels},
+        "spec": {"replicas": 2, "selector": {"matchLabels": labels}, "template": {
+            "metadata": {"labels": labels},
+            "spec": {
+                "terminationGracePeriodSeconds": 5,
+                "affinity": {
+                    "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [
+                        {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}]},
+                    "nodeAffinity": prefer(agents),
+                },
+                "containers": [container(&[])],
+            }}},
+    });
+    let mut writing = container(&[]);
+    writing["args"] = json!(["--output", format!("/shared/{LOG}")]);
+    writing["volumeMounts"] = json!([{"name": "shared", "mountPath": "/shared"}]);
+    let writer = json!({
+        "apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "writer", "labels": {"app": "writer"}},
+        "spec": {"replicas": 1, "serviceName": "writer", "selector": {"matchLabels": {"app": "writer"}}, "template": {
+            "metadata": {"labels": {"app": "writer"}},
+            "spec": {
+                "terminationGracePeriodSeconds": 5,
+                "affinity": {"nodeAffinity": prefer(json!({"key": "kubernetes.io/hostname", "operator": "In", "values": [worker]}))},
+                "containers": [writing],
+                "volumes": [{"name": "shared", "hostPath": {"path": SHARED}}],
+            }}},
+    });
+    let budget = json!({"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "echo"},
+        "spec": {"minAvailable": 1, "selector": {"matchLabels": labels}}});
+    create(client, &format!("/apis/apps/v1/namespaces/{NAMESPACE}/deployments"), &echo).await?;
+    create(client, &format!("/apis/apps/v1/namespaces/{NAMESPACE}/statefulsets"), &writer).await?;
+    create(client, &format!("/apis/policy/v1/namespaces/{NAMESPACE}/poddisruptionbudgets"), &budget).await?;
+    let mut services = Vec::new();
+    for (name, relayed, tcp, udp) in SERVICES {
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": name, "annotations": {"seawall.io/relay": relayed.to_string()}},
+            "spec": {"type": "NodePort", "selector": labels, "ports": [
+                {"name": "tcp", "port": 80, "targetPort": serve::CONNECTIONS, "nodePort": tcp},
+                {"name": "udp", "protocol": "UDP", "port": 81, "targetPort": serve::DATAGRAMS, "nodePort": udp}]},
+        });
+        let made = create(client, &format!("/api/v1/namespaces/{NAMESPACE}/services"), &service).await?;
+        let ip: Ipv4Addr = made["spec"]["clusterIP"].as_str().unwrap_or_default().parse().context("clusterIP")?;
+        services.push(Service {
+            name,
+            connections: SocketAddr::from((ip, 80)),
+            datagrams: SocketAddr::from((ip, 81)),
+            node_port: tcp,
+        });
+    }
+    ready(client).await?;
+    Ok(services)
+}
+
+/// Waits until both pods of the web and the stateful one are ready.
+pub async fn ready(client: &mut Client) -> anyhow::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    for (kind, name, wanted) in [("deployments", "echo", 2), ("statefulsets", "writer", 1)] {
+        loop {
+            let path = format!("/apis/apps/v1/namespaces/{NAMESPACE}/{kind}/{name}");
+            let object: Value = serde_json::from_slice(&client.insist(&path).await?)?;
+            let ready = object["status"]["readyReplicas"].as_u64().unwrap_or(0);
+            if ready >= wanted {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "{ready} of {wanted} pods of {name} are ready after {PATIENCE:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    Ok(())
+}
+
+/// Empties a node as `kubectl drain` does, waits until everything runs elsewhere, and opens it again.
+pub async fn drain(client: &mut Client, node: &str) -> anyhow::Result<()> {
+    cordon(client, node, true).await?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?fieldSelector=spec.nodeName%3D{node}");
+        let list: Value = serde_json::from_slice(&client.insist(&path).await?)?;
+        let pods = list["items"].as_array().cloned().unwrap_or_default();
+        if pods.is_empty() {
+            break;
+        }
+        for pod in pods.iter().filter(|p| p["metadata"]["deletionTimestamp"].is_null()) {
+            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            let eviction = json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}});
+            let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{name}/eviction");
+            // One that may not go yet is asked again, and so is one whose answer was lost.
+            let _ = client.send(Method::POST, &path, Bytes::from(eviction.to_string())).await;
+        }
+        ensure!(Instant::now() < deadline, "{node} is not empty after {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    ready(client).await?;
+    cordon(client, node, false).await
+}
+
+async fn cordon(client: &mut Client, node: &str, closed: bool) -> anyhow::Result<()> {
+    let path = format!("/api/v1/nodes/{node}");
+    for _ in 0..50 {
+        let mut object: Value = serde_json::from_slice(&client.insist(&path).await?)?;
+        object["spec"]["unschedulable"] = closed.into();
+        let answer = client.send(Method::PUT, &path, Bytes::from(object.to_string())).await;
+        if answer.is_ok_and(|(status, _)| status.is_success()) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    anyhow::bail!("{node} could not be {}", if closed { "cordoned" } else { "uncordoned" })
+}
+
+/// What the stateful pod wrote: each life, on the recording's clock, of which `now` is the present.
+pub fn lives(lab: &Lab, now: At) -> anyhow::Result<Vec<Life>> {
+    let path = lab.shared().join(LOG);
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let epoch = i128::try_from(serve::uptime()?)? - i128::try_from(now.as_millis())?;
+    Ok(parse(&text, epoch))
+}
+
+fn parse(text: &str, epoch: i128) -> Vec<Life> {
+    let mut lives: BTreeMap<(&str, &str), (At, At)> = BTreeMap::new();
+    for line in text.lines() {
+        let mut words = line.split(' ');
+        let (Some(name), Some(uid), Some(at)) = (words.next(), words.next(), words.next()) else { continue };
+        let Ok(at) = at.parse::<i128>() else { continue };
+        let at = Duration::from_millis(u64::try_from(at - epoch).unwrap_or(0));
+        let life = lives.entry((name, uid)).or_insert((at, at));
+        *life = (life.0.min(at), life.1.max(at));
+    }
+    let life = |((name, uid), (first, last)): ((&str, &str), (At, At))| Life {
+        name: name.into(),
+        uid: uid.into(),
+        first,
+        last,
+    };
+    lives.into_iter().map(life).collect()
+}
+
+async fn create(client: &mut Client, path: &str, object: &Value) -> anyhow::Result<Value> {
+    let (status, body) = client.send(Method::POST, path, Bytes::from(object.to_string())).await?;
+    ensure!(status.is_success(), "POST {path}: {status}: {}", String::from_utf8_lossy(&body));
+    Ok(serde_json::from_slice(&body)?)
+}
+
+/// The name of a client, for reports.
+pub fn name(place: &str, service: &str) -> Arc<str> {
+    format!("{place}, {service}").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lives_from_a_log() {
+        let lives = parse("w-0 a 1000\nw-0 a 1050\nw-0 b 3000\nw-0 a 1100\ntorn li", 900);
+        let times: Vec<_> = lives.iter().map(|l| (&*l.uid, l.first.as_millis(), l.last.as_millis())).collect();
+        assert_eq!(times, [("a", 100, 200), ("b", 2100, 2100)]);
+    }
+}
