@@ -24,6 +24,8 @@ pub enum Component {
     Agent,
     /// The service proxy.
     Proxy,
+    /// The relay.
+    Relay,
     /// The balancer in front of the servers.
     Balancer,
     /// The routes to other nodes' pods.
@@ -70,6 +72,12 @@ pub struct MachineOptions {
     /// The port of this machine's balancer, on 127.0.0.1.
     #[arg(long, default_value_t = 6444)]
     pub balancer_port: u16,
+    /// The port of this machine's relay, on 127.0.0.1.
+    #[arg(long, default_value_t = 6445)]
+    pub relay_port: u16,
+    /// Relay connections to all Services that do not say `seawall.io/relay: "false"`, not only to those that say "true".
+    #[arg(long)]
+    pub relay_default: bool,
     /// Parts to leave out. May be repeated.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub disable: Vec<Component>,
@@ -91,6 +99,8 @@ impl MachineOptions {
             hardware_watchdog: None,
             pod_log_dir: "/var/log/pods".into(),
             balancer_port: 6444,
+            relay_port: 6445,
+            relay_default: false,
             disable: Vec::new(),
         }
     }
@@ -168,6 +178,19 @@ pub struct TimingOptions {
     /// How long a node must have been silent before such pods are made anew elsewhere [0s: they are not].
     #[arg(long, value_name = "TIME", value_parser = duration)]
     fence_wait: Option<Duration>,
+    /// How long a machine that was dead when the service proxy ended is avoided after the next start, if the gossip does
+    /// not speak of it.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    verdict_memory: Option<Duration>,
+    /// How long an endpoint has to answer before the relay tries the next one as well.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    relay_attempt_delay: Option<Duration>,
+    /// How long the relay tries, on all endpoints together.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    relay_connect_timeout: Option<Duration>,
+    /// How long a relayed connection may be silent.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    relay_idle_timeout: Option<Duration>,
 }
 
 /// Reads a time such as `250ms`, `1.5s` or `1m`.
@@ -256,6 +279,10 @@ impl TimingOptions {
             (self.fence_after, &mut timing.fence_after),
             (self.fence_stop, &mut timing.fence_stop),
             (self.fence_wait, &mut timing.fence_wait),
+            (self.verdict_memory, &mut timing.verdict_memory),
+            (self.relay_attempt_delay, &mut timing.relay_attempt),
+            (self.relay_connect_timeout, &mut timing.relay_connect),
+            (self.relay_idle_timeout, &mut timing.relay_idle),
         ] {
             if let Some(given) = given {
                 *place = given;
