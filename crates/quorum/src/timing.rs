@@ -100,6 +100,15 @@ pub struct Timing {
     pub gossip_suspicion: Duration,
     /// `--gossip-interval`: how often news about machines is passed on.
     pub gossip_interval: Duration,
+    /// `--verdict-memory`: how long a machine that was dead when the service proxy ended is avoided after the next start,
+    /// if the gossip does not speak of it.
+    pub verdict_memory: Duration,
+    /// `--relay-attempt-delay`: how long an endpoint has to answer before the relay tries the next one as well.
+    pub relay_attempt: Duration,
+    /// `--relay-connect-timeout`: how long the relay tries, on all endpoints together.
+    pub relay_connect: Duration,
+    /// `--relay-idle-timeout`: how long a relayed connection may be silent.
+    pub relay_idle: Duration,
 }
 
 const fn ms(n: u64) -> Duration {
@@ -137,6 +146,10 @@ impl Timing {
                 gossip_probe_timeout: ms(40),
                 gossip_suspicion: ms(400),
                 gossip_interval: ms(50),
+                verdict_memory: ms(5000),
+                relay_attempt: ms(150),
+                relay_connect: ms(5000),
+                relay_idle: ms(86_400_000),
             },
             Profile::Kubernetes => Timing {
                 lease_duration: ms(15_000),
@@ -165,6 +178,10 @@ impl Timing {
                 gossip_probe_timeout: ms(400),
                 gossip_suspicion: ms(5000),
                 gossip_interval: ms(200),
+                verdict_memory: ms(60_000),
+                relay_attempt: ms(150),
+                relay_connect: ms(10_000),
+                relay_idle: ms(432_000_000),
             },
             Profile::Wan => Timing {
                 lease_duration: ms(4000),
@@ -193,6 +210,10 @@ impl Timing {
                 gossip_probe_timeout: ms(300),
                 gossip_suspicion: ms(2400),
                 gossip_interval: ms(150),
+                verdict_memory: ms(20_000),
+                relay_attempt: ms(500),
+                relay_connect: ms(10_000),
+                relay_idle: ms(86_400_000),
             },
         }
     }
@@ -239,6 +260,12 @@ impl Timing {
         longer(&budget, 3, &election, "two elections in a row must not fail a write");
         longer(&expiry, 3, &renew, "two lost renewals must not take a server off");
         longer(&timeout, 1, &interval, "a probe has at least until the next one");
+        let attempt = Flag::new("--relay-attempt-delay", self.relay_attempt);
+        let connect = Flag::new("--relay-connect-timeout", self.relay_connect);
+        let idle = Flag::new("--relay-idle-timeout", self.relay_idle);
+        longer(&attempt, 1, &shortest, "shorter times are noise");
+        longer(&connect, 3, &attempt, "a third endpoint must get its chance");
+        longer(&idle, 1, &Flag::new("a minute", ms(60_000)), "clients that pause would lose their connections");
         let lease = Flag::new("--node-lease-duration", self.node_lease);
         let renewal = Flag { name: format!("a quarter of {}", lease.name), value: self.node_lease_renew() };
         let patience = Flag::new("--node-lease-request-timeout", self.node_lease_request);

@@ -144,6 +144,7 @@ pub async fn clean(args: Clean) -> anyhow::Result<()> {
     let traces = Traces::read(&config);
     seawall_node::remove_all(&config).await?;
     seawall_network::proxy::remove().await?;
+    seawall_network::relay::kernel::remove().await?;
     seawall_network::routes::remove().await?;
     if args.data {
         match std::fs::remove_dir_all(&args.data_dir) {

@@ -7,7 +7,11 @@ use std::{
 
 use kube::Client;
 use rustls::ServerConfig;
-use seawall_network::{proxy, routes, verdict};
+use seawall_network::{
+    proxy,
+    relay::{self, Relay},
+    routes, verdict,
+};
 use seawall_node::fence;
 use seawall_quorum::timing::Timing;
 use tokio::task::JoinHandle;
@@ -44,17 +48,35 @@ pub fn components(
         }));
     }
     if machine.runs(Component::Proxy) {
+        let link = machine.runs(Component::Relay).then(|| relay::link(machine.options.relay_default));
+        let (for_proxy, for_relay) = link.unzip();
         let config = proxy::ProxyConfig {
+            relay: for_proxy,
+            relearn: timing.verdict_memory,
             node_name: machine.name.clone(),
             node_ips: vec![machine.ip],
             cluster_cidr: cluster.cluster_cidr,
             file: Some(Files::new(&machine.options.data_dir).agent().join("proxy.json")),
             ..Default::default()
         };
-        let (client, verdicts) = (client.clone(), verdicts.clone());
+        let (client, told) = (client.clone(), verdicts.clone());
         parts.push(component("proxy", stop.clone(), move |stop| {
-            proxy::run(client.clone(), config.clone(), verdicts.clone(), stop)
+            proxy::run(client.clone(), config.clone(), told.clone(), stop)
         }));
+        if let Some(link) = for_relay {
+            let config = relay::Config {
+                port: machine.options.relay_port,
+                attempt_delay: timing.relay_attempt,
+                connect_timeout: timing.relay_connect,
+                idle_timeout: timing.relay_idle,
+                ..Default::default()
+            };
+            let relay = Relay::new(config, link, verdicts.clone());
+            parts.push(component("relay", stop.clone(), move |stop| {
+                let relay = relay.clone();
+                async move { relay.run(stop).await }
+            }));
+        }
     }
     if machine.runs(Component::Routes) && machine.runs(Component::Agent) {
         let (client, config) =

@@ -24,6 +24,8 @@ pub enum Component {
     Agent,
     /// The service proxy.
     Proxy,
+    /// The relay.
+    Relay,
     /// The balancer in front of the servers.
     Balancer,
     /// The routes to other nodes' pods.
@@ -75,6 +77,12 @@ pub struct MachineOptions {
     /// The port of the gossip (UDP), the same on all machines.
     #[arg(long, default_value_t = seawall_network::gossip::PORT)]
     pub gossip_port: u16,
+    /// The port of this machine's relay, on 127.0.0.1.
+    #[arg(long, default_value_t = 6445)]
+    pub relay_port: u16,
+    /// Relay connections to all Services that do not say `seawall.io/relay: "false"`, not only to those that say "true".
+    #[arg(long)]
+    pub relay_default: bool,
     /// Parts to leave out. May be repeated.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub disable: Vec<Component>,
@@ -97,6 +105,8 @@ impl MachineOptions {
             pod_log_dir: "/var/log/pods".into(),
             balancer_port: 6444,
             gossip_port: seawall_network::gossip::PORT,
+            relay_port: 6445,
+            relay_default: false,
             disable: Vec::new(),
         }
     }
@@ -186,6 +196,19 @@ pub struct TimingOptions {
     /// How often news about machines is passed on.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     gossip_interval: Option<Duration>,
+    /// How long a machine that was dead when the service proxy ended is avoided after the next start, if the gossip does
+    /// not speak of it.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    verdict_memory: Option<Duration>,
+    /// How long an endpoint has to answer before the relay tries the next one as well.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    relay_attempt_delay: Option<Duration>,
+    /// How long the relay tries, on all endpoints together.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    relay_connect_timeout: Option<Duration>,
+    /// How long a relayed connection may be silent.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    relay_idle_timeout: Option<Duration>,
 }
 
 /// Reads a time such as `250ms`, `1.5s` or `1m`.
@@ -278,6 +301,10 @@ impl TimingOptions {
             (self.gossip_probe_timeout, &mut timing.gossip_probe_timeout),
             (self.gossip_suspicion_timeout, &mut timing.gossip_suspicion),
             (self.gossip_interval, &mut timing.gossip_interval),
+            (self.verdict_memory, &mut timing.verdict_memory),
+            (self.relay_attempt_delay, &mut timing.relay_attempt),
+            (self.relay_connect_timeout, &mut timing.relay_connect),
+            (self.relay_idle_timeout, &mut timing.relay_idle),
         ] {
             if let Some(given) = given {
                 *place = given;

@@ -41,6 +41,9 @@ impl Target {
     }
 }
 
+/// The sets of the table for them.
+pub const SETS: [&str; 4] = ["dead_pods4", "dead_pods6", "dead_ports4", "dead_ports6"];
+
 const TCP: u8 = 6;
 
 /// Everything that is out of reach.

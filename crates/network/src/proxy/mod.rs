@@ -48,7 +48,10 @@ use rules::Ruleset;
 use seawall_client::watch::Backoff;
 pub use state::State;
 
-use crate::verdict::{self, Verdict};
+use crate::{
+    relay::{self, table::Table},
+    verdict::{self, Verdict},
+};
 use dead::{Dead, Target};
 use endpoints::View;
 use state::{Fed, Kept};
@@ -68,6 +71,10 @@ pub struct ProxyConfig {
     pub verify: Duration,
     /// The words that start `nft`: another network namespace can be put in front.
     pub nft: Vec<String>,
+    /// The relay, if there is one on this node.
+    pub relay: Option<relay::ForProxy>,
+    /// What of it the rules depend on, while it listens. The proxy sets it.
+    pub relays: Option<Relays>,
     /// Where what is known is kept, if it is.
     pub file: Option<PathBuf>,
     /// How long the API has to answer after a start before what was kept is acted on, if no verdict presses.
@@ -85,10 +92,28 @@ impl Default for ProxyConfig {
             debounce: Duration::from_millis(5),
             verify: Duration::from_secs(5),
             nft: vec!["nft".into()],
+            relay: None,
+            relays: None,
             file: None,
             patience: Duration::from_secs(1),
             relearn: Duration::from_secs(5),
         }
+    }
+}
+
+/// A relay that listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Relays {
+    /// Where, on 127.0.0.1.
+    pub port: u16,
+    /// Whether Services are relayed that do not say.
+    pub default: bool,
+}
+
+impl ProxyConfig {
+    /// What is to be relayed.
+    pub fn relayed(&self, view: &View<'_>) -> Option<Table> {
+        self.relays.map(|relays| Table::of(view, relays.default, self.cluster_cidr, &self.node_ips))
     }
 }
 
@@ -151,6 +176,7 @@ async fn work(
     let (mut of_services, mut of_slices, mut of_nodes) = (Fed::default(), Fed::default(), Fed::default());
     let mut heard = verdicts;
     let mut deaf = false;
+    let mut listens = config.relay.as_ref().map(|relay| relay.port.clone());
     let mut proxy = Proxy::start(config, &mut heard);
     loop {
         let (due, look, keep) = (proxy.due.filter(|_| proxy.known), proxy.look(), proxy.keep_at());
@@ -163,6 +189,7 @@ async fn work(
                 deaf = changed.is_err();
                 proxy.hear(&mut heard);
             }
+            () = changes(&mut listens) => proxy.listen(),
             event = services.try_next() => if let Some(event) = next("services", event)?
                 && of_services.take(&mut proxy.state.services, event, state::service)
             {
@@ -204,6 +231,14 @@ fn next<E>(what: &str, event: Result<Option<E>, watcher::Error>) -> anyhow::Resu
             tracing::warn!(%error, "the watch of {what} broke and is set up again");
             Ok(None)
         }
+    }
+}
+
+/// Returns when the relay began to listen, or ended.
+async fn changes(port: &mut Option<watch::Receiver<Option<u16>>>) {
+    let Some(told) = port else { return std::future::pending().await };
+    if told.changed().await.is_err() {
+        *port = None;
     }
 }
 
@@ -294,7 +329,18 @@ impl Proxy {
             config,
         };
         proxy.hear(heard);
+        proxy.listen();
         proxy
+    }
+
+    /// Connections are handed to the relay while it listens.
+    fn listen(&mut self) {
+        let Some(relay) = &self.config.relay else { return };
+        let port = *relay.port.borrow();
+        self.config.relays = port.map(|port| Relays { port, default: relay.default });
+        if self.applied.is_some() {
+            self.due = Some(Instant::now());
+        }
     }
 
     /// Takes in what is thought of the machines. What is bad is acted on at once.
@@ -337,11 +383,16 @@ impl Proxy {
         } else {
             self.remembered.clear();
         }
-        let dead =
-            Arc::new(Dead::of(&View::new(&self.state, &self.config.node_name, &verdicts), &self.config.node_ips));
+        let view = View::new(&self.state, &self.config.node_name, &verdicts);
+        let dead = Dead::of(&view, &self.config.node_ips);
+        // Before the first connection comes.
+        if let (Some(relay), Some(table)) = (&self.config.relay, self.config.relayed(&view)) {
+            relay.tables.send_replace(Arc::new(table));
+        }
         // Where there is much to be written, what is dead goes first: it costs one short script.
         if let Some(applied) = self.applied.as_ref().filter(|a| a.chains.len() > MANY) {
-            let first = Ruleset { sets: dead.elements().collect(), ..applied.clone() };
+            let others = applied.sets.iter().filter(|(set, _)| !dead::SETS.contains(set)).cloned();
+            let first = Ruleset { sets: others.chain(dead.elements()).collect(), ..applied.clone() };
             if first.sets.difference(&applied.sets).next().is_some() {
                 let script = first.script(Some(applied));
                 self.generation += 1;
@@ -438,6 +489,14 @@ impl Proxy {
     }
 
     async fn stop(mut self) {
+        // The rules stay, and the relay goes with this process.
+        if let Some(applied) = self.applied.as_ref().filter(|_| self.config.relays.take().is_some()) {
+            let verdicts = state::settled(&self.verdicts, &self.remembered, true);
+            let script = plan(&self.state, &self.config, &verdicts).script(Some(applied));
+            if let Err(error) = nft(&self.config, &script).await {
+                tracing::warn!("connections are still handed to the relay: {error:#}");
+            }
+        }
         self.tasks.shutdown().await;
         while finished(&mut self.keeping).await.is_some() || self.keep_at().is_some() {
             if self.keeping.is_none() && self.keep_due {

@@ -15,7 +15,7 @@ use super::{
     stale::Datagrams,
     state::State,
 };
-use crate::verdict::Verdict;
+use crate::{relay::kernel::MARK, verdict::Verdict};
 
 /// The rules for everything in `state`.
 pub fn plan(state: &State, config: &ProxyConfig, verdicts: &BTreeMap<String, Verdict>) -> Ruleset {
@@ -27,7 +27,37 @@ pub fn plan(state: &State, config: &ProxyConfig, verdicts: &BTreeMap<String, Ver
         }
     }
     rules.sets.extend(Dead::of(&view, &config.node_ips).elements());
+    if let (Some(table), Some(relays)) = (config.relayed(&view), config.relays) {
+        rules.sets.extend(table.elements());
+        hand_over(&mut rules, relays.port);
+    }
     rules
+}
+
+/// Hands connections to the relay. Should it be gone, `tproxy` does not match, and the other rules serve.
+fn hand_over(rules: &mut Ruleset, port: u16) {
+    let tcp = "meta nfproto ipv4 meta l4proto tcp";
+    let mark = format!("meta mark set meta mark | {MARK:#x} accept");
+    let own = "fib daddr type local ip daddr != 127.0.0.0/8";
+    rules.base_chain(
+        "relay_prerouting",
+        "type filter hook prerouting priority mangle; policy accept;",
+        vec![
+            // What belongs to one of the relay's connections.
+            format!("{tcp} socket transparent 1 {mark}"),
+            format!("ip daddr . tcp dport @relayed tproxy ip to 127.0.0.1:{port} {mark}"),
+            format!("{own} tcp dport @relayed_ports tproxy ip to 127.0.0.1:{port} {mark}"),
+        ],
+    );
+    rules.base_chain(
+        "relay_output",
+        // Before the chain that picks an endpoint: the first translation counts.
+        "type nat hook output priority -110; policy accept;",
+        vec![
+            format!("ip daddr . tcp dport @relayed redirect to :{port}"),
+            format!("{own} tcp dport @relayed_ports redirect to :{port}"),
+        ],
+    );
 }
 
 fn plan_port(

@@ -19,15 +19,17 @@ pub const MAPS: [(&str, &str); 4] = [
 ];
 
 /// The sets of addresses and ports: name and type.
-pub const SETS: [(&str, &str); 4] = [
+pub const SETS: [(&str, &str); 6] = [
     ("dead_pods4", "type ipv4_addr; flags interval;"),
     ("dead_pods6", "type ipv6_addr; flags interval;"),
     ("dead_ports4", "type ipv4_addr . inet_service;"),
     ("dead_ports6", "type ipv6_addr . inet_service;"),
+    ("relayed", "type ipv4_addr . inet_service;"),
+    ("relayed_ports", "type inet_service;"),
 ];
 
 /// What does not depend on any Service. The mark 0x4000 says that the source address is to be replaced;
-/// [`super::rouse::MARK`] that a packet is to pass as it is.
+/// [`super::rouse::MARK`] that a packet is to pass as it is; [`crate::relay::kernel::MARK`] that the relay has it.
 ///
 /// What is open to a dead machine is reset in the way of whoever sends next, be it a pod (forward) or a process of this
 /// machine (output). Another table that lets established flows pass does not change that: every hook has its say.
@@ -50,6 +52,7 @@ chain refuse {
     reject with icmpx port-unreachable
 }
 chain dispatch {
+    meta mark & 0x2000 != 0 return
     ip daddr . meta l4proto . th dport vmap @services
     fib daddr type local ip daddr != 127.0.0.0/8 meta l4proto . th dport vmap @nodeports
 }
@@ -92,6 +95,8 @@ chain filter_output {
 pub struct Ruleset {
     /// Chains by name, with their rules.
     pub chains: BTreeMap<String, Vec<String>>,
+    /// Where the kernel starts those that it starts itself.
+    pub hooks: BTreeMap<String, &'static str>,
     /// Elements of maps: map and key, with the verdict.
     pub elements: BTreeMap<(&'static str, String), String>,
     /// Elements of sets: set and element.
@@ -143,6 +148,12 @@ impl Outline {
 }
 
 impl Ruleset {
+    /// Adds a chain that the kernel starts itself.
+    pub fn base_chain(&mut self, name: &str, hook: &'static str, rules: Vec<String>) {
+        self.hooks.insert(name.to_owned(), hook);
+        self.chains.insert(name.to_owned(), rules);
+    }
+
     /// What the kernel holds if it holds this.
     pub fn outline(&self) -> Outline {
         let mut outline = Outline::default();
@@ -196,7 +207,10 @@ impl Ruleset {
             }
         }
         for chain in self.chains.keys().filter(|c| !old.chains.contains_key(*c)) {
-            let _ = writeln!(out, "add chain {TABLE} {chain}");
+            let _ = match self.hooks.get(chain) {
+                Some(hook) => writeln!(out, "add chain {TABLE} {chain} {{ {hook} }}"),
+                None => writeln!(out, "add chain {TABLE} {chain}"),
+            };
         }
         for (chain, rules) in self.chains.iter().filter(|(chain, rules)| old.chains.get(*chain) != Some(rules)) {
             if old.chains.contains_key(chain) {

@@ -74,8 +74,9 @@ mod tests {
 
     #[track_caller]
     fn check(all: &[Does], found: Option<usize>, tried: usize, took: u64) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let (reached, elapsed) = runtime.block_on(async {
+            tokio::time::pause();
             let began = Instant::now();
             let reached = reach(all.len(), Duration::from_millis(150), Duration::from_secs(2), |number| async move {
                 let does = all[number];
@@ -94,7 +95,9 @@ mod tests {
             (reached, began.elapsed())
         });
         assert_eq!(reached.found.map(|(n, ())| n), found);
-        assert_eq!((reached.tried, elapsed.as_millis() as u64), (tried, took));
+        assert_eq!(reached.tried, tried);
+        // Every timer rounds up.
+        assert!((took..=took + 10).contains(&(elapsed.as_millis() as u64)), "{elapsed:?}, not {took} ms");
         assert_eq!(reached.error.is_some() || reached.found.is_some(), !all.is_empty());
     }
 

@@ -105,7 +105,8 @@ mod tests {
 
     #[test]
     fn the_order() {
-        let all = |numbers: &[u8]| numbers.iter().map(|n| backend(&format!("10.0.0.{n}:80"), false)).collect::<Vec<_>>();
+        let all =
+            |numbers: &[u8]| numbers.iter().map(|n| backend(&format!("10.0.0.{n}:80"), false)).collect::<Vec<_>>();
         let route = Route { cluster: vec![all(&[1, 2, 3]), all(&[4])], local: vec![all(&[3])], ..Default::default() };
         let check = |scope: Scope, sticky: Option<&str>, expect: &str| {
             let sticky = sticky.map(|s| s.parse().unwrap());

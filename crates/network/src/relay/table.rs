@@ -105,7 +105,9 @@ impl Table {
         let own_pods = view.state.machine(view.me).map(|m| m.pods.clone()).unwrap_or_default();
         let mut table = Table { cluster_cidr, own_pods, own: own.to_vec(), ..Table::default() };
         for (namespace, name, service, slices) in view.services() {
-            let Some(cluster_ip) = endpoints::cluster_ip(service).filter(|_| wanted(service, default)) else { continue };
+            let Some(cluster_ip) = endpoints::cluster_ip(service).filter(|_| wanted(service, default)) else {
+                continue;
+            };
             let (internal, external) = endpoints::policies(service);
             let proxy_protocol = annotation(service, PROXY_PROTOCOL) == Some("v2");
             let affinity = endpoints::affinity(service).map(|s| Duration::from_secs(s.into()));
@@ -162,8 +164,7 @@ impl Route {
 
 /// Those that take new connections first, then whoever else may answer: ones far away or suspected, ones that are ending.
 fn tiers(known: &Endpoints, scope: Scope, view: &View<'_>) -> Tiers {
-    let backend =
-        |e: &Endpoint| Backend { address: e.address, node: e.node.clone(), local: e.local };
+    let backend = |e: &Endpoint| Backend { address: e.address, node: e.node.clone(), local: e.local };
     let takers = known.takers(scope, view);
     let others: Vec<&Endpoint> = known
         .keepers()
@@ -188,8 +189,7 @@ mod tests {
         let mut known = State::default();
         let service = json!({"metadata": {"name": "s", "namespace": "n", "annotations": annotations}, "spec": spec});
         known.services.extend([state::service(serde_json::from_value(service).unwrap())]);
-        let endpoints: Vec<_> =
-            endpoints.iter().map(|(a, node)| json!({"addresses": [a], "nodeName": node})).collect();
+        let endpoints: Vec<_> = endpoints.iter().map(|(a, node)| json!({"addresses": [a], "nodeName": node})).collect();
         let slice = json!({
             "metadata": {"name": "s-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
             "addressType": "IPv4", "ports": [{"name": "", "port": 8080}], "endpoints": endpoints});

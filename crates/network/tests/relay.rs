@@ -1,0 +1,293 @@
+//! The relay in a real kernel: clients in a pod, outside, and on the node itself.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+mod net;
+
+use std::{
+    collections::BTreeMap,
+    io::{Read as _, Write as _},
+    net::TcpListener,
+    sync::mpsc,
+    time::Duration,
+};
+
+use common::{enter, until};
+use k8s_openapi::api::{
+    core::v1::{Node, Service},
+    discovery::v1::EndpointSlice,
+};
+use net::{Net, echoes, inside};
+use seawall_network::{
+    proxy::{self, ProxyConfig, Relays, plan::plan, rules::Ruleset, state},
+    relay::{self, ForProxy, Relay},
+    verdict::{Verdict, Verdicts},
+};
+use serde_json::{Value, json};
+use tokio::{sync::watch, task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+const SERVICE: &str = "10.96.0.9:80";
+const NODE_PORT: &str = "192.168.77.1:30005";
+
+fn object<T: serde::de::DeserializeOwned>(value: Value) -> T {
+    serde_json::from_value(value).unwrap()
+}
+
+/// The Service `s` with endpoints at these addresses, `10.244.N.x` being on the node `nN`, `10.244.1.x` on this one.
+fn known(annotations: Value, spec: Value, endpoints: &[&str]) -> proxy::State {
+    let mut known = proxy::State::default();
+    let annotations = match annotations {
+        Value::Null => json!({"seawall.io/relay": "true"}),
+        given => given,
+    };
+    let service: Service =
+        object(json!({"metadata": {"name": "s", "namespace": "n", "annotations": annotations}, "spec": spec}));
+    let endpoints: Vec<_> = endpoints
+        .iter()
+        .map(|address| json!({"addresses": [address], "nodeName": format!("n{}", address.split('.').nth(2).unwrap())}))
+        .collect();
+    let slice: EndpointSlice = object(json!({
+        "metadata": {"name": "s-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
+        "addressType": "IPv4", "ports": [{"name": "", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints,
+    }));
+    let node: Node = object(json!({"metadata": {"name": "n1"}, "spec": {"podCIDRs": ["10.244.1.0/24"]}}));
+    known.services.extend([state::service(service)]);
+    known.slices.extend([state::slice(slice)]);
+    known.nodes.extend([state::machine(node)]);
+    known
+}
+
+fn service() -> Value {
+    json!({"type": "NodePort", "clusterIP": "10.96.0.9", "ports": [{"port": 80, "nodePort": 30005}]})
+}
+
+struct Running {
+    relay: Relay,
+    link: ForProxy,
+    config: ProxyConfig,
+    verdicts: watch::Sender<Verdicts>,
+    stop: CancellationToken,
+    task: JoinHandle<anyhow::Result<()>>,
+    applied: Option<Ruleset>,
+}
+
+impl Running {
+    async fn start() -> Running {
+        let (mut link, for_relay) = relay::link(false);
+        let (verdicts, heard) = watch::channel(Verdicts::default());
+        let relay = Relay::new(relay::Config::default(), for_relay, heard);
+        let stop = CancellationToken::new();
+        let (runs, until) = (relay.clone(), stop.clone());
+        let task = tokio::spawn(async move { runs.run(until).await });
+        let port = link.port.wait_for(Option::is_some).await.unwrap().unwrap();
+        let config = ProxyConfig {
+            node_name: "n1".into(),
+            node_ips: vec!["192.168.77.1".parse().unwrap()],
+            cluster_cidr: "10.244.0.0/16".parse().unwrap(),
+            relays: Some(Relays { port, default: false }),
+            ..Default::default()
+        };
+        Running { relay, link, config, verdicts, stop, task, applied: None }
+    }
+
+    /// What the proxy does when something changed.
+    async fn apply(&mut self, known: &proxy::State, verdicts: &BTreeMap<String, Verdict>) {
+        let view = proxy::endpoints::View::new(known, "n1", verdicts);
+        self.link.tables.send_replace(self.config.relayed(&view).unwrap().into());
+        let wanted = plan(known, &self.config, verdicts);
+        proxy::nft(&self.config, &wanted.script(self.applied.as_ref())).await.unwrap();
+        assert!(proxy::intact(&self.config, &wanted).await);
+        self.applied = Some(wanted);
+    }
+
+    fn count(&self, name: &str) -> u64 {
+        let text = self.relay.render();
+        let line = text.lines().find(|l| l.starts_with(&format!("seawall_relay_{name} "))).unwrap();
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        self.task.await.unwrap().unwrap();
+    }
+}
+
+fn on_node(net: &Net, work: impl Future<Output = ()>) {
+    assert!(nix::unistd::geteuid().is_root(), "this test makes network namespaces: run it as root");
+    enter(&net.namespace("node"));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(work);
+    runtime.shutdown_timeout(Duration::from_secs(1));
+}
+
+/// Tests block on connections, so what serves them needs threads of its own.
+async fn blocking<T: Send + 'static>(net: &std::sync::Arc<Net>, work: impl FnOnce(&Net) -> T + Send + 'static) -> T {
+    let net = net.clone();
+    tokio::task::spawn_blocking(move || work(&net)).await.unwrap()
+}
+
+#[test]
+fn connections_are_taken_and_find_an_endpoint_that_answers() {
+    let net = Net::new();
+    net.echo("pod1");
+    net.echo("pod2");
+    let net = std::sync::Arc::new(net);
+    let both = ["pod1", "pod2"];
+    on_node(&net, async {
+        let mut relay = Running::start().await;
+        let nobody = BTreeMap::new();
+        relay.apply(&known(Value::Null, service(), &["10.244.1.2", "10.244.2.2"]), &nobody).await;
+        // From outside, from a pod (also to itself), and from the node.
+        for (host, to) in [
+            ("client", SERVICE),
+            ("client", NODE_PORT),
+            ("pod1", SERVICE),
+            ("pod1", NODE_PORT),
+            ("node", SERVICE),
+            ("node", NODE_PORT),
+        ] {
+            let before = relay.count("connections_total");
+            assert_eq!(blocking(&net, move |net| net.answers(host, to)).await, both, "from {host} to {to}");
+            assert!(relay.count("connections_total") >= before + 24, "from {host} to {to}: not by the relay");
+            assert!(blocking(&net, move |net| echoes(&mut net.connect(host, to).unwrap().1)).await);
+        }
+        assert_eq!(relay.count("retried_total"), 0);
+
+        // One that refuses, one that is not there at all: nobody notices.
+        let bad = ["10.244.1.9", "10.244.2.2", "10.244.2.9"];
+        net::sh(&format!(
+            "ip -n {0} addr add 10.244.2.9/32 dev eth0; ip netns exec {0} nft add table ip filter; \
+            ip netns exec {0} nft 'add chain ip filter i {{ type filter hook input priority 0; }}'; \
+            ip netns exec {0} nft add rule ip filter i ip daddr 10.244.2.9 reject with tcp reset",
+            net.namespace("pod2")
+        ));
+        relay.apply(&known(Value::Null, service(), &bad), &nobody).await;
+        for (host, to) in [("client", SERVICE), ("client", NODE_PORT), ("pod1", SERVICE), ("node", SERVICE)] {
+            let began = Instant::now();
+            assert_eq!(blocking(&net, move |net| net.answers(host, to)).await, ["pod2"], "from {host} to {to}");
+            eprintln!("24 connections from {host} to {to}, two of three endpoints bad: {:?}", began.elapsed());
+        }
+        assert!(relay.count("retried_total") > 0);
+        assert_eq!(relay.count("failed_total"), 0);
+
+        // A machine falls silent under open connections: they are reset with the verdict, new ones do not even wait.
+        relay.apply(&known(Value::Null, service(), &["10.244.1.2", "10.244.2.2"]), &nobody).await;
+        for host in ["client", "pod1", "node"] {
+            let mut open = blocking(&net, move |net| net.connect_to(host, SERVICE, "pod2")).await;
+            let mut other = blocking(&net, move |net| net.connect_to(host, SERVICE, "pod1")).await;
+            net.silence("pod2", true);
+            let began = Instant::now();
+            assert_eq!(blocking(&net, move |net| net.answers(host, SERVICE)).await, ["pod1"]);
+            eprintln!("24 connections from {host} before the verdict: {:?}", began.elapsed());
+            let dead = BTreeMap::from([("n2".to_owned(), Verdict::Dead)]);
+            let began = Instant::now();
+            relay.verdicts.send_replace(dead.into());
+            let error = blocking(&net, move |_| open.read(&mut [0; 8]).unwrap_err()).await;
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+            eprintln!("an idle connection from {host} was reset {:?} after the verdict", began.elapsed());
+            assert!(blocking(&net, move |_| echoes(&mut other)).await);
+            net.silence("pod2", false);
+            relay.verdicts.send_replace(Verdicts::default());
+        }
+        assert_eq!(relay.count("dead_total"), 3);
+
+        // The relay goes: what comes from elsewhere is served by the rules; open connections are broken off.
+        let mut open = blocking(&net, |net| net.connect("client", SERVICE).unwrap().1).await;
+        let link = relay.link.clone();
+        relay.stop().await;
+        assert_eq!(*link.port.borrow(), None);
+        assert!(blocking(&net, move |_| open.read(&mut [0; 8]).is_err()).await);
+        for (host, to) in [("client", SERVICE), ("client", NODE_PORT), ("pod1", SERVICE)] {
+            assert_eq!(blocking(&net, move |net| net.answers(host, to)).await, both, "from {host} to {to}");
+        }
+        relay::kernel::remove().await.unwrap();
+        let rules = std::process::Command::new("ip").args(["rule"]).output().unwrap();
+        assert!(!String::from_utf8_lossy(&rules.stdout).contains("8383"));
+        relay::kernel::remove().await.unwrap();
+    });
+}
+
+/// Listens in a pod and tells who came, and what they said first.
+fn listen(net: &Net, host: &str) -> mpsc::Receiver<(String, Vec<u8>)> {
+    let listener = inside(&net.namespace(host), || TcpListener::bind("0.0.0.0:8080").unwrap());
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let from = stream.peer_addr().unwrap().ip().to_string();
+            let _ = stream.write_all(b"\n");
+            let mut said = Vec::new();
+            let _ = stream.read_to_end(&mut said);
+            if tell.send((from, said)).is_err() {
+                return;
+            }
+        }
+    });
+    told
+}
+
+#[test]
+fn endpoints_see_the_client_as_they_do_without_the_relay() {
+    let net = Net::new();
+    let heard = [listen(&net, "pod1"), listen(&net, "pod2")];
+    let net = std::sync::Arc::new(net);
+    on_node(&net, async {
+        let mut relay = Running::start().await;
+        let nobody = BTreeMap::new();
+        let check = async |to_pod: usize, host: &'static str, to: &'static str, from: &str, header: Option<&str>| {
+            blocking(&net, move |net| net.connect(host, to).unwrap().1.write_all(b"hi").unwrap()).await;
+            let (seen, mut said) = heard[to_pod].recv_timeout(Duration::from_secs(10)).unwrap();
+            assert_eq!(seen, from, "from {host} to {to}");
+            if let Some(client) = header {
+                let header: Vec<u8> = said.drain(..28).collect();
+                assert_eq!(&header[..12], b"\r\n\r\n\0\r\nQUIT\n");
+                let ip: Vec<String> = header[16..20].iter().map(u8::to_string).collect();
+                assert_eq!(ip.join("."), client);
+            }
+            assert_eq!(said, b"hi");
+        };
+        let here = &["10.244.1.2"][..];
+        let there = &["10.244.2.2"][..];
+        let mut spec = service();
+        relay.apply(&known(Value::Null, spec.clone(), there), &nobody).await;
+        check(1, "pod1", SERVICE, "10.244.1.2", None).await;
+        check(1, "client", NODE_PORT, "10.244.2.1", None).await;
+        check(1, "node", SERVICE, "10.244.2.1", None).await;
+        relay.apply(&known(Value::Null, spec.clone(), here), &nobody).await;
+        check(0, "pod1", SERVICE, "10.244.1.1", None).await;
+        spec["externalTrafficPolicy"] = "Local".into();
+        relay.apply(&known(Value::Null, spec.clone(), here), &nobody).await;
+        check(0, "client", NODE_PORT, "192.168.77.2", None).await;
+        // The address in front, for those who asked for it.
+        let asked = json!({"seawall.io/relay": "true", "seawall.io/relay-proxy-protocol": "v2"});
+        relay.apply(&known(asked, service(), there), &nobody).await;
+        check(1, "client", NODE_PORT, "10.244.2.1", Some("192.168.77.2")).await;
+        check(1, "pod1", SERVICE, "10.244.1.2", Some("10.244.1.2")).await;
+        relay.stop().await;
+    });
+}
+
+#[test]
+fn a_client_stays_with_its_endpoint_until_that_is_gone() {
+    let net = Net::new();
+    net.echo("pod1");
+    net.echo("pod2");
+    let net = std::sync::Arc::new(net);
+    on_node(&net, async {
+        let mut relay = Running::start().await;
+        let spec = json!({"clusterIP": "10.96.0.9", "sessionAffinity": "ClientIP", "ports": [{"port": 80}]});
+        let known = known(Value::Null, spec, &["10.244.1.2", "10.244.2.2"]);
+        let nobody = BTreeMap::new();
+        relay.apply(&known, &nobody).await;
+        let seen = blocking(&net, |net| net.answers("client", SERVICE)).await;
+        assert_eq!(seen.len(), 1, "{seen:?}");
+        let (node, other) = if seen == ["pod1"] { ("n1", None) } else { ("n2", Some("pod1")) };
+        // This node does not doubt itself.
+        let doubt = BTreeMap::from([(node.to_owned(), Verdict::Suspect)]);
+        relay.apply(&known, &doubt).await;
+        let expect = other.unwrap_or("pod1");
+        until("it moved on", async || blocking(&net, |net| net.answers("client", SERVICE)).await == [expect]).await;
+        relay.stop().await;
+    });
+}
