@@ -34,7 +34,10 @@ fn servers_die_and_what_must_hold_holds() {
     let (success, _, stderr) = run(&labs, &["lab", "up", "--servers", "3", "--agents", "1"]);
     assert!(success, "{stderr}");
     let (success, _, stderr) = run(&labs, &["drill", "blakout"]);
-    assert!(!success && stderr.contains("there is no scenario \"blakout\": use all, servers, nodes, or one of "), "{stderr}");
+    assert!(
+        !success && stderr.contains("there is no scenario \"blakout\": use all, servers, nodes, or one of "),
+        "{stderr}"
+    );
     for scenario in ["power-off-etcd-leader", "kill-server"] {
         let (success, stdout, stderr) = run(&labs, &["drill", scenario, "--output", "json"]);
         assert!(success, "{stdout}\n{stderr}");

@@ -34,7 +34,7 @@ const NAMESPACE: &str = "kube-system";
 const WIND_DOWN: Duration = Duration::from_millis(500);
 
 /// What is led, and by whom.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Election {
     /// The name of the Lease, e.g. `kube-scheduler`.
     pub lease: String,
@@ -42,7 +42,12 @@ pub struct Election {
     pub identity: String,
     /// The times.
     pub timing: Timing,
+    /// Whether the machine of a candidate is dead, by the word of its neighbours.
+    pub gone: Option<Gone>,
 }
+
+/// Says of an identity whether its machine is dead.
+pub type Gone = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 /// Takes part in an election until `stop`, and does `run` whenever and as long as this candidate leads. `run` gets a
 /// client whose writes are refused once the term is over.
@@ -94,7 +99,16 @@ where
             },
         };
         let resigned = event == Event::Resign;
-        for effect in elector.step(start.elapsed(), event) {
+        let gone = match (&event, &election.gone) {
+            (Event::Seen(Some(record)), Some(gone)) if gone(&record.holder) => Some(Event::Gone(record.holder.clone())),
+            _ => None,
+        };
+        let now = start.elapsed();
+        let mut effects = elector.step(now, event);
+        if let Some(gone) = gone.filter(|_| effects.is_empty()) {
+            effects = elector.step(now, gone);
+        }
+        for effect in effects {
             match effect {
                 Effect::Lead(term) => {
                     tracing::info!(lease = election.lease, %term, "leads");

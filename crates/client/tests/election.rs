@@ -36,6 +36,7 @@ async fn server(dir: &std::path::Path) -> Client {
         presence: Default::default(),
         paths: None,
         shared_store: false,
+        tolerations: Default::default(),
     };
     let server = Server::start(config, store, CancellationToken::new()).await.unwrap();
     seawall_client::in_process(move |request| {
@@ -53,7 +54,8 @@ struct Candidate {
 
 fn candidate(client: &Client, name: &str) -> Candidate {
     let stop = CancellationToken::new();
-    let election = Election { lease: "test".into(), identity: name.into(), timing: Timing::of(Profile::Fast) };
+    let election =
+        Election { lease: "test".into(), identity: name.into(), timing: Timing::of(Profile::Fast), gone: None };
     let (report, leads) = mpsc::unbounded_channel();
     let run = move |client: Client, stop: CancellationToken| {
         let report = report.clone();
@@ -139,7 +141,8 @@ async fn a_leader_that_slept_cannot_write_any_more() {
 async fn work_that_fails_lets_another_candidate_lead() {
     let dir = tempfile::tempdir().unwrap();
     let client = server(dir.path()).await;
-    let election = Election { lease: "test".into(), identity: "bad".into(), timing: Timing::of(Profile::Fast) };
+    let election =
+        Election { lease: "test".into(), identity: "bad".into(), timing: Timing::of(Profile::Fast), gone: None };
     let bad = lead(client.clone(), election, CancellationToken::new(), |_, _| async { anyhow::bail!("on purpose") });
     let error = tokio::time::timeout(LONG, bad).await.unwrap().unwrap_err();
     assert_eq!(error.to_string(), "on purpose");

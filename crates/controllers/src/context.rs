@@ -8,6 +8,7 @@ use k8s_openapi::{
         apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet},
         batch::v1::Job,
         certificates::v1::CertificateSigningRequest,
+        coordination::v1::Lease,
         core::v1::{
             ConfigMap, Endpoints, Namespace, Node, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
         },
@@ -57,6 +58,8 @@ caches! {
     pods: Pod = streaming(),
     /// Nodes.
     nodes: Node = streaming(),
+    /// The Leases of nodes.
+    leases: Lease = streaming().fields("metadata.namespace=kube-node-lease"),
     /// Namespaces.
     namespaces: Namespace = streaming(),
     /// Services.
@@ -138,6 +141,31 @@ impl Context {
                 _ => cache.note_gone(object),
             },
             Err(error) if is_not_found(&error) => cache.note_gone(object),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Notes on a pod that is about to be deleted that this is by no fault of its own: reason and message (KEP-3329). `fail`
+    /// is for one of which nobody else will say that it has ended.
+    pub async fn disrupt(&self, pod: &Pod, fail: bool, why: Option<(&str, &str)>) -> kube::Result<()> {
+        let mut status = serde_json::json!({});
+        if let Some((reason, message)) = why {
+            status["conditions"] = serde_json::json!([{
+                "type": "DisruptionTarget", "status": "True", "reason": reason, "message": message,
+                "lastTransitionTime": jiff::Timestamp::now().to_string(),
+            }]);
+        }
+        if fail {
+            status["phase"] = "Failed".into();
+        }
+        let patch = serde_json::json!({"metadata": {"uid": objects::uid(pod)}, "status": status});
+        let api = self.api::<Pod>(objects::namespace(pod));
+        match api.patch_status(objects::name(pod), &PatchParams::default(), &Patch::Strategic(patch)).await {
+            Ok(patched) => self.caches.pods.note(patched),
+            // It is gone, or another one has its name: there is nothing to note.
+            Err(error) if is_not_found(&error) => {}
+            Err(kube::Error::Api(status)) if status.is_conflict() => {}
             Err(error) => return Err(error),
         }
         Ok(())

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use kube::Client;
+use seawall_quorum::timing::{Profile, Timing};
 use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -14,14 +15,18 @@ pub mod deployment;
 pub mod disruption;
 pub mod endpoint_slice;
 pub mod endpoints;
+pub mod fencing;
 pub mod garbage;
 pub mod job;
 pub mod namespace;
 pub mod namespaced;
 pub mod node;
+pub mod node_lifecycle;
 pub mod pod_gc;
 pub mod replica_set;
 pub mod runtime;
+//SS pub mod stateful_set;
+pub mod taint_eviction;
 
 pub use context::{Caches, Context};
 use runtime::{Controller, Queue, Recorder, spawn_workers};
@@ -45,6 +50,10 @@ pub struct Config {
     pub authority: Option<Arc<certificates::Authority>>,
     /// The longest life of a certificate (`--cluster-signing-duration`).
     pub certificate_duration: std::time::Duration,
+    /// When nodes are not well, and what then.
+    pub node_lifecycle: node_lifecycle::Settings,
+    /// What machines say of one another, if somebody listens.
+    pub evidence: Option<watch::Receiver<node_lifecycle::evidence::AllEvidence>>,
     /// Controllers that are not run, by name.
     pub disabled: Vec<String>,
 }
@@ -60,6 +69,8 @@ impl Default for Config {
             terminated_pods: 12_500,
             authority: None,
             certificate_duration: std::time::Duration::from_secs(365 * 86_400),
+            node_lifecycle: node_lifecycle::Settings::of(&Timing::of(Profile::default())),
+            evidence: None,
             disabled: Vec::new(),
         }
     }
@@ -75,6 +86,10 @@ const CONTROLLERS: &[(&str, Make)] = &[
     ("endpointslice", endpoint_slice::EndpointSlices::start),
     ("endpoints", endpoints::EndpointsController::start),
     ("node", node::Nodes::start),
+    ("nodelifecycle", node_lifecycle::NodeLifecycle::start),
+    ("tainteviction", taint_eviction::TaintEviction::start),
+    ("fencing", fencing::Fencing::start),
+    //SS ("statefulset", stateful_set::StatefulSets::start),
     ("job", job::Jobs::start),
     ("podgc", pod_gc::PodGc::start),
     ("namespace", namespace::Namespaces::start),
@@ -106,6 +121,9 @@ async fn work(client: Client, config: Config, shutdown: CancellationToken) -> an
         let (controller, queue) = make(context.clone());
         if *name == "namespaced" {
             tasks.spawn(namespaced::follow(context.clone(), queue.clone(), shutdown.clone()));
+        }
+        if *name == "nodelifecycle" {
+            tasks.spawn(node_lifecycle::follow(context.clone(), queue.clone(), shutdown.clone()));
         }
         spawn_workers(&mut tasks, controller, queue, context.config.concurrent.max(1), &shutdown);
     }

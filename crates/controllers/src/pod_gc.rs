@@ -1,28 +1,21 @@
-//! Pod garbage collection: pods whose node is gone, terminated pods beyond the threshold, and pods that are being deleted
-//! but were never bound (<https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#pod-garbage-collection>).
+//! Pod garbage collection: pods whose node is gone, terminated pods beyond the threshold, pods that are being deleted but
+//! were never bound (<https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#pod-garbage-collection>), and pods
+//! that are being deleted on a node of which somebody says that it is off for good (KEP-2268).
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::{StreamExt, stream};
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::{
-    Api,
-    api::{DeleteParams, Patch, PatchParams},
-};
+use kube::{Api, api::DeleteParams};
 use parking_lot::Mutex;
-use serde_json::json;
 use tokio::time::Instant;
 
 use crate::{
     context::{Context, sooner},
+    node_lifecycle::taints::{NO_EXECUTE, NO_SCHEDULE, OUT_OF_SERVICE, condition, is_tainted},
     runtime::{
-        Controller, Key, Queue, is_not_found,
+        Controller, Key, Queue,
         objects::{created, is_deleting, is_finished, name, namespace, uid},
     },
 };
@@ -45,6 +38,8 @@ pub enum Why {
     Orphaned,
     /// It is being deleted and no kubelet will ever finish that.
     Unscheduled,
+    /// It is being deleted, and its node is out of service.
+    OutOfService,
 }
 
 /// What to do about all pods.
@@ -62,10 +57,10 @@ fn node_of(pod: &Pod) -> Option<&str> {
     pod.spec.as_ref()?.node_name.as_deref().filter(|name| !name.is_empty())
 }
 
-/// Decides. `missing` is what the last plan said; `threshold` is how many terminated pods may stay, 0 for all.
+/// Decides. Of each node is known whether it is out of service. `missing` is what the last plan said; `threshold` is how many terminated pods may stay, 0 for all.
 pub fn plan(
     pods: &[Arc<Pod>],
-    nodes: &BTreeSet<String>,
+    nodes: &BTreeMap<String, bool>,
     missing: &BTreeMap<String, Instant>,
     threshold: usize,
     now: Instant,
@@ -80,7 +75,11 @@ pub fn plan(
     for pod in pods {
         match node_of(pod) {
             None if is_deleting(&**pod) => plan.collect.push((uid(&**pod).to_owned(), Why::Unscheduled)),
-            Some(node) if !nodes.contains(node) => {
+            Some(node) if nodes.get(node) == Some(&true) && is_deleting(&**pod) => {
+                plan.collect.retain(|(collected, _)| collected != uid(&**pod));
+                plan.collect.push((uid(&**pod).to_owned(), Why::OutOfService));
+            }
+            Some(node) if !nodes.contains_key(node) => {
                 let since = *missing.get(node).unwrap_or(&now);
                 plan.missing.insert(node.to_owned(), since);
                 match (since + QUARANTINE).saturating_duration_since(now) {
@@ -97,6 +96,12 @@ pub fn plan(
     plan
 }
 
+/// Whether a node is off for good: somebody says so, and it says nothing else.
+fn is_off(node: &Node) -> bool {
+    let said = [NO_EXECUTE, NO_SCHEDULE].iter().any(|effect| is_tainted(node, OUT_OF_SERVICE, effect));
+    said && condition(node, "Ready").is_none_or(|ready| ready.status != "True")
+}
+
 pub(crate) struct PodGc {
     context: Arc<Context>,
     missing: Mutex<BTreeMap<String, Instant>>,
@@ -109,14 +114,19 @@ impl PodGc {
         let key = Key::new("", "pods");
         queue.add(key.clone());
         let (q, k) = (queue.clone(), key.clone());
-        context.caches.nodes.on_change(move |_, new| {
-            if new.is_none() {
+        context.caches.nodes.on_change(move |old, new| {
+            let off = |node: Option<&Arc<Node>>| node.is_some_and(|node| is_off(node));
+            if new.is_none() || off(new) && !off(old) {
                 q.add(k.clone());
             }
         });
-        let q = queue.clone();
+        let (q, nodes) = (queue.clone(), context.caches.nodes.clone());
         context.caches.pods.on_change(move |_, new| {
-            if new.is_some_and(|pod| node_of(pod).is_none() && is_deleting(&**pod)) {
+            let ends_here = |pod: &Arc<Pod>| {
+                let node = node_of(pod).map(|node| nodes.get(&Key::new("", node)));
+                is_deleting(&**pod) && node.is_none_or(|node| node.is_some_and(|node| is_off(&node)))
+            };
+            if new.is_some_and(ends_here) {
                 q.add_after(key.clone(), GATHER);
             }
         });
@@ -127,24 +137,9 @@ impl PodGc {
     async fn collect(&self, pod: &Arc<Pod>, why: Why) -> kube::Result<()> {
         let cache = &self.context.caches.pods;
         if !is_finished(pod) {
-            let mut status = json!({"phase": "Failed"});
-            if why == Why::Orphaned {
-                // Upstream's words (KEP-3329).
-                let disrupted = json!({
-                    "type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC",
-                    "message": "PodGC: node no longer exists", "lastTransitionTime": Timestamp::now().to_string(),
-                });
-                let old = pod.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default();
-                let kept = old.iter().filter(|c| c.type_ != "DisruptionTarget").map(|c| json!(c));
-                status["conditions"] = kept.chain([disrupted]).collect();
-            }
-            let patch = Patch::Merge(json!({"metadata": {"uid": uid(&**pod)}, "status": status}));
-            let api = self.context.api::<Pod>(namespace(&**pod));
-            match api.patch_status(name(&**pod), &PatchParams::default(), &patch).await {
-                Ok(patched) => cache.note(patched),
-                Err(error) if is_not_found(&error) => return Ok(()),
-                Err(error) => return Err(error),
-            }
+            // Upstream's words (KEP-3329).
+            let gone = ("DeletionByPodGC", "PodGC: node no longer exists");
+            self.context.disrupt(pod, true, (why == Why::Orphaned).then_some(gone)).await?;
         }
         tracing::info!(namespace = namespace(&**pod), pod = name(&**pod), ?why, "a pod is collected");
         self.context.delete(cache, &**pod, DeleteParams::default().grace_period(0)).await
@@ -164,7 +159,8 @@ impl Controller for PodGc {
 
     async fn reconcile(&self, _: &Key) -> anyhow::Result<Option<Duration>> {
         let pods = self.context.caches.pods.all();
-        let nodes = self.context.caches.nodes.all().iter().map(|node| name(&**node).to_owned()).collect();
+        let nodes = self.context.caches.nodes.all();
+        let nodes = nodes.iter().map(|node| (name(&**node).to_owned(), is_off(node))).collect();
         let plan = {
             let mut missing = self.missing.lock();
             let plan = plan(&pods, &nodes, &missing, self.context.config.terminated_pods, Instant::now());
@@ -198,7 +194,7 @@ impl Controller for PodGc {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -217,7 +213,7 @@ mod tests {
         let now = Instant::now() + Duration::from_secs(1000);
         let check = |pods: &[Arc<Pod>], absent: u64, threshold: usize, expect: &[(&str, Why)], why: &str| {
             let missing = BTreeMap::from([("gone".to_owned(), now - Duration::from_secs(absent))]);
-            let nodes = BTreeSet::from(["n".to_owned()]);
+            let nodes = BTreeMap::from([("n".to_owned(), false), ("off".to_owned(), true)]);
             let made = plan(pods, &nodes, &missing, threshold, now);
             let collected: Vec<(&str, Why)> = made.collect.iter().map(|(id, why)| (id.as_str(), *why)).collect();
             assert_eq!(collected, expect, "{why}");
@@ -227,6 +223,8 @@ mod tests {
         check(&[pod("a", "n", "Running", true, 1)], 0, 1, &[], "its kubelet does that");
         check(&[pod("a", "", "Pending", false, 1)], 0, 1, &[], "it will be scheduled");
         check(&[pod("a", "", "Pending", true, 1)], 0, 1, &[("a", Why::Unscheduled)], "nobody else will");
+        check(&[pod("a", "off", "Running", false, 1)], 0, 1, &[], "it may yet be evicted");
+        check(&[pod("a", "off", "Running", true, 1)], 0, 1, &[("a", Why::OutOfService)], "somebody said so");
         let orphan = [pod("a", "gone", "Running", false, 1), pod("b", "gone", "Running", true, 1)];
         let waiting = check(&orphan, 30, 1, &[], "in quarantine");
         assert_eq!(waiting.again, Some(Duration::from_secs(10)));

@@ -139,6 +139,46 @@ impl Cgroups {
         Ok(())
     }
 
+    /// The group that all pods are below.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// Kills every process of a pod, and says whether none is left. None of them runs on meanwhile.
+    pub fn kill_pod(&self, uid: &str) -> io::Result<bool> {
+        let mut empty = true;
+        for qos in CLASSES {
+            empty &= self.kill(&self.pod_path(qos, uid))?;
+        }
+        Ok(empty)
+    }
+
+    fn kill(&self, path: &str) -> io::Result<bool> {
+        let path = path.trim_start_matches('/');
+        if self.v2 {
+            return kill_v2(&self.root.join(path));
+        }
+        // Where the freezer is not mounted, any other hierarchy knows the processes too.
+        let mut found = ["freezer", "pids", "memory", "cpu"].iter().map(|c| self.root.join(c).join(path));
+        let Some(directory) = found.find(|directory| directory.exists()) else { return Ok(true) };
+        if processes(&directory)?.is_empty() {
+            return Ok(true);
+        }
+        let state = directory.join("freezer.state");
+        let freezes = state.exists();
+        if freezes {
+            fs::write(&state, "FROZEN")?;
+        }
+        // What was forked before the freezer had all of them is found the second time.
+        let killed = (0..2).try_for_each(|_| kill_all(&processes(&directory)?));
+        if freezes {
+            // They end before they get back to their own code.
+            fs::write(&state, "THAWED")?;
+        }
+        killed?;
+        Ok(processes(&directory)?.is_empty())
+    }
+
     /// The uids of pods that have a group here.
     pub fn pods(&self) -> Vec<(Qos, String)> {
         let base = if self.v2 { self.root.clone() } else { self.root.join("cpu") };
@@ -153,6 +193,56 @@ impl Cgroups {
         }
         found
     }
+}
+
+/// With cgroup v2 the kernel kills a group as a whole, frozen or not (since 5.14).
+fn kill_v2(directory: &Path) -> io::Result<bool> {
+    let populated = || -> io::Result<bool> {
+        let text = fs::read_to_string(directory.join("cgroup.events"))?;
+        Ok(text.lines().any(|line| line == "populated 1"))
+    };
+    if !directory.exists() || !populated()? {
+        return Ok(true);
+    }
+    match fs::write(directory.join("cgroup.kill"), "1") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => kill_all(&processes(directory)?)?,
+        other => other?,
+    }
+    Ok(!populated()?)
+}
+
+/// The processes of a group and of those below it.
+fn processes(directory: &Path) -> io::Result<Vec<i32>> {
+    let gone =
+        |error: &io::Error| error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(nix::libc::ENODEV);
+    let text = match fs::read_to_string(directory.join("cgroup.procs")) {
+        Err(error) if gone(&error) => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut found: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+    let entries = match fs::read_dir(directory) {
+        Err(error) if gone(&error) => return Ok(found),
+        other => other?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.extend(processes(&entry.path())?);
+        }
+    }
+    Ok(found)
+}
+
+fn kill_all(pids: &[i32]) -> io::Result<()> {
+    use nix::{errno::Errno, sys::signal, unistd::Pid};
+    // 0 is a process of which only somebody else's namespace knows.
+    for pid in pids.iter().filter(|pid| **pid > 0) {
+        match signal::kill(Pid::from_raw(*pid), signal::Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// v1's shares (2..262144) on v2's scale (1..10000), as runc converts them.

@@ -12,6 +12,7 @@ pub mod cri;
 pub mod downward;
 pub mod env;
 pub mod events;
+pub mod fence;
 pub mod handler;
 pub mod hooks;
 pub mod image;
@@ -38,6 +39,7 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -108,6 +110,12 @@ pub struct NodeConfig {
     pub node_labels: BTreeMap<String, String>,
     /// Taints that a new node is registered with.
     pub taints: Vec<Taint>,
+    /// How long the node's Lease says that it holds. It is renewed four times in that time.
+    pub lease: Duration,
+    /// How long a renewal may take.
+    pub lease_request: Duration,
+    /// What is stopped when the Lease is not renewed.
+    pub fence: fence::Config,
 }
 
 impl NodeConfig {
@@ -133,6 +141,9 @@ impl NodeConfig {
             max_pods: 110,
             node_labels: BTreeMap::new(),
             taints: Vec::new(),
+            lease: Duration::from_secs(40),
+            lease_request: Duration::from_secs(10),
+            fence: fence::Config::default(),
         }
     }
 
@@ -177,6 +188,8 @@ pub struct Agent {
     pub watches: Watches,
     /// The host's cgroups.
     pub cgroups: Cgroups,
+    /// What may run only while the node's Lease is renewed.
+    pub fence: fence::Guard,
     /// What pods may use.
     pub allocatable: Allocatable,
     /// The node's memory in bytes.
@@ -209,6 +222,11 @@ async fn work(client: Client, config: NodeConfig, shutdown: CancellationToken) -
     cni::enable_forwarding().context("enable IP forwarding")?;
     let cgroups = Cgroups::detect(&config.cgroup_root);
     cgroups.prepare_node().context("make the cgroups of pods under /sys/fs/cgroup (root is needed)")?;
+    // Before anything else runs here: what may not run any more is stopped.
+    let file = config.run_dir.join("fence.json");
+    let fence = fence::Guard::open(config.fence.clone(), file, &cgroups)
+        .with_context(|| format!("write to {}", config.run_dir.display()))?;
+    let _watchdog = fence.watch(&cgroups).context("start the watchdog of pods that must not run twice")?;
     let supervised = match &config.runtime {
         Runtime::Supervised {} => Some(containerd::ensure_running(&config.containerd()).await?),
         Runtime::External { .. } => None,
@@ -232,6 +250,7 @@ async fn work(client: Client, config: NodeConfig, shutdown: CancellationToken) -
         cri,
         events,
         cgroups,
+        fence,
     });
     agent.pleg.relist(None).await.map_err(|s| anyhow::anyhow!("list the runtime's containers: {}", s.message()))?;
 

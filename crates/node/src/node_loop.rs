@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::{
     api::{coordination::v1::Lease, core::v1::Node},
@@ -10,13 +11,20 @@ use k8s_openapi::{
 use kube::{
     Api,
     api::{Patch, PatchParams, PostParams},
+    runtime::{WatchStreamExt, watcher},
 };
-use tokio::time::{Instant, MissedTickBehavior, sleep};
+use seawall_client::watch::Backoff;
+use tokio::{
+    sync::watch,
+    task::AbortHandle,
+    time::{Instant, MissedTickBehavior, sleep},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     Agent, cni,
     events::Kind,
+    fence,
     node_status::{self, Machine, NotReady, Pressure},
 };
 
@@ -35,7 +43,17 @@ pub async fn run(agent: Arc<Agent>, machine: Machine, shutdown: CancellationToke
         let mut written = Instant::now();
         let mut images = (Instant::now(), Vec::new());
         let mut was_ready = None;
+        // Others say how we are too: a node that was thought to be gone says at once that it is not.
+        let (said, mut hears) = watch::channel(Some(Arc::new(node.clone())));
+        let following = tokio::spawn(follow(Arc::clone(&agent), said));
+        let _ends = AbortOnDrop(following.abort_handle());
         loop {
+            let heard = hears.borrow_and_update().clone();
+            match heard {
+                Some(fresh) if revision(&fresh) > revision(&node) => node = Node::clone(&fresh),
+                Some(_) => {}
+                None => node = register(&agent, &machine).await,
+            }
             let api: Api<Node> = Api::all(agent.client.clone());
             if !network_configured(&node, &agent) {
                 match api.get_opt(&agent.config.node_name).await {
@@ -81,11 +99,26 @@ pub async fn run(agent: Arc<Agent>, machine: Machine, shutdown: CancellationToke
                     Err(error) => tracing::warn!("cannot write the node's status: {error}"),
                 }
             }
-            // The pod range may change hands only while there is none; after that the node is looked at rarely.
-            sleep(if ready { LOOK } else { LOOK_SOON }).await;
+            // What is missing comes soon; after that only others change anything.
+            let pause = if ready { LOOK } else { LOOK_SOON };
+            let _ = tokio::time::timeout(pause, hears.changed()).await;
         }
     };
     shutdown.run_until_cancelled(Box::pin(looped)).await;
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A resource version as a number. It is opaque to clients in general; ours is a revision, which only grows.
+fn revision(node: &Node) -> Option<u64> {
+    node.metadata.resource_version.as_deref()?.parse().ok()
 }
 
 fn network_configured(node: &Node, agent: &Agent) -> bool {
@@ -168,47 +201,80 @@ async fn list_images(agent: &Agent) -> Vec<(Vec<String>, u64)> {
     images
 }
 
-/// Renews the node's lease every 10 s; sooner again after a failure.
+/// Renews the node's lease; sooner again after a failure. What may run only while it is renewed is told so.
 /// <https://kubernetes.io/docs/concepts/architecture/leases/#node-heart-beats>
 pub async fn renew_lease(agent: Arc<Agent>, shutdown: CancellationToken) {
-    let api: Api<Lease> = Api::namespaced(agent.client.clone(), "kube-node-lease");
-    let nodes: Api<Node> = Api::all(agent.client.clone());
-    let name = agent.config.node_name.clone();
+    let every = agent.config.lease / 4;
     let looped = async {
-        let mut tick =
-            tokio::time::interval(Duration::from_secs(u64::from(node_status::LEASE_SECONDS.unsigned_abs()) / 4));
+        let mut tick = tokio::time::interval(every);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
             loop {
-                let now = Timestamp::now();
-                let patch = serde_json::json!({"spec": {"renewTime": MicroTime(now), "holderIdentity": name}});
-                let result = match api.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await {
-                    Err(kube::Error::Api(status)) if status.code == 404 => match nodes.get_opt(&name).await {
-                        Ok(Some(node)) => {
-                            let uid = node.metadata.uid.unwrap_or_default();
-                            api.create(&PostParams::default(), &node_status::lease(&agent.config, &uid, now))
-                                .await
-                                .map(drop)
-                        }
-                        // Registered in a moment.
-                        Ok(None) => {
-                            sleep(Duration::from_millis(200)).await;
-                            continue;
-                        }
-                        Err(error) => Err(error),
-                    },
-                    other => other.map(drop),
-                };
-                match result {
-                    Ok(()) => break,
-                    Err(error) => {
-                        tracing::warn!("cannot renew the node's lease: {error}");
-                        sleep(Duration::from_secs(1)).await;
+                let patience = agent.config.lease_request;
+                // What counts is when the request was sent: the node cannot know when it arrived.
+                let sent = fence::now();
+                let result = tokio::time::timeout(patience, renew_once(&agent)).await;
+                let in_time = fence::now().saturating_sub(sent) <= patience;
+                let pause = match result {
+                    Ok(Ok(true)) if in_time => {
+                        agent.fence.renewed(sent);
+                        break;
                     }
-                }
+                    Ok(Ok(true)) | Err(_) => {
+                        tracing::warn!("the node's lease could not be renewed within {patience:?}");
+                        Duration::ZERO
+                    }
+                    // Registered in a moment.
+                    Ok(Ok(false)) => Duration::from_millis(200),
+                    Ok(Err(error)) => {
+                        tracing::warn!("cannot renew the node's lease: {error}");
+                        (every / 4).min(Duration::from_secs(1))
+                    }
+                };
+                agent.fence.tick();
+                sleep(pause).await;
             }
         }
     };
     shutdown.run_until_cancelled(looped).await;
+}
+
+/// Renews the lease, or makes it. False if there is no Node yet that it could belong to.
+async fn renew_once(agent: &Agent) -> kube::Result<bool> {
+    let api: Api<Lease> = Api::namespaced(agent.client.clone(), "kube-node-lease");
+    let (name, now) = (&agent.config.node_name, Timestamp::now());
+    let patch = serde_json::json!({
+        "metadata": {"annotations": {fence::STOPS_WITHIN: agent.fence.promise()}},
+        "spec": {
+            "renewTime": MicroTime(now), "holderIdentity": name,
+            "leaseDurationSeconds": node_status::lease_seconds(&agent.config),
+        },
+    });
+    match api.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => {}
+        other => return other.map(|_| true),
+    }
+    let nodes: Api<Node> = Api::all(agent.client.clone());
+    let Some(node) = nodes.get_opt(name).await? else { return Ok(false) };
+    let uid = node.metadata.uid.unwrap_or_default();
+    let lease = node_status::lease(&agent.config, &uid, agent.fence.promise(), now);
+    api.create(&PostParams::default(), &lease).await.map(|_| true)
+}
+
+/// Follows what the API says of our own Node: `None` once it is gone.
+async fn follow(agent: Arc<Agent>, said: watch::Sender<Option<Arc<Node>>>) {
+    let api: Api<Node> = Api::all(agent.client.clone());
+    let config = watcher::Config::default().fields(&format!("metadata.name={}", agent.config.node_name));
+    let mut events = watcher(api, config).backoff(Backoff::default()).boxed();
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(watcher::Event::Apply(node) | watcher::Event::InitApply(node)) => {
+                said.send_replace(Some(Arc::new(node)));
+            }
+            Ok(watcher::Event::Delete(_)) => drop(said.send_replace(None)),
+            Ok(_) => {}
+            Err(error) => tracing::debug!("watch our node: {error}"),
+        }
+    }
 }

@@ -20,7 +20,7 @@ use k8s_openapi::{
 };
 use serde_json::json;
 
-use crate::{NodeConfig, downward::Allocatable, image::architecture};
+use crate::{NodeConfig, downward::Allocatable, fence::STOPS_WITHIN, image::architecture};
 
 /// What this machine is, as far as it does not change while we run.
 #[derive(Clone, Debug)]
@@ -243,11 +243,13 @@ pub fn differs(a: &NodeStatus, b: &NodeStatus) -> bool {
     plain(a) != plain(b)
 }
 
-/// How long a lease holds without renewal, in seconds.
-pub const LEASE_SECONDS: i32 = 40;
+/// How long the lease holds without renewal, in seconds, as it says itself.
+pub fn lease_seconds(config: &NodeConfig) -> i32 {
+    i32::try_from(config.lease.as_secs()).unwrap_or(i32::MAX).max(1)
+}
 
-/// The node's lease, as created.
-pub fn lease(config: &NodeConfig, node_uid: &str, now: Timestamp) -> Lease {
+/// The node's lease, as created. `promise` is what it says about fencing.
+pub fn lease(config: &NodeConfig, node_uid: &str, promise: Option<String>, now: Timestamp) -> Lease {
     let owner = OwnerReference {
         api_version: "v1".into(),
         kind: "Node".into(),
@@ -260,11 +262,12 @@ pub fn lease(config: &NodeConfig, node_uid: &str, now: Timestamp) -> Lease {
             name: Some(config.node_name.clone()),
             namespace: Some("kube-node-lease".into()),
             owner_references: Some(vec![owner]),
+            annotations: promise.map(|promise| [(STOPS_WITHIN.to_owned(), promise)].into()),
             ..Default::default()
         },
         spec: Some(LeaseSpec {
             holder_identity: Some(config.node_name.clone()),
-            lease_duration_seconds: Some(LEASE_SECONDS),
+            lease_duration_seconds: Some(lease_seconds(config)),
             renew_time: Some(MicroTime(now)),
             ..Default::default()
         }),

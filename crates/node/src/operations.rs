@@ -1,14 +1,19 @@
 //! What a pod's worker has done: the steps of a pod's life that are not a container's.
 
-use k8s_openapi::api::core::v1::Pod;
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::core::v1::{PersistentVolumeClaim, Pod},
+    apimachinery::pkg::apis::meta::v1::Time,
+};
 use kube::{
-    Api,
+    Api, Client,
     api::{DeleteParams, Patch, PatchParams, Preconditions},
 };
+use seawall_quorum::fence::Epoch;
 use tokio::sync::Mutex;
 
 use crate::{
-    Agent, container,
+    Agent, container, fence,
     pod::{self, qos},
     sandbox,
     volume::{self, Made, Volumes},
@@ -39,6 +44,32 @@ pub async fn prepare(
     let path = agent.cgroups.pod_path(qos::class(pod), pod::uid(pod));
     agent.cgroups.create(&path, qos::pod_limits(pod)).map_err(|e| failed("pod cgroup", e))?;
     make_volumes(agent, pod, ips, volumes).await
+}
+
+/// Writes to the pod, so that a deletion that was decided on before fails, and so that we know that it still exists.
+pub async fn permit(client: Client, pod: &Pod, uid: &str, epoch: Epoch) -> Result<Pod, kube::Error> {
+    let api: Api<Pod> = Api::namespaced(client, pod::namespace(pod));
+    let now = Timestamp::now();
+    // Each one differs from all before it: a write that changes nothing would change no resourceVersion.
+    let message = format!("The node's Lease is renewed (epoch {epoch}, {now})");
+    let condition = serde_json::json!({
+        "type": fence::PERMIT, "status": "True", "reason": "LeaseRenewed", "message": message,
+        "lastTransitionTime": Time(now),
+    });
+    let patch = serde_json::json!({"metadata": {"uid": uid}, "status": {"conditions": [condition]}});
+    api.patch_status(pod::name(pod), &PatchParams::default(), &Patch::Strategic(patch)).await
+}
+
+/// Whether all of these claims are for several nodes at once.
+pub async fn are_shared(client: Client, pod: &Pod, claims: &[String]) -> Result<bool, kube::Error> {
+    let api: Api<PersistentVolumeClaim> = Api::namespaced(client, pod::namespace(pod));
+    for name in claims {
+        let modes = api.get(name).await?.spec.and_then(|spec| spec.access_modes).unwrap_or_default();
+        if modes.is_empty() || modes.iter().any(|mode| mode == "ReadWriteOnce" || mode == "ReadWriteOncePod") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Stops the previous sandbox, if any, and makes a new one.

@@ -16,6 +16,7 @@ use kube::{
     api::{Patch, PatchParams},
 };
 use parking_lot::RwLock;
+use seawall_quorum::fence::Epoch;
 use tokio::{
     sync::{Mutex, Notify, mpsc, watch},
     task::{AbortHandle, JoinSet},
@@ -27,7 +28,7 @@ use crate::{
     Agent,
     container::{self, Failure, Start},
     events::Kind,
-    hooks, operations,
+    fence, hooks, operations,
     pod::{
         self, Class,
         machine::{self, Action, Facts, Health, Op, Waiting},
@@ -61,6 +62,8 @@ enum Done {
     TornDown(Result<(), String>),
     Finalized(Result<(), kube::Error>),
     Written(Box<Result<Pod, kube::Error>>),
+    Permit(Epoch, Box<Result<Pod, kube::Error>>),
+    Claims(Result<bool, kube::Error>),
 }
 
 /// See the module.
@@ -92,6 +95,18 @@ pub struct Worker {
     writing: bool,
     write_after: Option<Timestamp>,
     stopping: CancellationToken,
+    fence: Fencing,
+}
+
+/// What a worker knows about whether its pod must not run twice.
+struct Fencing {
+    changes: watch::Receiver<u64>,
+    /// Whether all its claims are for several nodes at once, once that is known.
+    shared: Option<bool>,
+    /// The API is being asked about claims, or for a permit.
+    asking: bool,
+    /// Not to be asked again before this time.
+    after: Option<Timestamp>,
 }
 
 /// A resource version as a number. It is opaque to clients in general; ours is a revision, which only grows.
@@ -128,6 +143,7 @@ impl Worker {
             writing: false,
             write_after: None,
             stopping: CancellationToken::new(),
+            fence: Fencing { changes: agent.fence.changes(), shared: None, asking: false, after: None },
             agent,
             uid,
             pod,
@@ -148,6 +164,7 @@ impl Worker {
             self.facts.node_ready = *self.node_ready.borrow_and_update()
                 || self.pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true)) && self.agent.services.synced();
             self.observe(now);
+            self.hold(now);
             let plan = machine::plan(&self.pod, &self.observed, &self.facts, now);
             let mut wake = plan.wake;
             for action in plan.actions {
@@ -160,7 +177,13 @@ impl Worker {
             self.sync_probers(now);
             self.publish(now);
             self.refresh_volumes(now, false);
-            let times = [wake.take(), self.renew, self.later.values().map(|(at, _)| *at).min(), self.write_after];
+            let times = [
+                wake.take(),
+                self.renew,
+                self.later.values().map(|(at, _)| *at).min(),
+                self.write_after,
+                self.fence.after,
+            ];
             let next = times.into_iter().flatten().min();
             let sleep = next.map_or(Duration::from_secs(3600), |at| {
                 Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default()
@@ -170,6 +193,7 @@ impl Worker {
                 Ok(()) = self.input.changed() => self.take_input(),
                 Ok(()) = self.runtime.changed() => {}
                 Ok(()) = self.node_ready.changed() => {}
+                Ok(()) = self.fence.changes.changed() => {}
                 Some(done) = self.ops.join_next() => match done {
                     Ok((op, done)) => self.finish(op, done, Timestamp::now()),
                     // A panic of an operation is a bug, but not a reason to leave the pod alone.
@@ -272,6 +296,36 @@ impl Worker {
                     self.backoff_noted.insert(c.id.clone());
                 }
             }
+        }
+    }
+
+    /// Sees to it that a pod that must not run twice does not, and asks for its permit.
+    fn hold(&mut self, now: Timestamp) {
+        let fence = &self.agent.fence;
+        let stateful = fence::is_stateful(&self.pod);
+        let claims = if stateful { Vec::new() } else { fence::claims(&self.pod) };
+        self.facts.held = false;
+        if fence.is_off() || self.facts.gone || !stateful && (claims.is_empty() || self.fence.shared == Some(true)) {
+            return;
+        }
+        fence.guard(&self.uid, self.observed.alive().next().is_some());
+        self.facts.held = !fence.may_run(&self.uid);
+        if self.fence.after.is_some_and(|at| at <= now) {
+            self.fence.after = None;
+        }
+        let Some(epoch) = fence.needs_permit(&self.uid) else { return };
+        if self.fence.asking || self.fence.after.is_some() {
+            return;
+        }
+        self.fence.asking = true;
+        let (client, pod) = (self.agent.client.clone(), Arc::clone(&self.pod));
+        if claims.is_empty() || self.fence.shared.is_some() {
+            let uid = self.uid.clone();
+            self.spawn(None, async move {
+                Done::Permit(epoch, Box::new(operations::permit(client, &pod, &uid, epoch).await))
+            });
+        } else {
+            self.spawn(None, async move { Done::Claims(operations::are_shared(client, &pod, &claims).await) });
         }
     }
 
@@ -507,6 +561,38 @@ impl Worker {
                 tracing::warn!(pod = pod::name(&pod), "cannot delete the pod from the API: {error}");
                 retry(&mut self.facts, 1);
             }
+            Done::Claims(result) => {
+                self.fence.asking = false;
+                match result {
+                    Ok(shared) => {
+                        self.fence.shared = Some(shared);
+                        if shared {
+                            self.agent.fence.forget(&self.uid);
+                        }
+                    }
+                    Err(error) => {
+                        tracing::debug!(pod = pod::name(&pod), "cannot read its claims: {error}");
+                        self.fence.after = Some(now + Duration::from_secs(1));
+                    }
+                }
+            }
+            Done::Permit(epoch, result) => {
+                self.fence.asking = false;
+                match *result {
+                    Ok(written) => {
+                        self.agent.fence.permitted(&self.uid, epoch);
+                        let newer = revision(&written).zip(revision(&self.pod)).is_none_or(|(new, old)| new >= old);
+                        if newer && pod::uid(&written) == self.uid {
+                            self.take_pod(Arc::new(written));
+                        }
+                    }
+                    // It is gone or another one by now; the watch will say so.
+                    Err(error) => {
+                        tracing::debug!(pod = pod::name(&pod), "no permit to run it: {error}");
+                        self.fence.after = Some(now + Duration::from_millis(500));
+                    }
+                }
+            }
             Done::Written(result) => {
                 self.writing = false;
                 match *result {
@@ -647,6 +733,7 @@ impl Worker {
 
     /// The pod is gone: so are its logs and our traces of it.
     async fn leave(self) {
+        self.agent.fence.forget(&self.uid);
         self.agent.watches.subscribe(&self.uid, &self.changed, &Default::default());
         self.agent.pleg.unsubscribe(&self.uid);
         let logs =

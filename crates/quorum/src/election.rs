@@ -10,6 +10,9 @@
 //! for its whole duration, *and* the store has answered for the last part of it (the grace): when nobody could write,
 //! silence proves nothing.
 //!
+//! Where a leader's neighbours say that its machine is dead ([`Event::Gone`]), its Lease's silence counts much sooner: as
+//! soon as it has missed a renewal.
+//!
 //! The Lease says itself how long it lasts, and a leader to whom the store is slow makes it last longer: where machines
 //! are starved, nobody is deposed for being as slow as everyone else.
 //!
@@ -54,6 +57,8 @@ pub enum Event {
     Tick,
     /// The Lease as this server's cache has it, possibly old.
     Seen(Option<Record>),
+    /// The machine of the Lease's holder is dead, as its neighbours say. Told again as long as they say so.
+    Gone(String),
     /// The answer to [`Effect::Read`]: the Lease as the store has it.
     Read(Option<Record>),
     /// [`Effect::Create`] succeeded with this revision.
@@ -149,6 +154,8 @@ struct Following {
     seen: Option<(Record, Instant)>,
     /// Since when the store has answered and the Lease was the same.
     confirmed: Option<Instant>,
+    /// The holder's machine is dead, by the word of others.
+    gone: bool,
     /// A read is under way.
     reading: bool,
     /// Do nothing before this.
@@ -277,7 +284,7 @@ impl Elector {
         if event == Event::Resign {
             return self.resign();
         }
-        if !matches!(event, Event::Tick | Event::Seen(_)) {
+        if !matches!(event, Event::Tick | Event::Seen(_) | Event::Gone(_)) {
             self.pace.answered(now, event == Event::Failed);
         }
         let effects = self.decide(now, event);
@@ -412,6 +419,12 @@ fn follow(following: &mut Following, identity: &str, timing: &Timing, now: Insta
         Event::Seen(Some(record)) => following.notice(record, now),
         // It was deleted: someone is taking over, or nobody does.
         Event::Seen(None) => following.seen = None,
+        Event::Gone(holder) => {
+            let held = following.seen.as_ref().is_some_and(|(record, _)| record.holder == holder);
+            if held && !following.gone {
+                (following.gone, following.rest) = (true, Duration::ZERO);
+            }
+        }
         Event::Read(None) => {
             following.reading = false;
             return Some(Next::Create);
@@ -425,7 +438,10 @@ fn follow(following: &mut Following, identity: &str, timing: &Timing, now: Insta
             let since = following.seen.as_ref().map_or(now, |(_, since)| *since);
             let times = following.times(timing);
             // Not before this can the silence count.
-            let over = (since + times.lease_duration).max(confirmed + times.grace);
+            let over = match following.gone {
+                true => since + missed(&times),
+                false => (since + times.lease_duration).max(confirmed + times.grace),
+            };
             if free || now >= over {
                 return Some(Next::Depose(version));
             }
@@ -449,7 +465,10 @@ fn follow(following: &mut Following, identity: &str, timing: &Timing, now: Insta
         // The first read starts the grace, so that it ends together with the duration.
         Some((_, since)) => {
             let times = following.times(timing);
-            now + times.grace >= *since + times.lease_duration
+            match following.gone {
+                true => now >= *since + missed(&times),
+                false => now + times.grace >= *since + times.lease_duration,
+            }
         }
     };
     following.reading = ask;
@@ -468,9 +487,15 @@ impl Following {
         if news {
             self.seen = Some((record, now));
             self.confirmed = None;
+            self.gone = false;
             self.rest = Duration::ZERO;
         }
     }
+}
+
+/// After this long without a change, a leader has missed a renewal: for its neighbours' word, that is enough.
+fn missed(times: &Timing) -> Duration {
+    times.lease_duration * 3 / 8
 }
 
 #[cfg(test)]

@@ -50,6 +50,40 @@ fn the_first_candidate_leads_at_once_and_renews() {
 }
 
 #[test]
+fn a_leader_whose_machine_is_dead_is_deposed_as_soon_as_it_has_missed_a_renewal() {
+    let gone = || Event::Gone("other".into());
+    let mut elector = Elector::new("me", FAST);
+    check(
+        &mut elector,
+        &[
+            (0, Event::Seen(record("other", 5)), &[]),
+            (200, gone(), &[]),
+            // It renews: whoever says that it is dead is mistaken.
+            (250, Event::Seen(record("other", 6)), &[]),
+            (300, gone(), &[]),
+            (600, gone(), &[]),
+            (630, Event::Seen(record("other", 6)), &[Effect::Read]),
+            (640, Event::Read(record("other", 6)), &[Effect::Delete { version: 6 }]),
+            (650, Event::Deleted, &[Effect::Create { transitions: 4, duration: FAST.lease_duration }]),
+            (660, Event::Created { version: 12 }, &[Effect::Lead(Term(12))]),
+        ],
+    );
+    // The read shows a renewal that the cache had not seen.
+    let mut elector = Elector::new("me", FAST);
+    check(
+        &mut elector,
+        &[
+            (0, Event::Seen(record("other", 5)), &[]),
+            (400, gone(), &[Effect::Read]),
+            (410, Event::Read(record("other", 8)), &[]),
+            (500, gone(), &[]),
+            // The word is about somebody else.
+            (900, Event::Gone("third".into()), &[Effect::Read]),
+        ],
+    );
+}
+
+#[test]
 fn a_silent_leader_is_deposed_after_its_duration_and_two_reads() {
     let mut elector = Elector::new("me", FAST);
     check(

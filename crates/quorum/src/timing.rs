@@ -71,6 +71,35 @@ pub struct Timing {
     pub probe_interval: Duration,
     /// `--balancer-probe-timeout`: how long a server has to answer that.
     pub probe_timeout: Duration,
+    /// `--node-lease-duration`: how long a node's Lease says that it holds. It is renewed four times in that time.
+    pub node_lease: Duration,
+    /// `--node-lease-request-timeout`: how long a renewal may take; one that took longer does not count.
+    pub node_lease_request: Duration,
+    /// `--node-monitor-period`: how often the controllers look at all nodes.
+    pub node_monitor: Duration,
+    /// `--node-monitor-grace-period`: how long a node may be silent before it is held to be unreachable.
+    pub node_grace: Duration,
+    /// `--node-startup-grace-period`: the same for a node that has never said how it is.
+    pub node_startup_grace: Duration,
+    /// `--default-not-ready-toleration-seconds`: how long a pod stays on a node that is not ready, if it says nothing.
+    pub not_ready_toleration: Duration,
+    /// `--default-unreachable-toleration-seconds`: how long a pod stays on a node that is not heard of.
+    pub unreachable_toleration: Duration,
+    /// `--fence-after`: after so long without a renewed Lease a node stops the pods that must not run twice. Zero: never.
+    pub fence_after: Duration,
+    /// `--fence-stop`: how long that takes at most.
+    pub fence_stop: Duration,
+    /// `--fence-wait`: how long a node's Lease must have been silent before such pods are made anew elsewhere. Zero:
+    /// they are not, as in Kubernetes.
+    pub fence_wait: Duration,
+    /// `--gossip-probe-interval`: how often a machine is probed by some other one.
+    pub gossip_probe_interval: Duration,
+    /// `--gossip-probe-timeout`: how long it has to answer before others are asked to probe it too.
+    pub gossip_probe_timeout: Duration,
+    /// `--gossip-suspicion-timeout`: how long a machine that several suspect has to object before it is held for dead.
+    pub gossip_suspicion: Duration,
+    /// `--gossip-interval`: how often news about machines is passed on.
+    pub gossip_interval: Duration,
 }
 
 const fn ms(n: u64) -> Duration {
@@ -94,6 +123,20 @@ impl Timing {
                 server_expiry: ms(1400),
                 probe_interval: ms(100),
                 probe_timeout: ms(200),
+                node_lease: ms(8000),
+                node_lease_request: ms(2000),
+                node_monitor: ms(250),
+                node_grace: ms(8000),
+                node_startup_grace: ms(15_000),
+                not_ready_toleration: ms(5000),
+                unreachable_toleration: ms(5000),
+                fence_after: ms(10_000),
+                fence_stop: ms(5000),
+                fence_wait: ms(18_000),
+                gossip_probe_interval: ms(100),
+                gossip_probe_timeout: ms(40),
+                gossip_suspicion: ms(400),
+                gossip_interval: ms(50),
             },
             Profile::Kubernetes => Timing {
                 lease_duration: ms(15_000),
@@ -108,6 +151,20 @@ impl Timing {
                 server_expiry: ms(15_000),
                 probe_interval: ms(1000),
                 probe_timeout: ms(1000),
+                node_lease: ms(40_000),
+                node_lease_request: ms(10_000),
+                node_monitor: ms(5000),
+                node_grace: ms(50_000),
+                node_startup_grace: ms(60_000),
+                not_ready_toleration: ms(300_000),
+                unreachable_toleration: ms(300_000),
+                fence_after: ms(0),
+                fence_stop: ms(0),
+                fence_wait: ms(0),
+                gossip_probe_interval: ms(1000),
+                gossip_probe_timeout: ms(400),
+                gossip_suspicion: ms(5000),
+                gossip_interval: ms(200),
             },
             Profile::Wan => Timing {
                 lease_duration: ms(4000),
@@ -122,6 +179,20 @@ impl Timing {
                 server_expiry: ms(6000),
                 probe_interval: ms(500),
                 probe_timeout: ms(750),
+                node_lease: ms(16_000),
+                node_lease_request: ms(4000),
+                node_monitor: ms(1000),
+                node_grace: ms(20_000),
+                node_startup_grace: ms(30_000),
+                not_ready_toleration: ms(30_000),
+                unreachable_toleration: ms(30_000),
+                fence_after: ms(20_000),
+                fence_stop: ms(5000),
+                fence_wait: ms(32_000),
+                gossip_probe_interval: ms(800),
+                gossip_probe_timeout: ms(300),
+                gossip_suspicion: ms(2400),
+                gossip_interval: ms(150),
             },
         }
     }
@@ -149,8 +220,12 @@ impl Timing {
         let expiry = Flag::new("--server-expiry", self.server_expiry);
         let interval = Flag::new("--balancer-probe-interval", self.probe_interval);
         let timeout = Flag::new("--balancer-probe-timeout", self.probe_timeout);
+        let gossip_probe = Flag::new("--gossip-probe-interval", self.gossip_probe_interval);
+        let gossip_timeout = Flag::new("--gossip-probe-timeout", self.gossip_probe_timeout);
+        let gossip_suspicion = Flag::new("--gossip-suspicion-timeout", self.gossip_suspicion);
+        let gossip_interval = Flag::new("--gossip-interval", self.gossip_interval);
         let shortest = Flag::new("the shortest time", ms(10));
-        for time in [&retry, &grace, &heartbeat, &renew, &interval, &timeout] {
+        for time in [&retry, &grace, &heartbeat, &renew, &interval, &timeout, &gossip_timeout, &gossip_interval] {
             longer(time, 1, &shortest, "shorter times are noise");
         }
         let both = Flag { name: format!("{} + {}", deadline.name, retry.name), value: deadline.value + retry.value };
@@ -164,7 +239,58 @@ impl Timing {
         longer(&budget, 3, &election, "two elections in a row must not fail a write");
         longer(&expiry, 3, &renew, "two lost renewals must not take a server off");
         longer(&timeout, 1, &interval, "a probe has at least until the next one");
+        let lease = Flag::new("--node-lease-duration", self.node_lease);
+        let renewal = Flag { name: format!("a quarter of {}", lease.name), value: self.node_lease_renew() };
+        let patience = Flag::new("--node-lease-request-timeout", self.node_lease_request);
+        let monitor = Flag::new("--node-monitor-period", self.node_monitor);
+        let silence = Flag::new("--node-monitor-grace-period", self.node_grace);
+        let startup = Flag::new("--node-startup-grace-period", self.node_startup_grace);
+        longer(&lease, 1, &Flag::new("a second", ms(1000)), "Leases count in whole seconds");
+        longer(&patience, 1, &shortest, "shorter times are noise");
+        longer(&monitor, 1, &shortest, "shorter times are noise");
+        longer(&silence, 3, &renewal, "two lost renewals must not make a node unreachable");
+        longer(&silence, 2, &monitor, "a node must be looked at while it is silent");
+        longer(&startup, 1, &silence, "a node that begins has at least as long as one that runs");
+        let after = Flag::new("--fence-after", self.fence_after);
+        let wait = Flag::new("--fence-wait", self.fence_wait);
+        if !after.value.is_zero() {
+            let missed = Flag {
+                name: format!("three renewals ({}) + {}", renewal.name, patience.name),
+                value: renewal.value * 3 + patience.value,
+            };
+            longer(&after, 1, &missed, "two lost renewals must not stop pods");
+        }
+        if !wait.value.is_zero() {
+            longer(
+                &after,
+                1,
+                &shortest,
+                "nodes that never stop such pods must not be waited for: set it, or --fence-wait to 0s",
+            );
+            let stopped = Flag {
+                name: format!("--fence-after + --fence-stop + {}, and a fiftieth for clocks that drift", patience.name),
+                value: self.fence_promise() * 51 / 50,
+            };
+            longer(&wait, 1, &stopped, "a pod must have stopped before it is started elsewhere");
+        }
+        longer(&gossip_probe, 2, &gossip_timeout, "those who are asked to probe too need as much time again");
+        longer(&gossip_suspicion, 3, &gossip_probe, "a machine that lives must be probed again before it is given up");
+        longer(&gossip_suspicion, 6, &gossip_interval, "its objection must have reached everybody by then");
         if broken.is_empty() { Ok(()) } else { Err(Violations(broken)) }
+    }
+
+    /// How often a node renews its Lease: a quarter of the time that it holds for, as upstream.
+    pub fn node_lease_renew(&self) -> Duration {
+        self.node_lease / 4
+    }
+
+    /// How long after the last renewal that the store has a node has stopped, by its own clock, what must not run twice.
+    ///
+    /// The request's time is in it because a renewal counts for the node from when it was sent, and for the store from
+    /// when it arrived. The other way round, a request that has been given up may still arrive; that only makes others
+    /// wait longer.
+    pub fn fence_promise(&self) -> Duration {
+        self.fence_after + self.fence_stop + self.node_lease_request
     }
 
     /// How long after the last sign of a dead leader another one leads, at most, if the store answers in `store`.
@@ -254,6 +380,32 @@ mod tests {
         timing = Timing { etcd_election: ms(200), ..Timing::of(Profile::Fast) };
         let text = timing.check().unwrap_err().to_string();
         assert!(text.contains("--etcd-election-timeout is 200ms and must be at least 5 times 50ms"), "{text}");
+    }
+
+    #[test]
+    fn nobody_starts_a_pod_before_another_has_stopped_it() {
+        let check = |timing: Timing, part: &str| {
+            let text = timing.check().unwrap_err().to_string();
+            assert!(text.contains(part), "{text}");
+        };
+        let fast = Timing::of(Profile::Fast);
+        check(
+            Timing { fence_wait: ms(17_300), ..fast },
+            "--fence-wait is 17.3s and must be at least 17.34s (--fence-after +",
+        );
+        check(
+            Timing { fence_after: ms(7900), ..fast },
+            "--fence-after is 7.9s and must be at least 8s (three renewals",
+        );
+        check(Timing { fence_after: ms(0), ..fast }, "nodes that never stop such pods must not be waited for");
+        check(
+            Timing { node_grace: ms(5900), ..fast },
+            "--node-monitor-grace-period is 5.9s and must be at least 3 times 2s",
+        );
+        assert_eq!(Timing { fence_wait: ms(0), ..fast }.check(), Ok(()), "nodes may stop what nobody starts elsewhere");
+        let upstream = Timing::of(Profile::Kubernetes);
+        assert_eq!((upstream.node_lease_renew(), upstream.node_grace), (ms(10_000), ms(50_000)));
+        assert!(upstream.fence_after.is_zero() && upstream.fence_wait.is_zero());
     }
 
     #[test]

@@ -41,6 +41,7 @@ impl Cluster {
             presence: Default::default(),
             paths: None,
             shared_store: false,
+            tolerations: Default::default(),
         };
         let stop = CancellationToken::new();
         let server = Server::start(config, Arc::new(store), stop.clone()).await.unwrap();

@@ -18,7 +18,7 @@ mod server;
 mod supervise;
 mod token;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use seawall_server::pki;
@@ -68,6 +68,17 @@ enum Command {
     Image(machine::Image),
     /// Stop everything that a server left running on this machine, and take away what it made.
     Clean(machine::Clean),
+    /// Stop the pods that must not run twice when the node's time is over. Agents start this; nobody else has to.
+    #[command(hide = true)]
+    FenceWatchdog {
+        /// What the agent says.
+        file: PathBuf,
+        /// The cgroup that all pods are below.
+        cgroup: String,
+        /// The hardware watchdog to serve.
+        #[arg(long)]
+        hardware: Option<PathBuf>,
+    },
     /// Several machines out of this one: boot them, switch them off, cut them off.
     Lab(seawall_drill::lab::Args),
     /// Switch machines of a lab off while clients are at work, and say what they felt.
@@ -102,6 +113,16 @@ fn main() -> ExitCode {
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         eprintln!("seawall: the cryptography provider was already installed");
     }
+    if let Command::FenceWatchdog { file, cgroup, hardware } = &cli.command {
+        // It needs neither a runtime nor anything else that could hang.
+        return match seawall_node::fence::run_watchdog(file, cgroup, hardware.as_deref()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("seawall: the watchdog of {}: {error}", file.display());
+                ExitCode::FAILURE
+            }
+        };
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -121,6 +142,7 @@ fn main() -> ExitCode {
             Command::Kubeconfig(args) => kubeconfig::run(&args).await,
             Command::Image(args) => machine::image(args).await,
             Command::Clean(args) => machine::clean(args).await,
+            Command::FenceWatchdog { .. } => Ok(()),
             Command::Lab(args) => seawall_drill::lab::run(args).await,
             Command::Drill(args) => seawall_drill::scenario::run(args).await,
             Command::DrillWorkload(args) => seawall_drill::serve::run(args).await,

@@ -7,7 +7,9 @@ use std::{
 
 use kube::Client;
 use rustls::ServerConfig;
-use seawall_network::{proxy, routes};
+use seawall_network::{proxy, routes, verdict};
+use seawall_node::fence;
+use seawall_quorum::timing::Timing;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -28,13 +30,15 @@ pub struct Identity {
 pub fn components(
     machine: &Arc<Machine>,
     cluster: &Cluster,
+    timing: &Timing,
     client: &Client,
     identity: &Identity,
+    verdicts: &verdict::Receiver,
     stop: &CancellationToken,
 ) -> Vec<JoinHandle<()>> {
     let mut parts = Vec::new();
     if machine.runs(Component::Agent) {
-        let (client, config) = (client.clone(), agent_config(machine, cluster, identity));
+        let (client, config) = (client.clone(), agent_config(machine, cluster, timing, identity));
         parts.push(component("agent", stop.clone(), move |stop| {
             seawall_node::run(client.clone(), config.clone(), stop)
         }));
@@ -44,10 +48,13 @@ pub fn components(
             node_name: machine.name.clone(),
             node_ips: vec![machine.ip],
             cluster_cidr: cluster.cluster_cidr,
+            file: Some(Files::new(&machine.options.data_dir).agent().join("proxy.json")),
             ..Default::default()
         };
-        let client = client.clone();
-        parts.push(component("proxy", stop.clone(), move |stop| proxy::run(client.clone(), config.clone(), stop)));
+        let (client, verdicts) = (client.clone(), verdicts.clone());
+        parts.push(component("proxy", stop.clone(), move |stop| {
+            proxy::run(client.clone(), config.clone(), verdicts.clone(), stop)
+        }));
     }
     if machine.runs(Component::Routes) && machine.runs(Component::Agent) {
         let (client, config) =
@@ -57,7 +64,12 @@ pub fn components(
     parts
 }
 
-fn agent_config(machine: &Machine, cluster: &Cluster, identity: &Identity) -> seawall_node::NodeConfig {
+fn agent_config(
+    machine: &Machine,
+    cluster: &Cluster,
+    timing: &Timing,
+    identity: &Identity,
+) -> seawall_node::NodeConfig {
     let options = &machine.options;
     let mut config = seawall_node::NodeConfig::new(&machine.name, machine.ip);
     config.data_dir = Files::new(&options.data_dir).agent();
@@ -75,7 +87,23 @@ fn agent_config(machine: &Machine, cluster: &Cluster, identity: &Identity) -> se
     config.port = options.agent_port;
     config.node_labels = machine.labels.clone();
     config.taints = machine.taints.clone();
+    config.lease = timing.node_lease;
+    config.lease_request = timing.node_lease_request;
+    config.fence = fence::Config {
+        after: timing.fence_after,
+        promise: timing.fence_promise(),
+        program: watchdog(),
+        hardware: options.hardware_watchdog.clone(),
+    };
     config
+}
+
+/// The command that runs the watchdog of pods that must not run twice. Without it the agent watches alone.
+fn watchdog() -> Vec<String> {
+    let program = std::env::current_exe().ok().and_then(|path| path.into_os_string().into_string().ok());
+    // A binary that was replaced meanwhile is found no more.
+    let program = program.filter(|path| std::path::Path::new(path).exists());
+    program.map(|program| vec![program, "fence-watchdog".into()]).unwrap_or_default()
 }
 
 /// Where this machine's balancer listens.

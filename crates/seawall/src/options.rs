@@ -60,6 +60,10 @@ pub struct MachineOptions {
     /// The directory of your own CNI configuration [default: one is written].
     #[arg(long, value_name = "DIRECTORY")]
     pub cni_conf_dir: Option<PathBuf>,
+    /// Let this hardware watchdog reset the machine when pods that must not run twice cannot be stopped in time, e.g.
+    /// /dev/watchdog.
+    #[arg(long, value_name = "DEVICE")]
+    pub hardware_watchdog: Option<PathBuf>,
     /// Where the logs of pods go.
     #[arg(long, default_value = "/var/log/pods")]
     pub pod_log_dir: PathBuf,
@@ -84,6 +88,7 @@ impl MachineOptions {
             agent_port: 10250,
             container_runtime_endpoint: None,
             cni_conf_dir: None,
+            hardware_watchdog: None,
             pod_log_dir: "/var/log/pods".into(),
             balancer_port: 6444,
             disable: Vec::new(),
@@ -133,6 +138,48 @@ pub struct TimingOptions {
     /// How long a server has to answer that.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     balancer_probe_timeout: Option<Duration>,
+    /// How long a node's Lease says that it holds; it is renewed four times in that time.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    node_lease_duration: Option<Duration>,
+    /// How long a renewal of it may take.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    node_lease_request_timeout: Option<Duration>,
+    /// How often the controllers look at all nodes.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    node_monitor_period: Option<Duration>,
+    /// How long a node may be silent before it is held to be unreachable.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    node_monitor_grace_period: Option<Duration>,
+    /// The same for a node that has never said how it is.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    node_startup_grace_period: Option<Duration>,
+    /// How many seconds a pod stays on a node that is not ready, if it does not say.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    default_not_ready_toleration_seconds: Option<Duration>,
+    /// How many seconds a pod stays on a node that is not heard of, if it does not say.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    default_unreachable_toleration_seconds: Option<Duration>,
+    /// After so long without a renewed Lease a node stops the pods that must not run twice [0s: never].
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    fence_after: Option<Duration>,
+    /// How long that takes at most.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    fence_stop: Option<Duration>,
+    /// How long a node must have been silent before such pods are made anew elsewhere [0s: they are not].
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    fence_wait: Option<Duration>,
+    /// How often a machine is probed by some other one.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_probe_interval: Option<Duration>,
+    /// How long a machine has to answer before others are asked to probe it too.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_probe_timeout: Option<Duration>,
+    /// How long a machine that several suspect has to object before it is held for dead.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_suspicion_timeout: Option<Duration>,
+    /// How often news about machines is passed on.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_interval: Option<Duration>,
 }
 
 /// Reads a time such as `250ms`, `1.5s` or `1m`.
@@ -149,6 +196,46 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         _ => return Err(bad()),
     };
     Duration::try_from_secs_f64(seconds).map_err(|_| bad())
+}
+
+/// Reads a number of seconds as upstream's flags have it, or a time.
+pub fn seconds(text: &str) -> Result<Duration, String> {
+    text.parse().map(Duration::from_secs).or_else(|_| duration(text))
+}
+
+/// How fast nodes are emptied that are not heard of, and when that stops. The flags are upstream's.
+#[derive(clap::Args, Clone, Debug)]
+pub struct EvictionOptions {
+    /// How many nodes of a zone may be emptied per second.
+    #[arg(long, value_name = "RATE", default_value_t = 0.1, value_parser = rate)]
+    node_eviction_rate: f64,
+    /// How many, when much of a large zone is gone.
+    #[arg(long, value_name = "RATE", default_value_t = 0.01, value_parser = rate)]
+    secondary_node_eviction_rate: f64,
+    /// The share of a zone's nodes that has to be gone for that.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.55, value_parser = rate)]
+    unhealthy_zone_threshold: f64,
+    /// A zone with more nodes than this is large; a smaller one is not emptied at all then.
+    #[arg(long, value_name = "NODES", default_value_t = 50)]
+    large_cluster_size_threshold: usize,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let bad = || format!("{text:?} is no rate: write a number that is not negative, e.g. 0.1");
+    text.parse().ok().filter(|n: &f64| n.is_finite() && *n >= 0.0).ok_or_else(bad)
+}
+
+impl EvictionOptions {
+    /// What the controllers are told.
+    pub fn settings(&self, timing: &Timing) -> seawall_controllers::node_lifecycle::Settings {
+        seawall_controllers::node_lifecycle::Settings {
+            rate: self.node_eviction_rate,
+            secondary_rate: self.secondary_node_eviction_rate,
+            unhealthy_share: self.unhealthy_zone_threshold,
+            large_zone: self.large_cluster_size_threshold,
+            ..seawall_controllers::node_lifecycle::Settings::of(timing)
+        }
+    }
 }
 
 impl TimingOptions {
@@ -171,6 +258,20 @@ impl TimingOptions {
             (self.server_expiry, &mut timing.server_expiry),
             (self.balancer_probe_interval, &mut timing.probe_interval),
             (self.balancer_probe_timeout, &mut timing.probe_timeout),
+            (self.node_lease_duration, &mut timing.node_lease),
+            (self.node_lease_request_timeout, &mut timing.node_lease_request),
+            (self.node_monitor_period, &mut timing.node_monitor),
+            (self.node_monitor_grace_period, &mut timing.node_grace),
+            (self.node_startup_grace_period, &mut timing.node_startup_grace),
+            (self.default_not_ready_toleration_seconds, &mut timing.not_ready_toleration),
+            (self.default_unreachable_toleration_seconds, &mut timing.unreachable_toleration),
+            (self.fence_after, &mut timing.fence_after),
+            (self.fence_stop, &mut timing.fence_stop),
+            (self.fence_wait, &mut timing.fence_wait),
+            (self.gossip_probe_interval, &mut timing.gossip_probe_interval),
+            (self.gossip_probe_timeout, &mut timing.gossip_probe_timeout),
+            (self.gossip_suspicion_timeout, &mut timing.gossip_suspicion),
+            (self.gossip_interval, &mut timing.gossip_interval),
         ] {
             if let Some(given) = given {
                 *place = given;

@@ -14,13 +14,13 @@ use kube::{
     api::{Patch, PatchParams},
 };
 use seawall_client::{
-    election::{Election, lead},
+    election::{Election, Gone, lead},
     tls,
 };
-use seawall_network::balancer;
+use seawall_network::{balancer, verdict};
 use seawall_quorum::timing::Timing;
 use seawall_server::{
-    Config, Server, StartError,
+    Config, Server, StartError, Tolerations,
     auth::{NODES, UserInfo},
     pki, presence, serve,
 };
@@ -38,7 +38,7 @@ use crate::{
     etcd::{members, process},
     files::{Files, ServerState, StoreKind},
     join, node,
-    options::{ClusterOptions, Component, Machine, MachineOptions, TimingOptions},
+    options::{ClusterOptions, Component, EvictionOptions, Machine, MachineOptions, TimingOptions},
     paths::Joining,
     supervise::component,
 };
@@ -89,6 +89,8 @@ pub struct Args {
     cluster: ClusterOptions,
     #[command(flatten)]
     timing: TimingOptions,
+    #[command(flatten)]
+    eviction: EvictionOptions,
 }
 
 impl Args {
@@ -317,9 +319,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         let identity = certificates.node_identity();
         let user = format!("system:node:{}", machine.name);
         let client = in_process(&server, &user, &[NODES]);
-        node_parts = node::components(&machine, &state.cluster, &client, &identity, &leading);
+        node_parts =
+            node::components(&machine, &state.cluster, &timing, &client, &identity, &verdict::none(), &leading);
     }
-    let mut leaders = leaders(&machine, &state, &timing, &server, &certificates, &leading)?;
+    let mut leaders = leaders(&args, &machine, &state, &timing, &server, &certificates, &leading)?;
     if let (Some(members), Some(etcd)) = (&opened.members, &opened.etcd) {
         let (members, etcd) = (members.clone(), etcd.clone());
         leaders.push(component("members", leading.clone(), move |stop| members.clone().look_after(etcd.clone(), stop)));
@@ -411,6 +414,10 @@ fn server_config(
         presence: presence::Times { renew: timing.server_renew, expiry: timing.server_expiry },
         paths: Some(Arc::new(joining)),
         shared_store: state.store != StoreKind::Embedded,
+        tolerations: Tolerations {
+            not_ready: timing.not_ready_toleration.as_secs(),
+            unreachable: timing.unreachable_toleration.as_secs(),
+        },
     })
 }
 
@@ -443,6 +450,7 @@ fn in_process(server: &Arc<Server>, name: &str, groups: &[&str]) -> Client {
 
 /// The scheduler and the controllers. With other servers beside this one, they act where they lead.
 fn leaders(
+    args: &Args,
     machine: &Machine,
     state: &ServerState,
     timing: &Timing,
@@ -451,6 +459,8 @@ fn leaders(
     stop: &CancellationToken,
 ) -> anyhow::Result<Vec<JoinHandle<()>>> {
     let mut parts = Vec::new();
+    // No neighbour's word about machines reaches us yet.
+    let gone: Option<Gone> = None;
     // Two lives of one server are two candidates.
     let identity = format!("{}_{:08x}", machine.name, rand::random::<u32>());
     let alone = state.store == StoreKind::Embedded;
@@ -459,10 +469,15 @@ fn leaders(
         let config = seawall_controllers::Config {
             cluster_cidr: state.cluster.cluster_cidr,
             service_cidr: Some(state.cluster.service_cidr),
+            node_lifecycle: args.eviction.settings(timing),
             ..certificates.controllers()
         };
-        let election =
-            Election { lease: "kube-controller-manager".into(), identity: identity.clone(), timing: *timing };
+        let election = Election {
+            lease: "kube-controller-manager".into(),
+            identity: identity.clone(),
+            timing: *timing,
+            gone: gone.clone(),
+        };
         parts.push(component("controllers", stop.clone(), move |stop| {
             let (client, config, election) = (client.clone(), config.clone(), election.clone());
             async move {
@@ -479,7 +494,7 @@ fn leaders(
     if machine.runs(Component::Scheduler) {
         let client = in_process(server, "system:kube-scheduler", &[]);
         let config = seawall_scheduler::SchedulerConfig::default();
-        let election = Election { lease: "kube-scheduler".into(), identity, timing: *timing };
+        let election = Election { lease: "kube-scheduler".into(), identity, timing: *timing, gone };
         parts.push(component("scheduler", stop.clone(), move |stop| {
             let (client, config, election) = (client.clone(), config.clone(), election.clone());
             async move {
@@ -531,7 +546,8 @@ async fn clustered_node(
             balancer::run(config.clone(), follower.clone(), stop)
         }));
     }
-    parts.extend(node::components(machine, &state.cluster, &client, &certificates.node_identity(), stop));
+    let identity = certificates.node_identity();
+    parts.extend(node::components(machine, &state.cluster, timing, &client, &identity, &verdict::none(), stop));
     Ok(parts)
 }
 

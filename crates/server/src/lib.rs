@@ -90,6 +90,23 @@ pub struct Config {
     pub paths: Option<Arc<dyn paths::Paths>>,
     /// Whether other servers use the same store.
     pub shared_store: bool,
+    /// How long pods stay on nodes that are not well, if they do not say.
+    pub tolerations: Tolerations,
+}
+
+/// How many seconds a pod stays on a node that is not ready, or not heard of, if it does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tolerations {
+    /// `--default-not-ready-toleration-seconds`.
+    pub not_ready: u64,
+    /// `--default-unreachable-toleration-seconds`.
+    pub unreachable: u64,
+}
+
+impl Default for Tolerations {
+    fn default() -> Tolerations {
+        Tolerations { not_ready: 300, unreachable: 300 }
+    }
 }
 
 /// The API server.

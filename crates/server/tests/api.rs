@@ -43,6 +43,7 @@ impl Api {
             presence: Default::default(),
             paths: None,
             shared_store: false,
+            tolerations: Default::default(),
         };
         let server = Server::start(config, store.clone(), CancellationToken::new()).await.unwrap();
         let api = Api { server, store, user: Some(UserInfo::new("admin", &[MASTERS])), _dir: dir };

@@ -18,6 +18,9 @@ use seawall_quorum::{
 
 use crate::{Broken, clock::Clock};
 
+/// After so much silence neighbours call a machine dead.
+const NOTICED: Duration = Duration::from_millis(700);
+
 /// What a run is like.
 #[derive(Clone, Copy, Debug)]
 pub struct Setting {
@@ -88,6 +91,8 @@ struct Candidate {
     /// The request that is under way.
     request: Option<u64>,
     well_since: Duration,
+    /// Since when it is frozen or down, if it is.
+    silent_since: Duration,
     /// When an answer to it was last lost or late.
     disturbed: Duration,
 }
@@ -163,6 +168,7 @@ fn run_once(seed: u64, setting: Setting) -> Result<Outcome, Broken> {
             waiting: Vec::new(),
             request: None,
             well_since: Duration::ZERO,
+            silent_since: Duration::ZERO,
             disturbed: Duration::ZERO,
         });
         let first = world.clock.between(0, 50);
@@ -210,7 +216,16 @@ impl World {
                     Some(lease) => Event::Seen(Some(lease.record.clone())),
                     None => Event::Seen(None),
                 };
+                let holder = match &event {
+                    Event::Seen(Some(record)) => Some(record.holder.clone()),
+                    _ => None,
+                };
                 self.step(index, event)?;
+                if let Some(holder) = holder.filter(|holder| self.is_called_dead(holder))
+                    && self.candidates[index].request.is_none()
+                {
+                    self.step(index, Event::Gone(holder))?;
+                }
             }
             Happening::Arrive(index, life, request, effect) => self.arrive(index, life, request, effect),
             Happening::Answer(index, life, request, event) => {
@@ -238,6 +253,7 @@ impl World {
             Happening::Write(index, life, term) => self.write(index, life, term, outcome)?,
             Happening::Freeze(index) => {
                 self.candidates[index].frozen = true;
+                self.candidates[index].silent_since = self.clock.now();
                 self.note(11 + 100 * index as u64, || format!("c{index} freezes"));
             }
             Happening::Thaw(index) if self.candidates[index].frozen => {
@@ -251,6 +267,7 @@ impl World {
             Happening::Crash(index) => {
                 self.candidates[index].up = false;
                 self.candidates[index].frozen = false;
+                self.candidates[index].silent_since = self.clock.now();
                 self.note(13 + 100 * index as u64, || format!("c{index} crashes"));
                 let pause = self.clock.between(100, 8000);
                 self.clock.after(pause, Happening::Boot(index));
@@ -284,6 +301,18 @@ impl World {
             Happening::Tick(..) | Happening::Thaw(_) => {}
         }
         Ok(())
+    }
+
+    /// What neighbours say of the machine of a candidate: some time after it fell silent, and now and then by mistake.
+    fn is_called_dead(&mut self, identity: &str) -> bool {
+        let mistaken = self.setting.faults && self.clock.percent(1);
+        let now = self.clock.now();
+        let silent = self.candidates.iter().enumerate().any(|(index, c)| {
+            format!("c{index}-{}", c.life) == identity
+                && (!c.up || c.frozen)
+                && now.saturating_sub(c.silent_since) > NOTICED
+        });
+        mistaken || silent
     }
 
     fn trouble(&mut self) {

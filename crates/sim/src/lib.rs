@@ -6,6 +6,7 @@
 pub mod balancer;
 pub mod clock;
 pub mod election;
+pub mod gossip;
 pub mod membership;
 
 /// Runs `one` for many seeds, or for the one that `SEAWALL_SEED` names.

@@ -54,8 +54,12 @@ impl Candidate {
         let stop = stop.clone();
         let task = tokio::spawn(async move {
             while !stop.is_cancelled() {
-                let election =
-                    Election { lease: LEASE.into(), identity: name.to_string(), timing: Timing::of(Profile::Fast) };
+                let election = Election {
+                    lease: LEASE.into(),
+                    identity: name.to_string(),
+                    timing: Timing::of(Profile::Fast),
+                    gone: None,
+                };
                 let name = name.clone();
                 let run = move |client, stop| act(name.clone(), client, stop);
                 // One that failed stands again, as a component that is supervised does.

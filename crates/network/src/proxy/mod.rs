@@ -1,27 +1,57 @@
 //! The service proxy (<https://kubernetes.io/docs/reference/networking/virtual-ips/>).
 //!
-//! Services and EndpointSlices become one table of nftables. What it should hold is decided by [`plan::plan`]; what has
-//! to change by [`rules::Ruleset::script`]; the kernel takes a script as one transaction.
+//! Services, EndpointSlices, Nodes and what is thought of the machines become one table of nftables. What it should hold
+//! is decided by [`plan::plan`]; what has to change by [`rules::Ruleset::script`]; the kernel takes a script as one
+//! transaction. Verdicts act on what was known last, with or without the API; what was known last is kept on disk.
 
+pub mod conntrack;
+pub mod dead;
+pub mod ending;
+pub mod endpoints;
+mod kernel;
 pub mod plan;
+pub mod rouse;
 pub mod rules;
+pub mod stale;
+pub mod state;
 
-use std::{collections::BTreeMap, net::IpAddr, process::Stdio, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
 use futures::{StreamExt, TryStreamExt};
 use ipnet::IpNet;
-use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
+use k8s_openapi::api::{
+    core::v1::{Node, Service},
+    discovery::v1::EndpointSlice,
+};
 use kube::{
-    Api, Client, ResourceExt,
+    Api, Client,
     runtime::{WatchStreamExt, watcher},
 };
-use tokio::{io::AsyncWriteExt, net::UnixListener, process::Command, time::Instant};
+use tokio::{
+    net::UnixListener,
+    sync::watch,
+    task::{JoinHandle, JoinSet},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
-use plan::{Stale, plan, stale};
+pub use kernel::{intact, nft, remove};
+use plan::plan;
 use rules::Ruleset;
 use seawall_client::watch::Backoff;
+pub use state::State;
+
+use crate::verdict::{self, Verdict};
+use dead::{Dead, Target};
+use endpoints::View;
+use state::{Fed, Kept};
 
 /// How the proxy of a node works.
 #[derive(Clone, Debug)]
@@ -32,14 +62,18 @@ pub struct ProxyConfig {
     pub node_ips: Vec<IpAddr>,
     /// The addresses of pods: what comes from elsewhere to a cluster address is masqueraded.
     pub cluster_cidr: IpNet,
-    /// How long changes are collected before they are applied.
+    /// How long changes are collected before they are applied. Verdicts are not.
     pub debounce: Duration,
     /// How often the kernel's table is compared with ours; less often where that is much work.
     pub verify: Duration,
-    /// The words that start `nft`, and those that start `conntrack`: another network namespace can be put in front.
+    /// The words that start `nft`: another network namespace can be put in front.
     pub nft: Vec<String>,
-    /// See `nft`.
-    pub conntrack: Vec<String>,
+    /// Where what is known is kept, if it is.
+    pub file: Option<PathBuf>,
+    /// How long the API has to answer after a start before what was kept is acted on, if no verdict presses.
+    pub patience: Duration,
+    /// How long after a start the gossip may take to say something about a machine that was dead before.
+    pub relearn: Duration,
 }
 
 impl Default for ProxyConfig {
@@ -51,55 +85,10 @@ impl Default for ProxyConfig {
             debounce: Duration::from_millis(5),
             verify: Duration::from_secs(5),
             nft: vec!["nft".into()],
-            conntrack: vec!["conntrack".into()],
+            file: None,
+            patience: Duration::from_secs(1),
+            relearn: Duration::from_secs(5),
         }
-    }
-}
-
-/// What is known of the cluster.
-#[derive(Default)]
-pub struct State {
-    /// By namespace and name.
-    pub services: BTreeMap<(String, String), Service>,
-    /// By namespace and name.
-    pub slices: BTreeMap<(String, String), EndpointSlice>,
-}
-
-fn key(object: &impl ResourceExt) -> (String, String) {
-    (object.namespace().unwrap_or_default(), object.name_any())
-}
-
-/// One kind of object, as a watch brings it: objects seen since the last full list began, and those known.
-struct Fed<K> {
-    fresh: Option<BTreeMap<(String, String), K>>,
-}
-
-impl<K: ResourceExt> Fed<K> {
-    /// Takes an event into `known`. Says whether `known` changed.
-    fn take(&mut self, known: &mut BTreeMap<(String, String), K>, event: watcher::Event<K>) -> bool {
-        match event {
-            watcher::Event::Init => self.fresh = Some(BTreeMap::new()),
-            watcher::Event::InitApply(object) => {
-                if let Some(fresh) = &mut self.fresh {
-                    fresh.insert(key(&object), object);
-                }
-            }
-            watcher::Event::InitDone => {
-                if let Some(fresh) = self.fresh.take() {
-                    *known = fresh;
-                }
-                return true;
-            }
-            watcher::Event::Apply(object) => {
-                known.insert(key(&object), object);
-                return true;
-            }
-            watcher::Event::Delete(object) => {
-                known.remove(&key(&object));
-                return true;
-            }
-        }
-        false
     }
 }
 
@@ -140,85 +129,80 @@ async fn claim() -> anyhow::Result<UnixListener> {
 pub fn run(
     client: Client,
     config: ProxyConfig,
+    verdicts: verdict::Receiver,
     shutdown: CancellationToken,
 ) -> futures::future::BoxFuture<'static, anyhow::Result<()>> {
-    Box::pin(work(client, config, shutdown))
+    Box::pin(work(client, config, verdicts, shutdown))
 }
 
-async fn work(client: Client, config: ProxyConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+async fn work(
+    client: Client,
+    config: ProxyConfig,
+    verdicts: verdict::Receiver,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
     let claim = claim().await?;
-    let mut services =
-        watcher(Api::<Service>::all(client.clone()), watcher::Config::default()).backoff(Backoff::default()).boxed();
-    let mut slices =
-        watcher(Api::<EndpointSlice>::all(client), watcher::Config::default()).backoff(Backoff::default()).boxed();
-    let (mut of_services, mut of_slices) = (Fed { fresh: None }, Fed { fresh: None });
-    let mut state = State::default();
-    let mut synced = (false, false);
-    let mut applied: Option<Ruleset> = None;
-    let mut due: Option<Instant> = None;
-    let mut failures = 0u32;
-    let mut look = Instant::now() + config.verify;
+    macro_rules! watched {
+        ($kind:ty) => {
+            watcher(Api::<$kind>::all(client.clone()), watcher::Config::default()).backoff(Backoff::default()).boxed()
+        };
+    }
+    let (mut services, mut slices, mut nodes) = (watched!(Service), watched!(EndpointSlice), watched!(Node));
+    let (mut of_services, mut of_slices, mut of_nodes) = (Fed::default(), Fed::default(), Fed::default());
+    let mut heard = verdicts;
+    let mut deaf = false;
+    let mut proxy = Proxy::start(config, &mut heard);
     loop {
+        let (due, look, keep) = (proxy.due.filter(|_| proxy.known), proxy.look(), proxy.keep_at());
         tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
+            () = shutdown.cancelled() => break,
             // Who asks has learned it by connecting.
             _ = claim.accept() => {}
-            event = services.try_next() => match event {
-                Ok(Some(event)) => {
-                    synced.0 |= matches!(event, watcher::Event::InitDone);
-                    if of_services.take(&mut state.services, event) {
-                        due.get_or_insert(Instant::now() + config.debounce);
-                    }
-                }
-                Ok(None) => bail!("the watch of services ended"),
-                Err(error) => tracing::warn!(%error, "the watch of services broke and is set up again"),
-            },
-            event = slices.try_next() => match event {
-                Ok(Some(event)) => {
-                    synced.1 |= matches!(event, watcher::Event::InitDone);
-                    if of_slices.take(&mut state.slices, event) {
-                        due.get_or_insert(Instant::now() + config.debounce);
-                    }
-                }
-                Ok(None) => bail!("the watch of endpoint slices ended"),
-                Err(error) => tracing::warn!(%error, "the watch of endpoint slices broke and is set up again"),
-            },
-            () = tokio::time::sleep_until(look), if applied.is_some() && due.is_none() => {
-                let began = Instant::now();
-                if let Some(rules) = &applied && !intact(&config, rules).await {
-                    tracing::warn!("somebody changed our table of nftables: it is made anew");
-                    applied = None;
-                    due = Some(Instant::now());
-                }
-                // A hundredth of the time at most.
-                look = Instant::now() + config.verify.max(began.elapsed() * 100);
+            changed = heard.changed(), if !deaf => {
+                // Whoever told is gone: what was said last holds.
+                deaf = changed.is_err();
+                proxy.hear(&mut heard);
             }
-            // Half of the picture would take services away.
-            () = at(due), if synced == (true, true) => {
-                due = None;
-                let wanted = plan(&state, &config);
-                if applied.as_ref() == Some(&wanted) {
-                    continue;
-                }
-                let script = wanted.script(applied.as_ref());
-                match nft(&config, &script).await {
-                    Ok(()) => {
-                        failures = 0;
-                        forget(&config, stale(applied.as_ref(), &wanted));
-                        applied = Some(wanted);
-                    }
-                    Err(error) => {
-                        // Somebody may have changed our table: next time it is made anew as a whole.
-                        failures += 1;
-                        tracing::error!(failures, "the rules were not applied: {error:#}");
-                        if failures > 5 {
-                            return Err(error);
-                        }
-                        applied = None;
-                        due = Some(Instant::now() + Duration::from_millis(200) * failures);
-                    }
-                }
-            }
+            event = services.try_next() => if let Some(event) = next("services", event)?
+                && of_services.take(&mut proxy.state.services, event, state::service)
+            {
+                proxy.changed();
+            },
+            event = slices.try_next() => if let Some(event) = next("endpoint slices", event)?
+                && of_slices.take(&mut proxy.state.slices, event, state::slice)
+            {
+                proxy.changed();
+            },
+            event = nodes.try_next() => if let Some(event) = next("nodes", event)?
+                && of_nodes.take(&mut proxy.state.nodes, event, state::machine)
+            {
+                proxy.changed();
+            },
+            () = at(due) => proxy.apply().await?,
+            () = at(look) => proxy.check(),
+            Some(look) = finished(&mut proxy.checking) => proxy.checked(look),
+            () = at(keep) => proxy.keep(),
+            Some(()) = finished(&mut proxy.keeping) => {}
+            Some(_) = proxy.tasks.join_next() => {}
+        }
+        // Half of the picture would take services away.
+        if !proxy.complete && of_services.listed && of_slices.listed && of_nodes.listed {
+            (proxy.known, proxy.complete) = (true, true);
+            proxy.changed();
+        }
+    }
+    proxy.stop().await;
+    Ok(())
+}
+
+/// What a watch brought. One that breaks is set up again.
+fn next<E>(what: &str, event: Result<Option<E>, watcher::Error>) -> anyhow::Result<Option<E>> {
+    match event {
+        Ok(None) => bail!("the watch of {what} ended"),
+        Ok(event) => Ok(event),
+        Err(error) => {
+            tracing::warn!(%error, "the watch of {what} broke and is set up again");
+            Ok(None)
         }
     }
 }
@@ -230,76 +214,240 @@ async fn at(due: Option<Instant>) {
     }
 }
 
-/// Whether the kernel still holds the rules. Where that cannot be told, it is believed.
-pub async fn intact(config: &ProxyConfig, rules: &Ruleset) -> bool {
-    let [program, words @ ..] = &config.nft[..] else { return true };
-    let mut command = Command::new(program);
-    command.args(words).args(["-j", "list", "table"]).args(rules::TABLE.split(' ')).stdin(Stdio::null());
-    match command.kill_on_drop(true).output().await {
-        Ok(output) if output.status.success() => match rules::Outline::listed(&output.stdout) {
-            Ok(outline) => outline == rules.outline(),
+/// The end of a task that may be there. Of one that panicked nothing is learned.
+async fn finished<T: Default>(task: &mut Option<JoinHandle<T>>) -> Option<T> {
+    let done = task.as_mut()?.await;
+    *task = None;
+    Some(done.unwrap_or_default())
+}
+
+/// A proxy that runs.
+struct Proxy {
+    config: ProxyConfig,
+    state: State,
+    /// Whether enough is known to act on: full lists, or what was kept.
+    known: bool,
+    /// Whether there were full lists.
+    complete: bool,
+    verdicts: verdict::Verdicts,
+    /// Who was dead before the start.
+    remembered: BTreeSet<String>,
+    relearn_until: Instant,
+    /// What the kernel holds.
+    applied: Option<Ruleset>,
+    /// How often something was applied: a look at the kernel's table counts only if nothing was meanwhile.
+    generation: u64,
+    due: Option<Instant>,
+    failures: u32,
+    /// The next look at the kernel's table, and one that is going on: since when, and with which generation.
+    next_look: Instant,
+    checking: Option<JoinHandle<Look>>,
+    began: (Instant, u64),
+    /// What is out of reach, for the tasks that look after flows.
+    dead: watch::Sender<Arc<BTreeSet<Target>>>,
+    tasks: JoinSet<()>,
+    /// Whether the copy on disk is old, when the next may be written, and one that is being written.
+    keep_due: bool,
+    next_keep: Instant,
+    keeping: Option<JoinHandle<()>>,
+}
+
+/// What a look at the kernel's table showed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Look {
+    #[default]
+    Intact,
+    Changed,
+}
+
+impl Proxy {
+    fn start(config: ProxyConfig, heard: &mut verdict::Receiver) -> Proxy {
+        let kept = config.file.as_deref().and_then(|file| match state::read(file) {
+            Ok(kept) => kept,
             Err(error) => {
-                tracing::debug!("what nft lists is not understood: {error}");
-                true
+                tracing::warn!("what the service proxy knew before is lost: {error:#}");
+                None
             }
-        },
-        Ok(output) => !String::from_utf8_lossy(&output.stderr).contains("No such file or directory"),
-        Err(_) => true,
+        });
+        let now = Instant::now();
+        let known = kept.is_some();
+        let Kept { state, dead } = kept.unwrap_or_default();
+        let mut proxy = Proxy {
+            state,
+            known,
+            complete: false,
+            verdicts: Default::default(),
+            remembered: dead,
+            relearn_until: now + config.relearn,
+            applied: None,
+            generation: 0,
+            due: known.then(|| now + config.patience),
+            failures: 0,
+            next_look: now + config.verify,
+            checking: None,
+            began: (now, 0),
+            dead: watch::channel(Default::default()).0,
+            tasks: JoinSet::new(),
+            keep_due: false,
+            next_keep: now,
+            keeping: None,
+            config,
+        };
+        proxy.hear(heard);
+        proxy
     }
-}
 
-/// Gives a script to the kernel, whole or not at all.
-///
-/// # Errors
-/// With what `nft` said.
-pub async fn nft(config: &ProxyConfig, script: &str) -> anyhow::Result<()> {
-    let [program, words @ ..] = &config.nft[..] else { bail!("no command for nft is configured") };
-    let mut child = Command::new(program)
-        .args(words)
-        .args(["-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .with_context(|| format!("{program} cannot be run: is nftables installed?"))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(script.as_bytes()).await.context("writing to nft")?;
+    /// Takes in what is thought of the machines. What is bad is acted on at once.
+    fn hear(&mut self, heard: &mut verdict::Receiver) {
+        let now = Instant::now();
+        let said = heard.borrow_and_update().clone();
+        let grave = |v: &verdict::Verdicts| -> BTreeMap<String, Verdict> {
+            v.iter().filter(|(_, v)| **v != Verdict::Alive).map(|(n, v)| (n.clone(), *v)).collect()
+        };
+        // Who was named once is not remembered from before any more.
+        let before = self.remembered.len();
+        self.remembered.retain(|name| !said.contains_key(name));
+        let learned = self.remembered.len() < before;
+        let (bad, was) = (grave(&said), grave(&self.verdicts));
+        if bad != was || learned {
+            tracing::info!(?bad, "what is thought of the machines");
+            self.due = Some(now);
+            self.keep_due = true;
+        }
+        self.verdicts = said;
     }
-    let output = child.wait_with_output().await?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("nft: {}", said.lines().take(6).collect::<Vec<_>>().join("; "));
-    }
-    Ok(())
-}
 
-/// Makes the kernel forget datagram flows to endpoints that are gone; a flow of datagrams has no end of its own.
-fn forget(config: &ProxyConfig, stale: Vec<Stale>) {
-    let command = config.conntrack.clone();
-    if stale.is_empty() || command.is_empty() {
-        return;
+    fn changed(&mut self) {
+        self.keep_due = true;
+        // After a start the kernel still holds what was right then: no use in going back to what was kept, or half way.
+        if self.complete || self.applied.is_some() {
+            let soon = Instant::now() + self.config.debounce;
+            self.due = Some(self.due.map_or(soon, |due| due.min(soon)));
+        }
     }
-    tokio::spawn(async move {
-        for flow in stale {
-            let run =
-                Command::new(&command[0]).args(&command[1..]).args(flow.arguments()).stdin(Stdio::null()).output();
-            match run.await {
-                // It also fails when there was nothing to delete.
-                Ok(output) => tracing::debug!(?flow, status = %output.status, "forgot flows"),
-                Err(error) => {
-                    tracing::warn!(%error, "conntrack cannot be run: is it installed? Datagrams may go on to dead endpoints")
+
+    async fn apply(&mut self) -> anyhow::Result<()> {
+        let began = Instant::now();
+        self.due = None;
+        let relearning = !self.remembered.is_empty() && began < self.relearn_until;
+        let verdicts = state::settled(&self.verdicts, &self.remembered, relearning);
+        if relearning {
+            // What is remembered ends by itself.
+            self.due = Some(self.relearn_until);
+        } else {
+            self.remembered.clear();
+        }
+        let dead =
+            Arc::new(Dead::of(&View::new(&self.state, &self.config.node_name, &verdicts), &self.config.node_ips));
+        // Where there is much to be written, what is dead goes first: it costs one short script.
+        if let Some(applied) = self.applied.as_ref().filter(|a| a.chains.len() > MANY) {
+            let first = Ruleset { sets: dead.elements().collect(), ..applied.clone() };
+            if first.sets.difference(&applied.sets).next().is_some() {
+                let script = first.script(Some(applied));
+                self.generation += 1;
+                if nft(&self.config, &script).await.is_ok() {
+                    self.applied = Some(first);
                 }
             }
         }
-    });
+        let wanted = plan(&self.state, &self.config, &verdicts);
+        if self.applied.as_ref() != Some(&wanted) {
+            let planned = began.elapsed();
+            let script = wanted.script(self.applied.as_ref());
+            self.generation += 1;
+            if let Err(error) = nft(&self.config, &script).await {
+                // Somebody may have changed our table: next time it is made anew as a whole.
+                self.failures += 1;
+                tracing::error!(failures = self.failures, "the rules were not applied: {error:#}");
+                if self.failures > 5 {
+                    return Err(error);
+                }
+                self.applied = None;
+                self.due = Some(Instant::now() + Duration::from_millis(200) * self.failures);
+                return Ok(());
+            }
+            self.failures = 0;
+            tracing::debug!(?planned, took = ?began.elapsed(), bytes = script.len(), "rules were applied");
+            let stale = stale::stale(self.applied.as_ref(), &wanted);
+            if !stale.is_empty() {
+                self.tasks.spawn(ending::forget(stale));
+            }
+            self.applied = Some(wanted);
+        }
+        self.ended(&dead.targets);
+        Ok(())
+    }
+
+    /// Looks after the flows to what is dead since now.
+    fn ended(&mut self, targets: &BTreeSet<Target>) {
+        let before = self.dead.borrow().clone();
+        if *before == *targets {
+            return;
+        }
+        self.dead.send_replace(Arc::new(targets.clone()));
+        self.keep_due = true;
+        let fresh: BTreeSet<Target> = targets.difference(&before).copied().collect();
+        if !fresh.is_empty() {
+            self.tasks.spawn(ending::end(fresh, self.dead.subscribe()));
+        }
+    }
+
+    fn look(&self) -> Option<Instant> {
+        let idle = self.applied.is_some() && self.due.is_none() && self.checking.is_none();
+        idle.then_some(self.next_look)
+    }
+
+    /// Compares the kernel's table with ours, while other things go on.
+    fn check(&mut self) {
+        let Some(rules) = self.applied.clone() else { return };
+        let config = self.config.clone();
+        self.began = (Instant::now(), self.generation);
+        self.checking =
+            Some(tokio::spawn(async move { if intact(&config, &rules).await { Look::Intact } else { Look::Changed } }));
+    }
+
+    fn checked(&mut self, look: Look) {
+        let (began, generation) = self.began;
+        if look == Look::Changed && generation == self.generation {
+            tracing::warn!("somebody changed our table of nftables: it is made anew");
+            self.applied = None;
+            self.due = Some(Instant::now());
+        }
+        // A hundredth of the time at most.
+        self.next_look = Instant::now() + self.config.verify.max(began.elapsed() * 100);
+    }
+
+    fn keep_at(&self) -> Option<Instant> {
+        let due = self.keep_due && self.known && self.config.file.is_some() && self.keeping.is_none();
+        due.then_some(self.next_keep)
+    }
+
+    /// Writes the copy on disk, beside other work.
+    fn keep(&mut self) {
+        self.keep_due = false;
+        self.next_keep = Instant::now() + KEEP;
+        let Some(file) = self.config.file.clone() else { return };
+        let dead = self.verdicts.iter().filter(|(_, v)| **v == Verdict::Dead).map(|(name, _)| name.clone());
+        let dead = dead.chain(self.remembered.iter().cloned()).collect();
+        let kept = Kept { state: self.state.clone(), dead };
+        self.keeping = Some(tokio::task::spawn_blocking(move || {
+            if let Err(error) = state::write(&file, &kept) {
+                tracing::warn!("what the service proxy knows is not kept: {error:#}");
+            }
+        }));
+    }
+
+    async fn stop(mut self) {
+        self.tasks.shutdown().await;
+        while finished(&mut self.keeping).await.is_some() || self.keep_at().is_some() {
+            if self.keeping.is_none() && self.keep_due {
+                self.keep();
+            }
+        }
+    }
 }
 
-/// Takes everything of the proxy out of the kernel.
-///
-/// # Errors
-/// With what `nft` said.
-pub async fn remove() -> anyhow::Result<()> {
-    let table = rules::TABLE;
-    nft(&ProxyConfig::default(), &format!("add table {table}\ndelete table {table}\n")).await
-}
+/// More chains than this take a while to be planned and written.
+const MANY: usize = 200;
+/// How often the copy on disk is written at most.
+const KEEP: Duration = Duration::from_secs(1);

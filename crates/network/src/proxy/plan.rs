@@ -1,47 +1,32 @@
-//! From Services and EndpointSlices to rules. Pure.
+//! From Services, EndpointSlices and what is thought of the machines to rules. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use k8s_openapi::api::{
     core::v1::{Service, ServicePort},
     discovery::v1::EndpointSlice,
 };
 
-use super::{ProxyConfig, State, rules::Ruleset};
-
-/// An endpoint that can be used.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Endpoint {
-    address: String,
-    port: u16,
-    local: bool,
-}
-
-/// How well an endpoint is, as its slice says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Condition {
-    Ready,
-    /// Ending, but still answering: used when nothing else is left (KEP-1669).
-    Serving,
-    Unusable,
-}
+use super::{
+    ProxyConfig,
+    dead::Dead,
+    endpoints::{self, Endpoint, Endpoints, Scope, View},
+    rules::Ruleset,
+    stale::Datagrams,
+    state::State,
+};
+use crate::verdict::Verdict;
 
 /// The rules for everything in `state`.
-pub fn plan(state: &State, config: &ProxyConfig) -> Ruleset {
+pub fn plan(state: &State, config: &ProxyConfig, verdicts: &BTreeMap<String, Verdict>) -> Ruleset {
     let mut rules = Ruleset::default();
-    let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
-    for ((namespace, _), slice) in &state.slices {
-        let service = slice.metadata.labels.as_ref().and_then(|l| l.get("kubernetes.io/service-name"));
-        if let Some(service) = service.filter(|_| slice.address_type == "IPv4") {
-            slices.entry((namespace, service)).or_default().push(slice);
-        }
-    }
-    for ((namespace, name), service) in &state.services {
-        let slices = slices.get(&(namespace.as_str(), name.as_str())).map(Vec::as_slice).unwrap_or_default();
+    let view = View::new(state, &config.node_name, verdicts);
+    for (namespace, name, service, slices) in view.services() {
         for port in service.spec.iter().flat_map(|s| s.ports.iter().flatten()) {
-            plan_port(&mut rules, &format!("{namespace}/{name}"), service, port, slices, config);
+            plan_port(&mut rules, &format!("{namespace}/{name}"), service, port, &slices, config, &view);
         }
     }
+    rules.sets.extend(Dead::of(&view, &config.node_ips).elements());
     rules
 }
 
@@ -52,23 +37,28 @@ fn plan_port(
     port: &ServicePort,
     slices: &[&EndpointSlice],
     config: &ProxyConfig,
+    view: &View<'_>,
 ) {
-    let Some(spec) = &service.spec else { return };
+    let Some(cluster_ip) = endpoints::cluster_ip(service) else { return };
     let protocol = port.protocol.as_deref().unwrap_or("TCP").to_lowercase();
-    let cluster_ip = spec.cluster_ip.as_deref().filter(|ip| ip.parse::<std::net::Ipv4Addr>().is_ok());
-    let Some(cluster_ip) = cluster_ip.filter(|_| spec.type_.as_deref() != Some("ExternalName")) else { return };
-    let all = endpoints(port, slices, &config.node_name);
-    let local: Vec<Endpoint> = all.iter().filter(|e| e.local).cloned().collect();
-    let inside = if spec.internal_traffic_policy.as_deref() == Some("Local") { &local } else { &all };
-    let outside_local = spec.external_traffic_policy.as_deref() == Some("Local");
+    let known = Endpoints::of(port, slices, view);
+    let (internal, outer) = endpoints::policies(service);
+    let all = known.takers(Scope::Cluster, view);
+    let local = known.takers(Scope::Local, view);
+    let inside = if internal == Scope::Local { &local } else { &all };
+    let outside_local = outer == Scope::Local;
     let id = format!("{name}:{}/{protocol}", port.port);
-    let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
-        let config = spec.session_affinity_config.as_ref().and_then(|c| c.client_ip.as_ref());
-        config.and_then(|c| c.timeout_seconds).unwrap_or(10_800).max(1) as u32
-    });
-    let balance = Balance { id: &id, protocol: &protocol, affinity };
+    let balance = Balance { id: &id, protocol: &protocol, affinity: endpoints::affinity(service) };
+    // Flows of datagrams stay where they are while somebody answers there.
+    let keep = |rules: &mut Ruleset, address: Option<Ipv4Addr>, port: u16, served: bool| {
+        if protocol == "udp" && served {
+            rules.datagrams.extend(known.keepers().map(|e| Datagrams { address, port, endpoint: e.address.ip() }));
+        }
+    };
 
-    let address = |ip: &str| format!("{ip} . {protocol} . {}", port.port);
+    let number = port.port as u16;
+    let address = |ip: Ipv4Addr| format!("{ip} . {protocol} . {number}");
+    keep(rules, Some(cluster_ip), number, !inside.is_empty());
     if inside.is_empty() {
         rules.elements.insert(("dead_services", address(cluster_ip)), "goto refuse".into());
     } else {
@@ -77,22 +67,10 @@ fn plan_port(
             rules.push(format!("ip daddr {cluster_ip} ip saddr != {} jump mark_masquerade", config.cluster_cidr));
         });
         rules.elements.insert(("services", address(cluster_ip)), format!("goto {chain}"));
-        if protocol == "udp" {
-            rules.datagrams.extend(inside.iter().map(|e| (cluster_ip.to_owned(), port.port as u16, e.address.clone())));
-        }
     }
 
-    let status = service.status.as_ref().and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_ref());
-    let balancers = status.into_iter().flatten().filter_map(|i| i.ip.as_deref());
-    let external: Vec<&str> = spec
-        .external_ips
-        .iter()
-        .flatten()
-        .map(String::as_str)
-        .chain(balancers)
-        .filter(|ip| ip.parse::<std::net::Ipv4Addr>().is_ok())
-        .collect();
-    let node_port = port.node_port.filter(|n| *n > 0);
+    let external = endpoints::external(service);
+    let node_port = port.node_port.and_then(|n| u16::try_from(n).ok()).filter(|n| *n > 0);
     if external.is_empty() && node_port.is_none() {
         return;
     }
@@ -126,12 +104,14 @@ fn plan_port(
         Some(format!("goto {chain}"))
     };
     for ip in external {
+        keep(rules, Some(ip), number, verdict.is_some());
         match &verdict {
             Some(verdict) => rules.elements.insert(("services", address(ip)), verdict.clone()),
             None => rules.elements.insert(("dead_services", address(ip)), "goto refuse".into()),
         };
     }
     if let Some(node_port) = node_port {
+        keep(rules, None, node_port, verdict.is_some());
         let key = format!("{protocol} . {node_port}");
         match verdict {
             Some(verdict) => rules.elements.insert(("nodeports", key), verdict),
@@ -148,12 +128,13 @@ struct Balance<'a> {
 }
 
 impl Balance<'_> {
-    /// A chain that picks one of `endpoints`, after the rules that `before` adds.
+    /// A chain that picks one of `endpoints`, after the rules that `before` adds. A client that belongs to an endpoint
+    /// which is not among them moves on.
     fn chain(
         &self,
         rules: &mut Ruleset,
         kind: &str,
-        endpoints: &[Endpoint],
+        endpoints: &[&Endpoint],
         before: impl Fn(&mut Vec<String>),
     ) -> String {
         let name = format!("{kind}_{}", hash(self.id));
@@ -175,110 +156,17 @@ impl Balance<'_> {
     }
 
     fn endpoint(&self, rules: &mut Ruleset, e: &Endpoint) -> String {
-        let name = format!("ep_{}", hash(&format!("{}>{}:{}", self.id, e.address, e.port)));
-        let mut body = vec![format!("ip saddr {} jump mark_masquerade", e.address)];
+        let name = format!("ep_{}", hash(&format!("{}>{}", self.id, e.address)));
+        let mut body = vec![format!("ip saddr {} jump mark_masquerade", e.address.ip())];
         if let Some(seconds) = self.affinity {
             let set = format!("aff_{name}");
             body.push(format!("update @{set} {{ ip saddr timeout {seconds}s }}"));
             rules.affinities.insert(set, seconds);
         }
-        body.push(format!("meta l4proto {} dnat ip to {}:{}", self.protocol, e.address, e.port));
+        body.push(format!("meta l4proto {} dnat ip to {}", self.protocol, e.address));
         rules.chains.insert(name.clone(), body);
         name
     }
-}
-
-/// The endpoints of a service's port that take new connections, in a stable order.
-fn endpoints(port: &ServicePort, slices: &[&EndpointSlice], node: &str) -> Vec<Endpoint> {
-    let mut found: BTreeMap<(String, u16), (Condition, bool)> = BTreeMap::new();
-    for slice in slices {
-        let wanted = port.name.as_deref().unwrap_or_default();
-        let same = |p: &&k8s_openapi::api::discovery::v1::EndpointPort| {
-            p.name.as_deref().unwrap_or_default() == wanted
-                && p.protocol.as_deref().unwrap_or("TCP") == port.protocol.as_deref().unwrap_or("TCP")
-        };
-        let Some(number) = slice.ports.iter().flatten().find(same).and_then(|p| p.port) else { continue };
-        let Ok(number) = u16::try_from(number) else { continue };
-        for endpoint in slice.endpoints.iter().flatten() {
-            let conditions = endpoint.conditions.as_ref();
-            let is = |value: Option<bool>, unset: bool| value.unwrap_or(unset);
-            let ready = is(conditions.and_then(|c| c.ready), true);
-            let serving = is(conditions.and_then(|c| c.serving), ready);
-            let terminating = is(conditions.and_then(|c| c.terminating), false);
-            let condition = match (ready, serving && terminating) {
-                (true, _) => Condition::Ready,
-                (false, true) => Condition::Serving,
-                (false, false) => Condition::Unusable,
-            };
-            let local = endpoint.node_name.as_deref() == Some(node);
-            // Only the first address of an endpoint counts; that is what the slice's consumers agreed on.
-            let address = endpoint.addresses.first().filter(|a| a.parse::<std::net::Ipv4Addr>().is_ok());
-            if let Some(address) = address {
-                let entry = found.entry((address.clone(), number)).or_insert((condition, local));
-                // While an endpoint moves from one slice to another it may stand in both.
-                if condition == Condition::Ready {
-                    *entry = (condition, local);
-                }
-            }
-        }
-    }
-    let pick = |wanted: Condition| -> Vec<Endpoint> {
-        let all = found.iter().filter(|(_, (condition, _))| *condition == wanted);
-        all.map(|((address, port), (_, local))| Endpoint { address: address.clone(), port: *port, local: *local })
-            .collect()
-    };
-    let ready = pick(Condition::Ready);
-    if ready.is_empty() { pick(Condition::Serving) } else { ready }
-}
-
-/// Flows of datagrams that have lost their endpoint, or that were refused before there was one.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stale {
-    /// The endpoint is gone.
-    Endpoint {
-        /// The service's address.
-        service: String,
-        /// The endpoint's address.
-        endpoint: String,
-    },
-    /// The service had no endpoint before.
-    Service {
-        /// The service's address.
-        service: String,
-        /// Its port.
-        port: u16,
-    },
-}
-
-impl Stale {
-    /// The arguments for `conntrack`.
-    pub fn arguments(&self) -> Vec<String> {
-        let words: Vec<String> = match self {
-            Stale::Endpoint { service, endpoint } => {
-                vec!["--orig-dst".into(), service.clone(), "--dst-nat".into(), endpoint.clone()]
-            }
-            Stale::Service { service, port } => {
-                vec!["--orig-dst".into(), service.clone(), "--dport".into(), port.to_string()]
-            }
-        };
-        ["-D", "-p", "udp"].into_iter().map(str::to_owned).chain(words).collect()
-    }
-}
-
-/// The flows that a change from `old` to `new` leaves behind.
-pub fn stale(old: Option<&Ruleset>, new: &Ruleset) -> Vec<Stale> {
-    let Some(old) = old else { return Vec::new() };
-    let mut out = BTreeSet::new();
-    for (service, _, endpoint) in old.datagrams.difference(&new.datagrams) {
-        out.insert(Stale::Endpoint { service: service.clone(), endpoint: endpoint.clone() });
-    }
-    let served = |rules: &Ruleset| -> BTreeSet<(String, u16)> {
-        rules.datagrams.iter().map(|(s, p, _)| (s.clone(), *p)).collect()
-    };
-    for (service, port) in served(new).difference(&served(old)) {
-        out.insert(Stale::Service { service: service.clone(), port: *port });
-    }
-    out.into_iter().collect()
 }
 
 /// A short name for nftables, which allows no dashes or slashes: FNV-1a of 64 bits.
@@ -295,6 +183,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::proxy::state;
 
     fn state(service: Value, endpoints: Value) -> State {
         let mut state = State::default();
@@ -305,13 +194,18 @@ mod tests {
             "addressType": "IPv4", "ports": [{"name": "", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints,
         }))
         .unwrap();
-        state.services.insert(("n".into(), "s".into()), service);
-        state.slices.insert(("n".into(), "s-1".into()), slice);
+        state.services.extend([state::service(service)]);
+        state.slices.extend([state::slice(slice)]);
         state
     }
 
     fn config() -> ProxyConfig {
         ProxyConfig { node_name: "here".into(), cluster_cidr: "10.244.0.0/16".parse().unwrap(), ..Default::default() }
+    }
+
+    /// Nothing is thought of anybody.
+    fn calm(state: &State, config: &ProxyConfig) -> Ruleset {
+        plan(state, config, &BTreeMap::new())
     }
 
     fn targets(rules: &Ruleset) -> Vec<String> {
@@ -329,7 +223,7 @@ mod tests {
     fn only_ready_endpoints_take_connections() {
         let port = json!({"clusterIP": "10.96.0.9", "ports": [{"port": 80}]});
         let check = |endpoints: Value, expect: &[&str]| {
-            let rules = plan(&state(port.clone(), endpoints), &config());
+            let rules = calm(&state(port.clone(), endpoints), &config());
             assert_eq!(targets(&rules), expect);
             let map = if expect.is_empty() { "dead_services" } else { "services" };
             assert!(rules.elements.contains_key(&(map, "10.96.0.9 . tcp . 80".to_owned())), "{rules:?}");
@@ -348,7 +242,7 @@ mod tests {
             json!({"type": "ExternalName", "externalName": "x"}),
         ] {
             assert_eq!(
-                plan(&state(service, json!([endpoint("10.244.0.2", true, false)])), &config()),
+                calm(&state(service, json!([endpoint("10.244.0.2", true, false)])), &config()),
                 Ruleset::default()
             );
         }
@@ -357,12 +251,12 @@ mod tests {
     #[test]
     fn a_local_policy_uses_only_this_nodes_endpoints() {
         let service = json!({"type": "NodePort", "clusterIP": "10.96.0.9", "externalTrafficPolicy": "Local", "ports": [{"port": 80, "nodePort": 30080}]});
-        let rules = plan(&state(service.clone(), json!([endpoint("10.244.0.2", true, false)])), &config());
+        let rules = calm(&state(service.clone(), json!([endpoint("10.244.0.2", true, false)])), &config());
         let chain = rules.chains.iter().find(|(n, _)| n.starts_with("ext_")).unwrap().1;
         assert_eq!(chain.last().unwrap(), "drop");
         let mut here = endpoint("10.244.0.2", true, false);
         here["nodeName"] = "here".into();
-        let rules = plan(&state(service, json!([here])), &config());
+        let rules = calm(&state(service, json!([here])), &config());
         let chain = rules.chains.iter().find(|(n, _)| n.starts_with("ext_")).unwrap().1;
         assert!(chain.last().unwrap().starts_with("goto loc_"));
         assert!(!chain.iter().any(|r| r == "jump mark_masquerade"), "the client's address is kept");
@@ -371,8 +265,8 @@ mod tests {
     #[test]
     fn a_change_touches_only_what_changed() {
         let port = json!({"clusterIP": "10.96.0.9", "ports": [{"port": 80}]});
-        let one = plan(&state(port.clone(), json!([endpoint("10.244.0.2", true, false)])), &config());
-        let two = plan(
+        let one = calm(&state(port.clone(), json!([endpoint("10.244.0.2", true, false)])), &config());
+        let two = calm(
             &state(port, json!([endpoint("10.244.0.2", true, false), endpoint("10.244.0.3", true, false)])),
             &config(),
         );
@@ -383,18 +277,5 @@ mod tests {
         assert_eq!(one.script(Some(&one)), "");
         let back = one.script(Some(&two));
         assert!(back.contains("delete chain"), "{back}");
-    }
-
-    #[test]
-    fn datagram_flows_to_endpoints_that_left_are_forgotten() {
-        let mut old = Ruleset::default();
-        old.datagrams.insert(("10.96.0.10".into(), 53, "10.244.0.2".into()));
-        let mut new = Ruleset::default();
-        new.datagrams.insert(("10.96.0.10".into(), 53, "10.244.0.3".into()));
-        assert_eq!(
-            stale(Some(&old), &new),
-            [Stale::Endpoint { service: "10.96.0.10".into(), endpoint: "10.244.0.2".into() }]
-        );
-        assert_eq!(stale(Some(&Ruleset::default()), &new), [Stale::Service { service: "10.96.0.10".into(), port: 53 }]);
     }
 }

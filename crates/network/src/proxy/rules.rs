@@ -5,6 +5,8 @@ use std::{
     fmt::Write as _,
 };
 
+use super::stale::Datagrams;
+
 /// Our table.
 pub const TABLE: &str = "inet seawall";
 
@@ -16,8 +18,30 @@ pub const MAPS: [(&str, &str); 4] = [
     ("dead_nodeports", "inet_proto . inet_service : verdict"),
 ];
 
-/// What does not depend on any Service. The mark 0x4000 says that the source address is to be replaced.
+/// The sets of addresses and ports: name and type.
+pub const SETS: [(&str, &str); 4] = [
+    ("dead_pods4", "type ipv4_addr; flags interval;"),
+    ("dead_pods6", "type ipv6_addr; flags interval;"),
+    ("dead_ports4", "type ipv4_addr . inet_service;"),
+    ("dead_ports6", "type ipv6_addr . inet_service;"),
+];
+
+/// What does not depend on any Service. The mark 0x4000 says that the source address is to be replaced;
+/// [`super::rouse::MARK`] that a packet is to pass as it is.
+///
+/// What is open to a dead machine is reset in the way of whoever sends next, be it a pod (forward) or a process of this
+/// machine (output). Another table that lets established flows pass does not change that: every hook has its say.
 const BASE: &str = "\
+chain raw_output {
+    type filter hook output priority raw; policy accept;
+    meta mark 0x53570001 notrack
+}
+chain reset_dead {
+    ip daddr @dead_pods4 reject with tcp reset
+    ip6 daddr @dead_pods6 reject with tcp reset
+    ip daddr . tcp dport @dead_ports4 reject with tcp reset
+    ip6 daddr . tcp dport @dead_ports6 reject with tcp reset
+}
 chain mark_masquerade {
     meta mark set meta mark | 0x4000
 }
@@ -53,10 +77,12 @@ chain filter_input {
 }
 chain filter_forward {
     type filter hook forward priority filter; policy accept;
+    meta l4proto tcp jump reset_dead
     ct state new jump refuse_dead
 }
 chain filter_output {
     type filter hook output priority filter; policy accept;
+    meta l4proto tcp jump reset_dead
     ct state new jump refuse_dead
 }
 ";
@@ -68,19 +94,22 @@ pub struct Ruleset {
     pub chains: BTreeMap<String, Vec<String>>,
     /// Elements of maps: map and key, with the verdict.
     pub elements: BTreeMap<(&'static str, String), String>,
+    /// Elements of sets: set and element.
+    pub sets: BTreeSet<(&'static str, String)>,
     /// Sets of client addresses by name, with how long an address stays, in seconds.
     pub affinities: BTreeMap<String, u32>,
-    /// Datagram endpoints in use: service address, port, endpoint address.
-    pub datagrams: BTreeSet<(String, u16, String)>,
+    /// Where flows of datagrams may be.
+    pub datagrams: BTreeSet<Datagrams>,
 }
 
-/// How much there is of a table: chains with how many rules each has, maps with how many elements, sets. Enough to tell
+/// How much there is of a table: chains with how many rules each has, maps and sets with how many elements. Enough to tell
 /// that somebody took something away (or put something in), without comparing how the kernel words it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outline {
     chains: BTreeMap<String, usize>,
     maps: BTreeMap<String, usize>,
-    sets: BTreeSet<String>,
+    /// Without a number where the kernel adds elements itself.
+    sets: BTreeMap<String, Option<usize>>,
 }
 
 impl Outline {
@@ -104,7 +133,9 @@ impl Outline {
             } else if let Some(map) = name("map", "name") {
                 outline.maps.insert(map, object["map"]["elem"].as_array().map_or(0, Vec::len));
             } else if let Some(set) = name("set", "name") {
-                outline.sets.insert(set);
+                let fixed = SETS.iter().any(|(name, _)| *name == set);
+                let count = fixed.then(|| object["set"]["elem"].as_array().map_or(0, Vec::len));
+                outline.sets.insert(set, count);
             }
         }
         Ok(outline)
@@ -129,7 +160,10 @@ impl Ruleset {
         for (map, _) in self.elements.keys() {
             *outline.maps.entry((*map).to_owned()).or_default() += 1;
         }
-        outline.sets.extend(self.affinities.keys().cloned());
+        outline.sets.extend(self.affinities.keys().map(|set| (set.clone(), None)));
+        for (set, _) in SETS {
+            outline.sets.insert(set.to_owned(), Some(self.sets.iter().filter(|(s, _)| *s == set).count()));
+        }
         outline
     }
 
@@ -144,6 +178,9 @@ impl Ruleset {
                 let _ = writeln!(out, "add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{");
                 for (map, ty) in MAPS {
                     let _ = writeln!(out, "map {map} {{ type {ty}; }}");
+                }
+                for (set, ty) in SETS {
+                    let _ = writeln!(out, "set {set} {{ {ty} }}");
                 }
                 let _ = writeln!(out, "{BASE}}}");
                 &empty
@@ -178,6 +215,12 @@ impl Ruleset {
             if old.elements.get(&(*map, key.clone())) != Some(verdict) {
                 let _ = writeln!(out, "add element {TABLE} {map} {{ {key} : {verdict} }}");
             }
+        }
+        for (set, key) in old.sets.difference(&self.sets) {
+            let _ = writeln!(out, "delete element {TABLE} {set} {{ {key} }}");
+        }
+        for (set, key) in self.sets.difference(&old.sets) {
+            let _ = writeln!(out, "add element {TABLE} {set} {{ {key} }}");
         }
         let gone: Vec<&String> = old.chains.keys().filter(|c| !self.chains.contains_key(*c)).collect();
         for chain in &gone {

@@ -78,6 +78,8 @@ pub struct Facts {
     pub finalized: bool,
     /// What the node needs before it starts containers (services listed, network ready) is there.
     pub node_ready: bool,
+    /// The pod must not run twice, and others may run it now: nothing of it is started.
+    pub held: bool,
     /// Under way.
     pub busy: BTreeSet<Op>,
     /// Kills under way, by container id, with the time at which they turn to SIGKILL.
@@ -292,7 +294,7 @@ pub fn plan(pod: &Pod, observed: &Observed, facts: &Facts, now: Timestamp) -> Pl
         }
         plan.wake_at(deadline);
     }
-    if !facts.node_ready {
+    if !facts.node_ready || facts.held {
         return plan;
     }
     if !facts.prepared {

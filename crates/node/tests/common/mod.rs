@@ -100,6 +100,7 @@ impl Cluster {
             presence: Default::default(),
             paths: None,
             shared_store: false,
+            tolerations: Default::default(),
         };
         let tls = serve::tls(&serving, &authority.pem).unwrap();
         let server = Server::start(server_config, store, stop.child_token()).await.unwrap();

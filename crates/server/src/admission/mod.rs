@@ -10,7 +10,7 @@ use seawall_api::Scope;
 use serde_json::{Value, json};
 
 use crate::{
-    Context, Server,
+    Context, Server, Tolerations,
     cache::Snapshot,
     error::{ApiError, Result},
     object::Object,
@@ -45,7 +45,11 @@ impl Server {
         if context.row.plural == "pods" && context.row.group.is_empty() {
             self.service_account(context, object).await?;
             self.priority(context, object)?;
-            default_tolerations(object);
+            self.namespace_tolerations(context, object).await?;
+            default_tolerations(object, self.config.tolerations);
+        }
+        if context.row.plural == "nodes" && context.row.group.is_empty() {
+            taint_new_node(object);
         }
         Ok(())
     }
@@ -184,6 +188,33 @@ impl Server {
         Ok(())
     }
 
+    /// What the pods of a namespace tolerate, unless they say otherwise themselves. Upstream's PodTolerationRestriction has
+    /// the annotation too; there it can only add to what pods tolerate by default, here it comes first.
+    async fn namespace_tolerations(&self, context: &Context<'_>, pod: &mut Value) -> Result<()> {
+        let Some(namespace) = self.find("", "namespaces", "", context.namespace()).await? else { return Ok(()) };
+        let namespace = namespace.value();
+        let Some(text) = namespace["metadata"]["annotations"][NAMESPACE_TOLERATIONS].as_str() else { return Ok(()) };
+        let Ok(Value::Array(tolerations)) = serde_json::from_str(text) else {
+            let why = format!(
+                "the annotation {NAMESPACE_TOLERATIONS} of namespace {} is {text:?}, which is no JSON list of tolerations: \
+                 correct it, or remove it",
+                context.namespace()
+            );
+            return Err(ApiError::forbidden(&context.row, pod["metadata"]["name"].as_str().unwrap_or_default(), why));
+        };
+        let spec = &mut pod["spec"];
+        if !spec.is_object() {
+            return Ok(());
+        }
+        for toleration in tolerations {
+            let same = |t: &Value| t["key"] == toleration["key"] && t["effect"] == toleration["effect"];
+            if !spec["tolerations"].as_array().into_iter().flatten().any(same) {
+                push(spec, "tolerations", toleration);
+            }
+        }
+        Ok(())
+    }
+
     /// Turns the name of a priority class into a number.
     fn priority(&self, context: &Context<'_>, pod: &mut Value) -> Result<()> {
         let snapshot = self.cache.snapshot();
@@ -241,25 +272,79 @@ fn push(object: &mut Value, key: &str, item: Value) {
     }
 }
 
-/// A pod stays five minutes on a node that is not ready or cannot be reached, unless it says otherwise.
-fn default_tolerations(pod: &mut Value) {
-    const SECONDS: i64 = 300;
+const NOT_READY: &str = "node.kubernetes.io/not-ready";
+const UNREACHABLE: &str = "node.kubernetes.io/unreachable";
+/// What the pods of a namespace tolerate, if they do not say: a JSON list of tolerations.
+const NAMESPACE_TOLERATIONS: &str = "scheduler.alpha.kubernetes.io/defaultTolerations";
+
+/// Whether a toleration speaks of a taint with this key, and of being sent away.
+fn covers(toleration: &Value, key: &str) -> bool {
+    let any_key = toleration["key"].as_str().unwrap_or_default().is_empty() && toleration["operator"] == "Exists";
+    let effect = toleration["effect"].as_str().unwrap_or_default();
+    (any_key || toleration["key"] == key) && (effect.is_empty() || effect == "NoExecute")
+}
+
+/// A pod stays a while on a node that is not ready or cannot be reached, unless it says otherwise
+/// (<https://kubernetes.io/docs/reference/access-authn-authz/admission-controllers/#defaulttolerationseconds>).
+fn default_tolerations(pod: &mut Value, defaults: Tolerations) {
     let spec = &mut pod["spec"];
     if !spec.is_object() {
         return;
     }
-    for key in ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"] {
-        let covers = |t: &Value| {
-            let any_key = t["key"].as_str().unwrap_or_default().is_empty() && t["operator"] == "Exists";
-            let effect = t["effect"].as_str().unwrap_or_default();
-            (any_key || t["key"] == key) && (effect.is_empty() || effect == "NoExecute")
-        };
-        if !spec["tolerations"].as_array().into_iter().flatten().any(covers) {
-            push(
-                spec,
-                "tolerations",
-                json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": SECONDS}),
-            );
+    for (key, seconds) in [(NOT_READY, defaults.not_ready), (UNREACHABLE, defaults.unreachable)] {
+        if !spec["tolerations"].as_array().into_iter().flatten().any(|t| covers(t, key)) {
+            let toleration =
+                json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds});
+            push(spec, "tolerations", toleration);
         }
+    }
+}
+
+/// Nothing is put on a node before it has said that it is ready (upstream's TaintNodesByCondition).
+fn taint_new_node(node: &mut Value) {
+    let taint = json!({"key": NOT_READY, "effect": "NoSchedule"});
+    let spec = &mut node["spec"];
+    if spec.is_null() {
+        *spec = json!({});
+    }
+    let has = |t: &Value| t["key"] == taint["key"] && t["effect"] == taint["effect"];
+    if spec.is_object() && !spec["taints"].as_array().into_iter().flatten().any(has) {
+        push(spec, "taints", taint);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_long_pods_stay() {
+        let check = |tolerations: Value, expect: &[(&str, i64)]| {
+            let mut pod = json!({"spec": {"tolerations": tolerations}});
+            default_tolerations(&mut pod, Tolerations { not_ready: 5, unreachable: 7 });
+            let all = pod["spec"]["tolerations"].as_array().cloned().unwrap_or_default();
+            let added = &all[tolerations.as_array().map_or(0, Vec::len)..];
+            let found: Vec<_> =
+                added.iter().map(|t| (t["key"].as_str().unwrap(), t["tolerationSeconds"].as_i64().unwrap())).collect();
+            assert_eq!(found, expect, "{tolerations}");
+        };
+        check(json!(null), &[(NOT_READY, 5), (UNREACHABLE, 7)]);
+        check(json!([{"operator": "Exists"}]), &[]);
+        check(json!([{"key": UNREACHABLE, "operator": "Exists", "effect": "NoExecute"}]), &[(NOT_READY, 5)]);
+        check(json!([{"key": NOT_READY, "operator": "Exists"}]), &[(UNREACHABLE, 7)]);
+        check(
+            json!([{"key": NOT_READY, "operator": "Exists", "effect": "NoSchedule"}]),
+            &[(NOT_READY, 5), (UNREACHABLE, 7)],
+        );
+    }
+
+    #[test]
+    fn a_new_node_is_tainted_once() {
+        let mut node = json!({"metadata": {"name": "n"}});
+        taint_new_node(&mut node);
+        let tainted = node.clone();
+        taint_new_node(&mut node);
+        assert_eq!(node, tainted);
+        assert_eq!(node["spec"]["taints"], json!([{"key": NOT_READY, "effect": "NoSchedule"}]));
     }
 }

@@ -54,6 +54,7 @@ impl Api {
             presence: Default::default(),
             paths: None,
             shared_store: false,
+            tolerations: Default::default(),
         };
         let stop = CancellationToken::new();
         let server = Server::start(config, store, stop.clone()).await.unwrap();

@@ -1,0 +1,118 @@
+//! Which flows have to be forgotten when the rules change. Pure.
+//!
+//! The kernel looks at the rules when a flow begins. One of datagrams has no end, so it would go on to an endpoint that is
+//! gone for as long as the client sends.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use super::{conntrack::Flow, rules::Ruleset};
+
+const UDP: u8 = 17;
+
+/// An endpoint at which flows of datagrams may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Datagrams {
+    /// The service's address; none if it is any of the node's, and `port` the node's port.
+    pub address: Option<Ipv4Addr>,
+    /// The port.
+    pub port: u16,
+    /// The endpoint's address.
+    pub endpoint: IpAddr,
+}
+
+/// Flows that have lost their endpoint, or that were refused before there was one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stale {
+    /// The endpoint is gone.
+    Endpoint(Datagrams),
+    /// The service had no endpoint before: its address and its port, or the node's port.
+    Service(Option<Ipv4Addr>, u16),
+}
+
+impl Stale {
+    /// Whether this is such a flow.
+    pub fn is(&self, flow: &Flow) -> bool {
+        let to = flow.original.to;
+        let at = |address: Option<Ipv4Addr>, port: u16| {
+            to.port() == port && address.is_none_or(|address| to.ip() == IpAddr::V4(address))
+        };
+        flow.protocol == UDP
+            && match self {
+                Stale::Endpoint(d) => at(d.address, d.port) && flow.reply.from.ip() == d.endpoint,
+                // On its way to the address itself: nobody stood behind it. Of other machines' ports we know nothing, but
+                // forgetting such a flow costs nothing either.
+                Stale::Service(address, port) => at(*address, *port) && flow.reply.from.ip() == to.ip(),
+            }
+    }
+}
+
+/// The flows that a change from `old` to `new` leaves behind.
+pub fn stale(old: Option<&Ruleset>, new: &Ruleset) -> BTreeSet<Stale> {
+    let Some(old) = old else { return BTreeSet::new() };
+    let mut out: BTreeSet<Stale> =
+        old.datagrams.difference(&new.datagrams).map(|gone| Stale::Endpoint(*gone)).collect();
+    let served = |rules: &Ruleset| -> BTreeSet<(Option<Ipv4Addr>, u16)> {
+        rules.datagrams.iter().map(|d| (d.address, d.port)).collect()
+    };
+    out.extend(served(new).difference(&served(old)).map(|(address, port)| Stale::Service(*address, *port)));
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::conntrack::Way;
+
+    fn rules(address: Option<&str>, port: u16, endpoints: &[&str]) -> Ruleset {
+        let address = address.map(|a| a.parse().unwrap());
+        let of = |e: &&str| Datagrams { address, port, endpoint: e.parse().unwrap() };
+        Ruleset { datagrams: endpoints.iter().map(of).collect(), ..Default::default() }
+    }
+
+    fn flow(protocol: u8, to: &str, endpoint: &str) -> Flow {
+        let client = "10.244.0.9:5000".parse().unwrap();
+        Flow {
+            protocol,
+            original: Way { from: client, to: to.parse().unwrap() },
+            reply: Way { from: endpoint.parse().unwrap(), to: client },
+            state: None,
+        }
+    }
+
+    #[test]
+    fn flows_to_endpoints_that_left_are_forgotten() {
+        let (one, two) =
+            (rules(Some("10.96.0.10"), 53, &["10.244.0.2"]), rules(Some("10.96.0.10"), 53, &["10.244.0.3"]));
+        let found = stale(Some(&one), &two);
+        assert_eq!(found.len(), 1);
+        let check = |protocol: u8, to: &str, endpoint: &str, expect: bool| {
+            let flow = flow(protocol, to, endpoint);
+            assert_eq!(found.iter().any(|s| s.is(&flow)), expect, "{flow:?}");
+        };
+        check(17, "10.96.0.10:53", "10.244.0.2:53", true);
+        check(6, "10.96.0.10:53", "10.244.0.2:53", false);
+        check(17, "10.96.0.10:53", "10.244.0.3:53", false);
+        check(17, "10.96.0.10:54", "10.244.0.2:53", false);
+        check(17, "10.96.0.11:53", "10.244.0.2:53", false);
+        check(17, "10.244.0.2:53", "10.244.0.2:53", false);
+    }
+
+    #[test]
+    fn of_a_nodes_port_as_well() {
+        let found = stale(Some(&rules(None, 30053, &["10.244.0.2"])), &Ruleset::default());
+        assert!(found.iter().any(|s| s.is(&flow(17, "192.168.77.1:30053", "10.244.0.2:53"))));
+        assert!(!found.iter().any(|s| s.is(&flow(17, "192.168.77.1:30053", "10.244.0.3:53"))));
+    }
+
+    #[test]
+    fn flows_that_were_refused_are_forgotten_when_there_is_somebody() {
+        let found = stale(Some(&Ruleset::default()), &rules(Some("10.96.0.10"), 53, &["10.244.0.2"]));
+        assert_eq!(found.iter().collect::<Vec<_>>(), [&Stale::Service(Some(Ipv4Addr::new(10, 96, 0, 10)), 53)]);
+        assert!(found.iter().all(|s| s.is(&flow(17, "10.96.0.10:53", "10.96.0.10:53"))));
+        assert!(!found.iter().any(|s| s.is(&flow(17, "10.96.0.10:53", "10.244.0.2:53"))));
+        assert!(stale(None, &rules(None, 1, &["10.244.0.2"])).is_empty(), "what was there is not known");
+    }
+}

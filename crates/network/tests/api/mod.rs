@@ -1,0 +1,80 @@
+//! A real API server, in this process.
+#![allow(dead_code, missing_docs, reason = "not every test uses all of it")]
+
+use std::{net::SocketAddr, sync::Arc};
+
+use kube::Client;
+use seawall_client::tls;
+use seawall_server::{
+    Config, Server,
+    auth::{MASTERS, UserInfo},
+    pki::{Authority, service_account_key},
+    serve,
+};
+use seawall_store::embedded::Embedded;
+use tokio_util::sync::CancellationToken;
+
+/// One cluster: several servers on one store.
+pub struct Cluster {
+    pub authority: Authority,
+    pub server: Arc<Server>,
+    pub directory: tempfile::TempDir,
+}
+
+impl Cluster {
+    pub async fn new(advertise: &str) -> Cluster {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let directory = tempfile::tempdir().unwrap();
+        let authority = Authority::open(&directory.path().join("tls")).unwrap();
+        let kubelet = authority.client("kubelet-client", MASTERS).unwrap();
+        let config = Config {
+            service_cidr: "10.96.0.0/24".parse().unwrap(),
+            node_ports: 30000..=30009,
+            advertise: (advertise.parse().unwrap(), 6443),
+            service_account_key: service_account_key(&directory.path().join("tls")).unwrap(),
+            issuer: "https://kubernetes.default.svc".into(),
+            ca_pem: authority.pem.clone(),
+            kubelet_client: (kubelet.certificate, kubelet.key),
+            version: "v1.37.0".into(),
+            name: "s1".into(),
+            presence: Default::default(),
+            paths: None,
+            shared_store: false,
+            tolerations: Default::default(),
+        };
+        let store = Arc::new(Embedded::open(&directory.path().join("store"), Default::default()).unwrap());
+        let server = Server::start(config, store, CancellationToken::new()).await.unwrap();
+        Cluster { authority, server, directory }
+    }
+
+    /// A client that needs no socket.
+    pub fn client(&self) -> Client {
+        let server = self.server.clone();
+        seawall_client::in_process(move |request| {
+            let (server, user) = (server.clone(), UserInfo::new("admin", &[MASTERS]));
+            async move { server.handle(request, Some(user)).await }
+        })
+    }
+
+    /// Serves the API at one more address, until the token is cancelled.
+    pub async fn serve(&self, address: &str) -> (SocketAddr, CancellationToken) {
+        let stop = CancellationToken::new();
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = self.authority.server("kube-apiserver", "", &["kubernetes".into()], &[address.ip()]).unwrap();
+        let tls = serve::tls(&serving, &self.authority.pem).unwrap();
+        tokio::spawn(serve::serve(self.server.clone(), listener, tls, stop.clone()));
+        (address, stop)
+    }
+
+    /// A client as agents have them, at an address.
+    pub fn remote(&self, address: SocketAddr) -> Client {
+        let pair = self.authority.client("admin", MASTERS).unwrap();
+        let credentials = tls::Credentials {
+            ca_pem: self.authority.pem.clone(),
+            certificate: Some((pair.certificate, pair.key)),
+            token: None,
+        };
+        tls::connect(address, &tls::Tls::new(&credentials).unwrap())
+    }
+}

@@ -1,0 +1,365 @@
+//! Members of the gossip on a virtual network: thousands of them, and every kind of bad day.
+//!
+//! The very code that runs on machines ([`Core`]) runs here; only the sealing of packets is left out.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use seawall_network::{
+    gossip::{
+        core::{Core, Event, Leaving},
+        guard::STALE,
+        id::{Id, Key},
+        judge::Times,
+        metrics::Counters,
+    },
+    verdict::Verdict,
+};
+use seawall_quorum::timing::{Profile, Timing};
+
+use crate::clock::Clock;
+
+/// What IP, UDP and the sealing add to a packet.
+pub const OVERHEAD: usize = 28 + seawall_network::gossip::seal::OVERHEAD;
+/// A socket's buffer holds so many packets while its owner is frozen.
+const BUFFER: usize = 256;
+
+/// What is simulated.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// How many members there are.
+    pub members: usize,
+    /// Their times.
+    pub profile: Profile,
+    /// How many of a hundred packets are lost.
+    pub loss: u32,
+    /// How long a packet is under way, in milliseconds: at least and at most.
+    pub latency: (u64, u64),
+    /// Whether all know each other from the start, or learn it from the list of members.
+    pub settled: bool,
+}
+
+impl Default for Setting {
+    fn default() -> Setting {
+        Setting { members: 5, profile: Profile::Fast, loss: 0, latency: (0, 2), settled: true }
+    }
+}
+
+/// What can happen to a member.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    /// Its power is cut.
+    Off(usize),
+    /// It is started (again).
+    On(usize),
+    /// It gets no CPU time for this long. Packets wait.
+    Freeze(usize, Duration),
+    /// Its process is killed; the machine answers that nobody listens.
+    Kill(usize),
+    /// Its process ends in an orderly way.
+    Leave(usize, Leaving),
+    /// From now on nothing that the first sends reaches the second.
+    Cut(usize, usize),
+    /// From now on it does.
+    Mend(usize, usize),
+}
+
+enum Happens {
+    Tick(usize, u64),
+    Arrive { to: usize, from: usize, sent: Duration, data: Vec<u8> },
+    Refuse { to: usize, by: usize },
+    Thaw(usize, u64),
+    Fault(Fault),
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum State {
+    On,
+    Frozen,
+    Off,
+    Killed,
+}
+
+struct Node {
+    core: Core,
+    state: State,
+    /// Which life; what belongs to a former one is dropped.
+    life: u64,
+    inbox: Vec<(usize, Duration, Vec<u8>)>,
+    due: Duration,
+    /// When it was last disturbed: until when that may explain what others think of it.
+    disturbed: Option<Duration>,
+}
+
+/// Somebody came to think something of somebody.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Change {
+    /// When.
+    pub at: Duration,
+    /// Who.
+    pub by: usize,
+    /// Of whom.
+    pub about: usize,
+    /// What.
+    pub verdict: Option<Verdict>,
+    /// By how many members' word.
+    pub accusers: usize,
+}
+
+/// A cluster under way.
+pub struct World {
+    /// The time and what is to come.
+    clock: Clock<Happens>,
+    setting: Setting,
+    nodes: Vec<Node>,
+    keys: BTreeMap<Key, usize>,
+    roster: BTreeSet<Key>,
+    cuts: BTreeSet<(usize, usize)>,
+    thoughts: BTreeMap<(usize, usize), Option<Verdict>>,
+    /// What has changed, apart from those who are found to be there.
+    pub changes: Vec<Change>,
+    /// Packets and bytes that were sent.
+    pub traffic: (u64, u64),
+    seed: u64,
+}
+
+fn key(index: usize) -> Key {
+    Key::of(&format!("node-{index}"))
+}
+
+impl World {
+    /// A cluster whose members have just been started.
+    pub fn new(seed: u64, setting: Setting) -> World {
+        let times = Times::of(&Timing::of(setting.profile));
+        let keys: BTreeMap<Key, usize> = (0..setting.members).map(|index| (key(index), index)).collect();
+        let core = |index: usize| Core::new(key(index), 1000, times, seed << 20 | index as u64);
+        let nodes = (0..setting.members).map(|index| Node {
+            core: core(index),
+            state: State::On,
+            life: 0,
+            inbox: Vec::new(),
+            due: Duration::MAX,
+            disturbed: None,
+        });
+        let mut world = World {
+            clock: Clock::new(seed),
+            nodes: nodes.collect(),
+            roster: keys.keys().copied().collect(),
+            keys,
+            cuts: BTreeSet::new(),
+            thoughts: BTreeMap::new(),
+            changes: Vec::new(),
+            traffic: (0, 0),
+            seed,
+            setting,
+        };
+        for index in 0..world.nodes.len() {
+            // They are not started in step.
+            let at = world.clock.between(0, 50);
+            world.clock.at(at, Happens::Tick(index, 0));
+        }
+        world
+    }
+
+    /// The time.
+    pub fn now(&self) -> Duration {
+        self.clock.now()
+    }
+
+    /// Plans something.
+    pub fn plan(&mut self, at: Duration, fault: Fault) {
+        self.clock.at(at, Happens::Fault(fault));
+    }
+
+    /// A number by chance.
+    pub fn random(&mut self, below: usize) -> usize {
+        (self.clock.between(0, 1_000_000).as_micros() as usize) % below.max(1)
+    }
+
+    /// What a member has counted.
+    pub fn counters(&self, index: usize) -> &Counters {
+        self.nodes[index].core.counters()
+    }
+
+    /// What one thinks of another.
+    pub fn thought(&self, by: usize, about: usize) -> Option<Verdict> {
+        self.thoughts.get(&(by, about)).copied().flatten()
+    }
+
+    /// Whether all that are on hold all that are on for alive.
+    pub fn whole(&self) -> bool {
+        let on: Vec<usize> = (0..self.nodes.len()).filter(|n| self.nodes[*n].state == State::On).collect();
+        on.iter().all(|a| on.iter().all(|b| a == b || self.thought(*a, *b) == Some(Verdict::Alive)))
+    }
+
+    /// Lets time pass.
+    pub fn run(&mut self, until: Duration) {
+        while let Some(next) = self.clock.next(until) {
+            match next {
+                Happens::Tick(index, life) => {
+                    let now = self.clock.now();
+                    let node = &mut self.nodes[index];
+                    if node.life != life || node.state != State::On {
+                        continue;
+                    }
+                    if node.due == Duration::MAX {
+                        self.start(index);
+                    } else if now >= node.due {
+                        self.step(index, Event::Tick);
+                    }
+                }
+                Happens::Arrive { to, from, sent, data } => self.arrive(to, from, sent, data),
+                Happens::Refuse { to, by } if self.nodes[to].state == State::On => {
+                    self.step(to, Event::Refused(key(by)));
+                }
+                Happens::Refuse { .. } => {}
+                Happens::Thaw(index, life) => {
+                    let node = &mut self.nodes[index];
+                    if node.life == life && node.state == State::Frozen {
+                        node.state = State::On;
+                        node.disturbed = Some(self.clock.now());
+                        for (from, sent, data) in std::mem::take(&mut self.nodes[index].inbox) {
+                            self.deliver(index, from, sent, &data);
+                        }
+                        self.step(index, Event::Tick);
+                    }
+                }
+                Happens::Fault(fault) => self.fault(fault),
+            }
+        }
+    }
+
+    fn start(&mut self, index: usize) {
+        let roster = self.roster.clone();
+        self.nodes[index].due = Duration::ZERO;
+        self.step(index, Event::Roster(&roster));
+        if self.setting.settled && self.nodes[index].life == 0 {
+            let lives: Vec<Id> = roster.iter().map(|key| Id { key: *key, born: 1000 }).collect();
+            let now = self.clock.now();
+            self.nodes[index].core.assume(now, lives.into_iter());
+            self.step(index, Event::Tick);
+        }
+    }
+
+    fn fault(&mut self, fault: Fault) {
+        let now = self.clock.now();
+        match fault {
+            Fault::Off(index) | Fault::Kill(index) => {
+                let node = &mut self.nodes[index];
+                node.state = if matches!(fault, Fault::Off(_)) { State::Off } else { State::Killed };
+                node.life += 1;
+                node.inbox.clear();
+                self.thoughts.retain(|(by, _), _| *by != index);
+            }
+            Fault::On(index) => {
+                let times = Times::of(&Timing::of(self.setting.profile));
+                let born = 1_000_000 + now.as_millis() as u64;
+                let node = &mut self.nodes[index];
+                node.life += 1;
+                node.core = Core::new(key(index), born, times, self.seed << 20 | index as u64 | node.life << 50);
+                node.state = State::On;
+                node.due = Duration::MAX;
+                self.clock.after(Duration::ZERO, Happens::Tick(index, self.nodes[index].life));
+            }
+            Fault::Freeze(index, length) => {
+                let node = &mut self.nodes[index];
+                if node.state == State::On {
+                    node.state = State::Frozen;
+                    let life = node.life;
+                    self.clock.after(length, Happens::Thaw(index, life));
+                }
+            }
+            Fault::Leave(index, how) => {
+                self.step(index, Event::Leave(how));
+                self.fault(match how {
+                    Leaving::Process => Fault::Kill(index),
+                    Leaving::Machine => Fault::Off(index),
+                });
+            }
+            Fault::Cut(from, to) => drop(self.cuts.insert((from, to))),
+            Fault::Mend(from, to) => drop(self.cuts.remove(&(from, to))),
+        }
+    }
+
+    fn arrive(&mut self, to: usize, from: usize, sent: Duration, data: Vec<u8>) {
+        match self.nodes[to].state {
+            State::On => self.deliver(to, from, sent, &data),
+            State::Frozen => {
+                let inbox = &mut self.nodes[to].inbox;
+                if inbox.len() < BUFFER {
+                    inbox.push((from, sent, data));
+                }
+            }
+            State::Off => {}
+            State::Killed => {
+                let after = self.clock.between(self.setting.latency.0, self.setting.latency.1);
+                self.clock.after(after, Happens::Refuse { to: from, by: to });
+            }
+        }
+    }
+
+    fn deliver(&mut self, to: usize, from: usize, sent: Duration, data: &[u8]) {
+        if self.clock.now() - sent < STALE {
+            self.step(to, Event::Packet { from: key(from), data });
+        }
+    }
+
+    fn step(&mut self, index: usize, event: Event<'_>) {
+        let now = self.clock.now();
+        if self.nodes[index].due == Duration::MAX {
+            return;
+        }
+        let effects = self.nodes[index].core.step(now, event);
+        for (to, data) in effects.packets {
+            let Some(to) = self.keys.get(&to).copied() else { continue };
+            self.traffic.0 += 1;
+            self.traffic.1 += (data.len() + OVERHEAD) as u64;
+            if self.cuts.contains(&(index, to)) || self.clock.percent(self.setting.loss) {
+                continue;
+            }
+            let after = self.clock.between(self.setting.latency.0, self.setting.latency.1);
+            self.clock.after(after, Happens::Arrive { to, from: index, sent: now, data });
+        }
+        for (about, thought) in effects.changed {
+            let Some(about) = self.keys.get(&about).copied() else { continue };
+            let verdict = thought.map(|t| t.verdict);
+            let accusers = thought.map_or(0, |t| t.accusers);
+            if verdict == Some(Verdict::Alive) && self.setting.members > 500 {
+                // Twenty-five million entries would say nothing.
+                if self.thoughts.remove(&(index, about)).is_none() {
+                    continue;
+                }
+            } else {
+                let before = self.thoughts.insert((index, about), verdict);
+                if before.is_none() && verdict == Some(Verdict::Alive) {
+                    continue;
+                }
+            }
+            self.changes.push(Change { at: now, by: index, about, verdict, accusers });
+        }
+        // A machine acts a little later than it wanted to.
+        let due = effects.due.max(now) + self.clock.between(0, 1);
+        let node = &mut self.nodes[index];
+        if due < node.due || node.due <= now {
+            node.due = due;
+            let life = node.life;
+            self.clock.at(due, Happens::Tick(index, life));
+        }
+    }
+
+    /// When each of the others came to hold a member for dead, counted from `since`; sorted. Those that never did are not
+    /// in it.
+    pub fn found_dead(&self, about: usize, since: Duration) -> Vec<Duration> {
+        let mut first: BTreeMap<usize, Duration> = BTreeMap::new();
+        for change in &self.changes {
+            if change.about == about && change.at >= since && change.verdict == Some(Verdict::Dead) {
+                first.entry(change.by).or_insert(change.at - since);
+            }
+        }
+        let mut times: Vec<Duration> = first.into_values().collect();
+        times.sort();
+        times
+    }
+}
