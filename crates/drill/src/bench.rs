@@ -3,6 +3,8 @@
 //! It drives any Kubernetes API server that a kubeconfig leads to. Given the pids of the server's processes it also
 //! says what a unit of work costs in CPU time, and what they hold in memory.
 
+mod scheduler;
+
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
@@ -31,6 +33,8 @@ enum Command {
     Api(Api),
     /// How long pods take from their creation to Ready.
     Pods(Pods),
+    /// How many pods a second the scheduler decides on.
+    Scheduler(scheduler::Args),
     /// How long a server takes from its start to ready, and what it holds when idle.
     Start(Start),
 }
@@ -144,6 +148,7 @@ async fn work(args: Args) -> anyhow::Result<()> {
     match args.command {
         Command::Api(args) => api(args).await,
         Command::Pods(args) => pods(args).await,
+        Command::Scheduler(args) => scheduler::run(&args),
         Command::Start(args) => start(args).await,
     }
 }

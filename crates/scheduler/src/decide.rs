@@ -1,19 +1,20 @@
 //! The decision: a snapshot and a pod give a node, or the reasons why there is none. Pure.
 
-use std::{collections::BTreeMap, fmt};
+use std::{borrow::Cow, collections::BTreeMap, fmt, sync::Arc};
 
-use rand::Rng;
+use k8s_openapi::api::core::v1::Taint;
+use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
-    affinity::{Company, Unsocial, node_matches, untolerated},
-    pod::PodInfo,
+    affinity::{Company, Unsocial, node_matches, tolerates, untolerated},
+    pod::{PodInfo, Resources},
     score::score,
     snapshot::{NodeInfo, Snapshot},
     spread::{Counts, Uneven},
 };
 
 /// Why a pod fits on no node.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Diagnosis {
     /// How many nodes there are.
     pub nodes: usize,
@@ -21,6 +22,10 @@ pub struct Diagnosis {
     pub reasons: BTreeMap<String, usize>,
     /// A reason that has nothing to do with nodes.
     pub pod: Option<String>,
+    /// The slots of nodes where it might fit if other pods went.
+    pub crowded: Vec<usize>,
+    /// What was thought about making room.
+    pub preemption: Option<String>,
 }
 
 impl fmt::Display for Diagnosis {
@@ -34,13 +39,52 @@ impl fmt::Display for Diagnosis {
             return write!(f, "{reason}.");
         }
         let parts: Vec<String> = self.reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
-        write!(f, "{}.", parts.join(", "))
+        write!(f, "{}.", parts.join(", "))?;
+        match &self.preemption {
+            Some(text) => write!(f, " preemption: {text}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How nodes are looked for. On a large cluster not all that would do are compared
+/// (<https://kubernetes.io/docs/concepts/scheduling-eviction/scheduler-perf-tuning/>).
+#[derive(Debug)]
+pub struct Search {
+    /// Decides among equals.
+    pub random: StdRng,
+    /// The part of the nodes that is enough to compare, in percent; 0 leaves it to their number.
+    pub percentage: usize,
+    /// Where the search goes on, so that all nodes have their turn.
+    start: usize,
+}
+
+impl Search {
+    /// The usual search.
+    pub fn new(random: StdRng, percentage: usize) -> Search {
+        Search { random, percentage, start: 0 }
+    }
+
+    /// A search that comes out the same every time.
+    pub fn seeded(seed: u64) -> Search {
+        Search::new(StdRng::seed_from_u64(seed), 0)
+    }
+
+    /// How many nodes that would do are enough, of so many.
+    pub(crate) fn enough(&self, nodes: usize) -> usize {
+        const LEAST: usize = 100;
+        let percentage = match self.percentage {
+            0 => 50usize.saturating_sub(nodes / 125).max(5),
+            set => set.min(100),
+        };
+        if nodes < LEAST { nodes } else { (nodes * percentage / 100).max(LEAST) }
     }
 }
 
 /// Finds the node for a pod. Among equals chance decides.
-pub fn decide(snapshot: &Snapshot, pod: &PodInfo, random: &mut impl Rng) -> Result<String, Diagnosis> {
-    let mut diagnosis = Diagnosis { nodes: snapshot.known().count(), reasons: BTreeMap::new(), pod: None };
+pub fn decide(snapshot: &Snapshot, pod: &PodInfo, search: &mut Search) -> Result<String, Diagnosis> {
+    let order = snapshot.order();
+    let mut diagnosis = Diagnosis { nodes: order.len(), ..Default::default() };
     for claim in &pod.claims {
         match snapshot.claims.get(&(pod.namespace.clone(), claim.clone())) {
             None => diagnosis.pod = Some(format!("persistentvolumeclaim {claim:?} not found")),
@@ -49,108 +93,222 @@ pub fn decide(snapshot: &Snapshot, pod: &PodInfo, random: &mut impl Rng) -> Resu
         }
         return Err(diagnosis);
     }
-    let company = Company::of(pod, snapshot);
-    let spread = Counts::of(pod, snapshot, true);
-    let mut feasible = Vec::new();
-    for node in snapshot.known() {
-        let reasons = filter(snapshot, pod, node, &company, &spread);
-        if reasons.is_empty() {
-            feasible.push(node);
+    let attempt = Attempt::new(snapshot, pod);
+    // Room was made for it: it goes there if it can.
+    let nominated = snapshot.nomination(&pod.uid).or(pod.nominated.as_deref()).and_then(|name| snapshot.node(name));
+    if let Some(node) = nominated
+        && attempt.fits(node).is_ok()
+    {
+        return Ok(node.facts.name.clone());
+    }
+    let enough = search.enough(order.len());
+    let (mut feasible, mut reasons) = (Vec::new(), BTreeMap::<Reason, usize>::new());
+    let start = if order.is_empty() { 0 } else { search.start % order.len() };
+    let mut visited = 0;
+    for slot in order[start..].iter().chain(&order[..start]) {
+        if feasible.len() >= enough {
+            break;
         }
-        for reason in reasons {
-            *diagnosis.reasons.entry(reason).or_default() += 1;
+        visited += 1;
+        let node = snapshot.at(*slot);
+        match attempt.fits(node) {
+            Ok(()) => feasible.push(node),
+            Err(refusal) => {
+                if refusal.resolvable {
+                    diagnosis.crowded.push(*slot);
+                }
+                for reason in refusal.reasons {
+                    *reasons.entry(reason).or_default() += 1;
+                }
+            }
         }
     }
-    if feasible.is_empty() {
-        return Err(diagnosis);
+    search.start = start + visited;
+    let best = match feasible.as_slice() {
+        [] => {
+            for (reason, count) in reasons {
+                *diagnosis.reasons.entry(reason.to_string()).or_default() += count;
+            }
+            return Err(diagnosis);
+        }
+        [only] => only,
+        _ => {
+            let scores = score(snapshot, pod, &feasible);
+            let best = scores.iter().max().copied().unwrap_or_default();
+            let equals: Vec<&&NodeInfo> =
+                feasible.iter().zip(&scores).filter(|(_, s)| **s == best).map(|(n, _)| n).collect();
+            equals[search.random.random_range(0..equals.len())]
+        }
+    };
+    Ok(best.facts.name.clone())
+}
+
+/// What rules a node out.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// It is cordoned.
+    Cordoned,
+    /// It has a taint: key and value.
+    Taint(String, String),
+    /// Its labels are not those that the pod asks for.
+    Labels,
+    /// A port of the node is taken.
+    Ports,
+    /// It has as many pods as it takes.
+    Pods,
+    /// It has too little of a resource left.
+    Resource(Cow<'static, str>),
+    /// Too many of the pods that are to be spread.
+    Uneven(bool),
+    /// The company is not right.
+    Company(Unsocial),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Reason::Taint(key, value) => return write!(f, "node(s) had untolerated taint {{{key}: {value}}}"),
+            Reason::Resource(name) => return write!(f, "Insufficient {name}"),
+            Reason::Cordoned => "node(s) were unschedulable",
+            Reason::Labels => "node(s) didn't match Pod's node affinity/selector",
+            Reason::Ports => "node(s) didn't have free ports for the requested pod ports",
+            Reason::Pods => "Too many pods",
+            Reason::Uneven(false) => "node(s) didn't match pod topology spread constraints",
+            Reason::Uneven(true) => "node(s) didn't match pod topology spread constraints (missing required label)",
+            Reason::Company(Unsocial::Affinity) => "node(s) didn't match pod affinity rules",
+            Reason::Company(Unsocial::AntiAffinity) => "node(s) didn't match pod anti-affinity rules",
+            Reason::Company(Unsocial::Existing) => "node(s) didn't satisfy existing pods anti-affinity rules",
+        })
     }
-    let scores = score(snapshot, pod, &company, &feasible);
-    let best = scores.iter().max().copied().unwrap_or_default();
-    let equals: Vec<&&NodeInfo> = feasible.iter().zip(&scores).filter(|(_, s)| **s == best).map(|(n, _)| n).collect();
-    Ok(equals[random.random_range(0..equals.len())].facts.name.clone())
 }
 
 /// The reasons against a node: those of the first filter that has any, as upstream's filters run one after another.
-fn filter(
-    snapshot: &Snapshot,
-    pod: &PodInfo,
-    node: &NodeInfo,
-    company: &Company<'_>,
-    spread: &Counts<'_>,
-) -> Vec<String> {
-    let facts = &node.facts;
-    let cordon_tolerated = || {
-        let taint = k8s_openapi::api::core::v1::Taint {
-            key: "node.kubernetes.io/unschedulable".into(),
-            effect: "NoSchedule".into(),
-            ..Default::default()
-        };
-        pod.tolerations.iter().any(|t| crate::affinity::tolerates(t, &taint))
-    };
-    if facts.unschedulable && !cordon_tolerated() {
-        return vec!["node(s) were unschedulable".into()];
-    }
-    if let Some(taint) = untolerated(pod, facts, &["NoSchedule", "NoExecute"]) {
-        let value = taint.value.as_deref().unwrap_or_default();
-        return vec![format!("node(s) had untolerated taint {{{}: {value}}}", taint.key)];
-    }
-    if !node_matches(pod, facts) {
-        return vec!["node(s) didn't match Pod's node affinity/selector".into()];
-    }
-    let taken = || node.pods.values().flat_map(|p| &p.ports);
-    if pod.ports.iter().any(|wanted| taken().any(|have| wanted.conflicts(have))) {
-        return vec!["node(s) didn't have free ports for the requested pod ports".into()];
-    }
-    let short = fit(pod, node);
-    if !short.is_empty() {
-        return short;
-    }
-    match spread.check(pod, facts) {
-        Err(Uneven::Skew) => return vec!["node(s) didn't match pod topology spread constraints".into()],
-        Err(Uneven::MissingLabel) => {
-            return vec!["node(s) didn't match pod topology spread constraints (missing required label)".into()];
-        }
-        Ok(()) => {}
-    }
-    let reason = match company.check(pod, facts, snapshot) {
-        Ok(()) => return Vec::new(),
-        Err(Unsocial::Affinity) => "node(s) didn't match pod affinity rules",
-        Err(Unsocial::AntiAffinity) => "node(s) didn't match pod anti-affinity rules",
-        Err(Unsocial::Existing) => "node(s) didn't satisfy existing pods anti-affinity rules",
-    };
-    vec![reason.into()]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// What they are.
+    pub reasons: Vec<Reason>,
+    /// It could be otherwise if pods went away.
+    pub resolvable: bool,
 }
 
-fn fit(pod: &PodInfo, node: &NodeInfo) -> Vec<String> {
-    let mut reasons = Vec::new();
+impl Refusal {
+    fn for_good(reason: Reason) -> Result<(), Refusal> {
+        Err(Refusal { reasons: vec![reason], resolvable: false })
+    }
+
+    fn for_now(reason: Reason) -> Result<(), Refusal> {
+        Err(Refusal { reasons: vec![reason], resolvable: true })
+    }
+}
+
+/// A pod, and what has been counted for it. It can be supposed that pods come and go.
+#[derive(Clone)]
+pub struct Attempt<'a> {
+    snapshot: &'a Snapshot,
+    pod: &'a PodInfo,
+    company: Company,
+    spread: Counts,
+}
+
+impl<'a> Attempt<'a> {
+    /// Counts.
+    pub fn new(snapshot: &'a Snapshot, pod: &'a PodInfo) -> Attempt<'a> {
+        let (company, spread) = (Company::of(pod, snapshot), Counts::required(pod, snapshot));
+        Attempt { snapshot, pod, company, spread }
+    }
+
+    /// Supposes that another pod is on a node.
+    pub fn add(&mut self, node: &mut NodeInfo, other: Arc<PodInfo>) {
+        self.company.adjust(self.pod, &other, node.slot, 1, self.snapshot);
+        self.spread.adjust(self.pod, &other, node.slot, 1);
+        node.add(other);
+    }
+
+    /// Supposes that another pod is not there any more.
+    pub fn remove(&mut self, node: &mut NodeInfo, uid: &str) {
+        if let Some(other) = node.remove(uid) {
+            self.company.adjust(self.pod, &other, node.slot, -1, self.snapshot);
+            self.spread.adjust(self.pod, &other, node.slot, -1);
+        }
+    }
+
+    /// Whether the pod fits on a node, both with and without those that are at least as important and for which room
+    /// is being made there: they may yet go elsewhere.
+    pub fn fits(&self, node: &NodeInfo) -> Result<(), Refusal> {
+        let matters = |other: &&Arc<PodInfo>| other.priority >= self.pod.priority && other.uid != self.pod.uid;
+        let mut expected = self.snapshot.nominated(&node.facts.name).iter().filter(matters).peekable();
+        if expected.peek().is_some() {
+            let (mut with, mut there) = (self.clone(), node.clone());
+            expected.for_each(|other| with.add(&mut there, other.clone()));
+            with.filter(&there)?;
+        }
+        self.filter(node)
+    }
+
+    fn filter(&self, node: &NodeInfo) -> Result<(), Refusal> {
+        let (facts, pod) = (&node.facts, self.pod);
+        if facts.unschedulable && !puts_up_with_cordons(pod) {
+            return Refusal::for_good(Reason::Cordoned);
+        }
+        if let Some(taint) = untolerated(pod, facts, &["NoSchedule", "NoExecute"]) {
+            return Refusal::for_good(Reason::Taint(taint.key.clone(), taint.value.clone().unwrap_or_default()));
+        }
+        if !node_matches(pod, facts) {
+            return Refusal::for_good(Reason::Labels);
+        }
+        if !pod.ports.is_empty() {
+            let taken = || node.pods.values().flat_map(|p| &p.ports);
+            if pod.ports.iter().any(|wanted| taken().any(|have| wanted.conflicts(have))) {
+                return Refusal::for_now(Reason::Ports);
+            }
+        }
+        fit(pod, node)?;
+        match self.spread.check(node.slot) {
+            Err(Uneven::Skew) => return Refusal::for_now(Reason::Uneven(false)),
+            Err(Uneven::MissingLabel) => return Refusal::for_good(Reason::Uneven(true)),
+            Ok(()) => {}
+        }
+        match self.company.check(node.slot) {
+            Ok(()) => Ok(()),
+            // Company that is missing does not come by taking pods away.
+            Err(why @ Unsocial::Affinity) => Refusal::for_good(Reason::Company(why)),
+            Err(why) => Refusal::for_now(Reason::Company(why)),
+        }
+    }
+}
+
+fn puts_up_with_cordons(pod: &PodInfo) -> bool {
+    let key = "node.kubernetes.io/unschedulable";
+    let taint = Taint { key: key.into(), effect: "NoSchedule".into(), ..Default::default() };
+    pod.tolerations.iter().any(|t| tolerates(t, &taint))
+}
+
+fn fit(pod: &PodInfo, node: &NodeInfo) -> Result<(), Refusal> {
+    let mut refusal = Refusal { reasons: Vec::new(), resolvable: true };
     let (all, used, wanted) = (&node.facts.allocatable, &node.requested, &pod.requests);
     if node.pods.len() as i64 + 1 > node.facts.pods {
-        reasons.push("Too many pods".to_owned());
+        refusal.reasons.push(Reason::Pods);
     }
-    for (name, wanted, used, all) in [
-        ("cpu", wanted.cpu, used.cpu, all.cpu),
-        ("memory", wanted.memory, used.memory, all.memory),
-        ("ephemeral-storage", wanted.storage, used.storage, all.storage),
-    ] {
+    let mut compare = |name: &dyn Fn() -> Cow<'static, str>, wanted: i64, used: i64, all: i64| {
         if wanted > 0 && wanted > all - used {
-            reasons.push(format!("Insufficient {name}"));
+            refusal.reasons.push(Reason::Resource(name()));
+            // More than the whole node has is not there however many pods go.
+            refusal.resolvable &= wanted <= all;
         }
+    };
+    compare(&|| "cpu".into(), wanted.cpu, used.cpu, all.cpu);
+    compare(&|| "memory".into(), wanted.memory, used.memory, all.memory);
+    compare(&|| "ephemeral-storage".into(), wanted.storage, used.storage, all.storage);
+    for (name, wanted) in &wanted.other {
+        let get = |amounts: &Resources| amounts.other.get(name).copied().unwrap_or_default();
+        compare(&|| name.clone().into(), *wanted, get(used), get(all));
     }
-    for (name, wanted) in wanted.other.iter().filter(|(_, n)| **n > 0) {
-        let get = |map: &BTreeMap<String, i64>| map.get(name).copied().unwrap_or_default();
-        if *wanted > get(&all.other) - get(&used.other) {
-            reasons.push(format!("Insufficient {name}"));
-        }
-    }
-    reasons
+    if refusal.reasons.is_empty() { Ok(()) } else { Err(refusal) }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use k8s_openapi::api::core::v1::{Node, Pod};
-    use rand::{SeedableRng, rngs::StdRng};
     use serde_json::{Value, json};
 
     use super::*;
@@ -187,7 +345,7 @@ mod tests {
     }
 
     fn check(snapshot: &Snapshot, pod: &PodInfo, expect: Result<&str, &str>) {
-        let found = decide(snapshot, pod, &mut StdRng::seed_from_u64(1)).map_err(|d| d.to_string());
+        let found = decide(snapshot, pod, &mut Search::seeded(1)).map_err(|d| d.to_string());
         assert_eq!(found.as_ref().map(String::as_str).map_err(String::as_str), expect, "{}", pod.name);
     }
 
@@ -293,7 +451,7 @@ mod tests {
         let snapshot = cluster(&two(), &[("b", pod("x", json!({})))]);
         check(&snapshot, &pod("p", affine.clone()), Ok("b"));
         // The first of its group.
-        assert!(decide(&cluster(&two(), &[]), &pod("p", affine), &mut StdRng::seed_from_u64(1)).is_ok());
+        assert!(decide(&cluster(&two(), &[]), &pod("p", affine), &mut Search::seeded(1)).is_ok());
     }
 
     #[test]
@@ -322,7 +480,7 @@ mod tests {
         snapshot.claims.insert(("n".into(), "c".into()), false);
         check(&snapshot, &claimed, Err("0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims."));
         snapshot.claims.insert(("n".into(), "c".into()), true);
-        assert!(decide(&snapshot, &claimed, &mut StdRng::seed_from_u64(1)).is_ok());
+        assert!(decide(&snapshot, &claimed, &mut Search::seeded(1)).is_ok());
     }
 
     proptest::proptest! {
@@ -330,10 +488,10 @@ mod tests {
         #[test]
         fn no_node_is_overcommitted(asked in proptest::collection::vec(1i64..2500, 1..40), seed in 0u64..1000) {
             let mut snapshot = cluster(&two(), &[]);
-            let mut random = StdRng::seed_from_u64(seed);
+            let mut search = Search::seeded(seed);
             for (index, cpu) in asked.iter().enumerate() {
                 let pod = pod(&format!("p{index}"), asks(&format!("{cpu}m")));
-                if let Ok(node) = decide(&snapshot, &pod, &mut random) {
+                if let Ok(node) = decide(&snapshot, &pod, &mut search) {
                     snapshot.place(pod, &node);
                 }
             }

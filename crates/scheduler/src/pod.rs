@@ -1,7 +1,8 @@
 //! A pod as the scheduler sees it: parsed once.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Write as _, sync::Arc};
 
+use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{Container, NodeSelectorTerm, Pod, PodAffinityTerm, ResourceRequirements, Toleration},
     apimachinery::pkg::{api::resource::Quantity as Text, apis::meta::v1::LabelSelector as Typed},
@@ -175,8 +176,20 @@ pub struct PodInfo {
     pub claims: Vec<String>,
     /// Its images.
     pub images: Vec<String>,
-    /// The reason and message of its condition `PodScheduled`, if that is false.
+    /// The message of its condition `PodScheduled`, if that is false.
     pub told: Option<String>,
+    /// It waits for room even if others are less important (`preemptionPolicy: Never`).
+    pub patient: bool,
+    /// The node where room was made for it.
+    pub nominated: Option<String>,
+    /// When its node began with it; `None` if it has not.
+    pub started: Option<Timestamp>,
+    /// It is being deleted to make room for another.
+    pub preempted: bool,
+    /// Kind and name of its controller.
+    pub owner: Option<(String, String)>,
+    /// The same for all pods that are alike for other pods: namespace, labels, and what company they ask for.
+    pub class: Arc<str>,
 }
 
 /// What a container that says nothing is taken to need, when nodes are compared: upstream's 100m and 200 MB.
@@ -195,6 +208,8 @@ impl PodInfo {
         let of_anti = affinity.and_then(|a| a.pod_anti_affinity.as_ref());
         let of_nodes = affinity.and_then(|a| a.node_affinity.as_ref());
         let own = pod.labels();
+        let deleting = pod.metadata.deletion_timestamp.is_some();
+        let conditions = || status.iter().flat_map(|s| s.conditions.iter().flatten());
         let term = |t: &PodAffinityTerm| pod_term(t, &namespace, own);
         let mut preferred: Vec<(i64, PodTerm)> = Vec::new();
         for weighted in
@@ -216,10 +231,8 @@ impl PodInfo {
                 port,
             })
         });
-        let unscheduled = status
-            .and_then(|s| s.conditions.as_ref())
-            .and_then(|all| all.iter().find(|c| c.type_ == "PodScheduled" && c.status == "False"));
-        PodInfo {
+        let unscheduled = conditions().find(|c| c.type_ == "PodScheduled" && c.status == "False");
+        let mut info = PodInfo {
             uid: pod.uid().unwrap_or_default(),
             name: pod.name_any(),
             labels: own.clone(),
@@ -227,7 +240,7 @@ impl PodInfo {
             scheduler: spec.scheduler_name.clone().unwrap_or_default(),
             priority: spec.priority.unwrap_or_default(),
             ended: phase == "Succeeded" || phase == "Failed",
-            deleting: pod.metadata.deletion_timestamp.is_some(),
+            deleting,
             gated: spec.scheduling_gates.as_ref().is_some_and(|g| !g.is_empty()),
             requests: requests(spec, |r| r),
             assumed: requests(spec, |mut r| {
@@ -288,8 +301,48 @@ impl PodInfo {
                 .collect(),
             images: all().filter_map(|c| c.image.clone()).collect(),
             told: unscheduled.map(|c| c.message.clone().unwrap_or_default()),
+            patient: spec.preemption_policy.as_deref() == Some("Never"),
+            nominated: status.and_then(|s| s.nominated_node_name.clone()).filter(|n| !n.is_empty()),
+            started: status.and_then(|s| s.start_time.as_ref()).map(|t| t.0),
+            preempted: deleting
+                && conditions().any(|c| {
+                    c.type_ == "DisruptionTarget"
+                        && c.status == "True"
+                        && c.reason.as_deref() == Some("PreemptionByScheduler")
+                }),
+            owner: pod
+                .owner_references()
+                .iter()
+                .find(|o| o.controller == Some(true))
+                .map(|o| (o.kind.clone(), o.name.clone())),
+            class: Arc::default(),
             namespace,
+        };
+        info.class = info.class_key().into();
+        info
+    }
+
+    /// Everything that decides what a pod is to others, as text.
+    fn class_key(&self) -> String {
+        let mut key = self.namespace.clone();
+        for (name, value) in &self.labels {
+            key.extend(["\n", name, "=", value]);
         }
+        if self.is_sociable() {
+            // Writing to a string cannot fail.
+            let _ = write!(key, "\n{:?}{:?}{:?}", self.affinity, self.anti_affinity, self.preferred);
+        }
+        key
+    }
+
+    /// Whether it has a say in which pods are near it.
+    pub fn is_sociable(&self) -> bool {
+        !(self.affinity.is_empty() && self.anti_affinity.is_empty() && self.preferred.is_empty())
+    }
+
+    /// Whether a selector picks it by its labels.
+    pub fn is_picked(&self, selector: &LabelSelector) -> bool {
+        selector.matches(|key| self.labels.get(key).map(String::as_str))
     }
 
     /// `namespace/name`.
@@ -298,7 +351,7 @@ impl PodInfo {
     }
 }
 
-fn selector(typed: Option<&Typed>) -> LabelSelector {
+pub(crate) fn selector(typed: Option<&Typed>) -> LabelSelector {
     // No selector selects nothing; serialization of a plain struct cannot fail.
     let nothing = || LabelSelector(vec![seawall_api::selector::Requirement::In(String::new(), vec![])]);
     typed.and_then(|t| serde_json::to_value(t).ok()).and_then(|v| LabelSelector::from_value(&v)).unwrap_or_else(nothing)

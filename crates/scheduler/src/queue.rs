@@ -38,6 +38,10 @@ pub struct Queue {
     waiting: HashMap<String, Waiting>,
     /// Those that can be tried: largest priority, then first come.
     active: BTreeSet<(std::cmp::Reverse<i32>, u64, String)>,
+    /// Those that wait for a time.
+    timed: BTreeSet<(Instant, String)>,
+    /// Of those, the ones that a change would do as well.
+    parked: BTreeSet<String>,
     retry: Duration,
     number: u64,
     /// Something changed while a pod was being tried: what was decided may be out of date.
@@ -47,40 +51,77 @@ pub struct Queue {
 impl Queue {
     /// An empty queue.
     pub fn new(retry: Duration) -> Queue {
-        Queue { waiting: HashMap::new(), active: BTreeSet::new(), retry, number: 0, changed: false }
+        Queue {
+            waiting: HashMap::new(),
+            active: BTreeSet::new(),
+            timed: BTreeSet::new(),
+            parked: BTreeSet::new(),
+            retry,
+            number: 0,
+            changed: false,
+        }
     }
 
     /// Adds a pod, or takes note of a change of one that waits.
     pub fn push(&mut self, pod: Arc<PodInfo>, _now: Instant) {
         if let Some(waiting) = self.waiting.get_mut(&pod.uid) {
-            let relevant = waiting.pod.labels != pod.labels
-                || waiting.pod.tolerations != pod.tolerations
-                || waiting.pod.gated != pod.gated;
-            let was_parked = matches!(waiting.place, Place::Parked(_));
-            waiting.pod = pod.clone();
-            if relevant && was_parked {
-                self.activate(&pod.uid);
+            let before = std::mem::replace(&mut waiting.pod, pod.clone());
+            let relevant = before.labels != pod.labels
+                || before.tolerations != pod.tolerations
+                || before.gated != pod.gated
+                || (before.nominated.is_some() && pod.nominated.is_none());
+            let parked = matches!(waiting.place, Place::Parked(_));
+            if before.priority != pod.priority && waiting.place == Place::Active {
+                self.active.remove(&(std::cmp::Reverse(before.priority), waiting.number, pod.uid.clone()));
+                self.set(&pod.uid, Place::Active);
+            } else if relevant && parked {
+                self.set(&pod.uid, Place::Active);
             }
             return;
         }
         self.number += 1;
         let uid = pod.uid.clone();
         self.waiting.insert(uid.clone(), Waiting { pod, place: Place::Taken, attempts: 0, number: self.number });
-        self.activate(&uid);
+        self.set(&uid, Place::Active);
     }
 
-    fn activate(&mut self, uid: &str) {
-        if let Some(waiting) = self.waiting.get_mut(uid) {
-            waiting.place = Place::Active;
-            self.active.insert((std::cmp::Reverse(waiting.pod.priority), waiting.number, uid.to_owned()));
+    /// Moves a pod to another place.
+    fn set(&mut self, uid: &str, place: Place) {
+        let Some(waiting) = self.waiting.get_mut(uid) else { return };
+        match std::mem::replace(&mut waiting.place, place) {
+            Place::Active => {
+                self.active.remove(&(std::cmp::Reverse(waiting.pod.priority), waiting.number, uid.to_owned()));
+            }
+            Place::Backoff(at) | Place::Parked(at) => {
+                self.timed.remove(&(at, uid.to_owned()));
+                self.parked.remove(uid);
+            }
+            Place::Taken => {}
         }
+        match place {
+            Place::Active => {
+                self.active.insert((std::cmp::Reverse(waiting.pod.priority), waiting.number, uid.to_owned()));
+            }
+            Place::Backoff(at) => {
+                self.timed.insert((at, uid.to_owned()));
+            }
+            Place::Parked(at) => {
+                self.timed.insert((at, uid.to_owned()));
+                self.parked.insert(uid.to_owned());
+            }
+            Place::Taken => {}
+        }
+    }
+
+    /// A pod that waits, as it was last seen.
+    pub fn get(&self, uid: &str) -> Option<&Arc<PodInfo>> {
+        self.waiting.get(uid).map(|w| &w.pod)
     }
 
     /// Forgets a pod.
     pub fn remove(&mut self, uid: &str) {
-        if let Some(waiting) = self.waiting.remove(uid) {
-            self.active.remove(&(std::cmp::Reverse(waiting.pod.priority), waiting.number, uid.to_owned()));
-        }
+        self.set(uid, Place::Taken);
+        self.waiting.remove(uid);
     }
 
     /// Everything that waits.
@@ -89,9 +130,9 @@ impl Queue {
     }
 
     fn wake(&mut self, now: Instant) {
-        let due = |w: &Waiting| matches!(w.place, Place::Backoff(at) | Place::Parked(at) if at <= now);
-        let ready: Vec<String> = self.waiting.iter().filter(|(_, w)| due(w)).map(|(uid, _)| uid.clone()).collect();
-        ready.iter().for_each(|uid| self.activate(uid));
+        while let Some((_, uid)) = self.timed.first().filter(|(at, _)| *at <= now).cloned() {
+            self.set(&uid, Place::Active);
+        }
     }
 
     /// Whether a pod can be tried now.
@@ -105,20 +146,16 @@ impl Queue {
         if !self.active.is_empty() {
             return Some(now);
         }
-        let at = |w: &Waiting| match w.place {
-            Place::Backoff(at) | Place::Parked(at) => Some(at),
-            Place::Active | Place::Taken => None,
-        };
-        self.waiting.values().filter_map(at).min()
+        self.timed.first().map(|(at, _)| *at)
     }
 
     /// Takes the next pod.
     pub fn pop(&mut self, now: Instant) -> Option<Arc<PodInfo>> {
         self.wake(now);
-        let (_, _, uid) = self.active.pop_first()?;
+        let (_, _, uid) = self.active.first().cloned()?;
         self.changed = false;
+        self.set(&uid, Place::Taken);
         let waiting = self.waiting.get_mut(&uid)?;
-        waiting.place = Place::Taken;
         waiting.attempts += 1;
         Some(waiting.pod.clone())
     }
@@ -134,43 +171,37 @@ impl Queue {
             true => Place::Backoff(now + self.backoff(&pod.uid)),
             false => Place::Parked(now + self.retry),
         };
-        if let Some(waiting) = self.waiting.get_mut(&pod.uid) {
-            waiting.place = place;
+        self.set(&pod.uid, place);
+    }
+
+    /// A pod that waits is tried again after its back-off.
+    pub fn retry_waiting(&mut self, uid: &str, now: Instant) {
+        let place = Place::Backoff(now + self.backoff(uid));
+        if self.parked.contains(uid) {
+            self.set(uid, place);
         }
     }
 
     /// A pod whose binding failed is tried again after a while.
     pub fn retry(&mut self, pod: Arc<PodInfo>, now: Instant) {
         let place = Place::Backoff(now + self.backoff(&pod.uid));
-        match self.waiting.get_mut(&pod.uid) {
-            Some(waiting) => waiting.place = place,
-            None => {
-                self.number += 1;
-                let (uid, number) = (pod.uid.clone(), self.number);
-                self.waiting.insert(uid, Waiting { pod, place, attempts: 1, number });
-            }
+        let uid = pod.uid.clone();
+        if !self.waiting.contains_key(&uid) {
+            self.number += 1;
+            self.waiting.insert(uid.clone(), Waiting { pod, place: Place::Taken, attempts: 1, number: self.number });
         }
+        self.set(&uid, place);
     }
 
     /// A node or a pod came, went or changed: what fitted nowhere may fit now. A pod that has just failed waits out its
     /// back-off first.
     pub fn something_changed(&mut self, now: Instant) {
         self.changed = true;
-        let parked: Vec<String> = self
-            .waiting
-            .iter()
-            .filter(|(_, w)| matches!(w.place, Place::Parked(_)))
-            .map(|(uid, _)| uid.clone())
-            .collect();
-        for uid in parked {
-            let until = now + self.backoff(&uid);
+        for uid in std::mem::take(&mut self.parked) {
             let first = self.waiting.get(&uid).is_some_and(|w| w.attempts <= 1);
-            if first {
-                // The usual case: a node that has just joined is used at once.
-                self.activate(&uid);
-            } else if let Some(waiting) = self.waiting.get_mut(&uid) {
-                waiting.place = Place::Backoff(until);
-            }
+            // The usual case is the first: a node that has just joined is used at once.
+            let place = if first { Place::Active } else { Place::Backoff(now + self.backoff(&uid)) };
+            self.set(&uid, place);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Which of several nodes is the best. Each score goes from 0 to 100; weights are upstream's defaults.
 
 use crate::{
-    affinity::{Company, term_matches, tolerates},
+    affinity::{Liking, term_matches, tolerates},
     pod::PodInfo,
     snapshot::{NodeInfo, Snapshot},
     spread::Counts,
@@ -16,53 +16,46 @@ const BALANCE: i64 = 1;
 const IMAGES: i64 = 1;
 
 /// The scores of `nodes`, in their order.
-pub fn score(snapshot: &Snapshot, pod: &PodInfo, company: &Company<'_>, nodes: &[&NodeInfo]) -> Vec<i64> {
-    let soft = default_spread(pod, snapshot);
+pub fn score(snapshot: &Snapshot, pod: &PodInfo, nodes: &[&NodeInfo]) -> Vec<i64> {
     let raw = |f: &dyn Fn(&NodeInfo) -> i64| -> Vec<i64> { nodes.iter().map(|n| f(n)).collect() };
-    let taints = reversed(raw(&|n| {
-        let soft = n.facts.taints.iter().filter(|t| t.effect == "PreferNoSchedule");
-        soft.filter(|t| !pod.tolerations.iter().any(|tol| tolerates(tol, t))).count() as i64
-    }));
-    let wanted =
-        scaled(raw(&|n| pod.node_preferred.iter().filter(|(_, t)| term_matches(t, &n.facts)).map(|(w, _)| w).sum()));
-    let liked = scaled(raw(&|n| {
-        let here = |((key, value), liking): (&(&str, &str), &i64)| {
-            n.facts.labels.get(*key).filter(|v| v == value).map_or(0, |_| *liking)
+    let mut out = raw(&|n| FREE * free(pod, n) + BALANCE * balance(pod, n) + IMAGES * images(pod, n, snapshot));
+    let mut add = |weight: i64, scores: Vec<i64>| out.iter_mut().zip(scores).for_each(|(sum, s)| *sum += weight * s);
+    add(
+        TAINTS,
+        reversed(raw(&|n| {
+            let soft = n.facts.taints.iter().filter(|t| t.effect == "PreferNoSchedule");
+            soft.filter(|t| !pod.tolerations.iter().any(|tol| tolerates(tol, t))).count() as i64
+        })),
+    );
+    if !pod.node_preferred.is_empty() {
+        let sum = |n: &NodeInfo| {
+            pod.node_preferred.iter().filter(|(_, t)| term_matches(t, &n.facts)).map(|(weight, _)| weight).sum()
         };
-        company.liking.iter().map(here).sum()
-    }));
-    let crowd = match &soft {
-        Some(counts) => reversed(raw(&|n| counts.crowd(&n.facts))),
-        None => vec![0; nodes.len()],
-    };
-    let mut out = Vec::with_capacity(nodes.len());
-    for (index, node) in nodes.iter().enumerate() {
-        out.push(
-            TAINTS * taints[index]
-                + NODE_AFFINITY * wanted[index]
-                + POD_AFFINITY * liked[index]
-                + SPREAD * crowd[index]
-                + FREE * free(pod, node)
-                + BALANCE * balance(pod, node)
-                + IMAGES * images(pod, node, snapshot),
-        );
+        add(NODE_AFFINITY, scaled(raw(&sum)));
+    }
+    let liking = Liking::of(pod, snapshot);
+    if !liking.is_empty() {
+        add(POD_AFFINITY, stretched(raw(&|n| liking.at(n.slot))));
+    }
+    if let Some(scores) = Counts::wished(pod, snapshot).scores(nodes) {
+        add(SPREAD, scores);
     }
     out
 }
 
-fn default_spread<'a>(pod: &'a PodInfo, snapshot: &'a Snapshot) -> Option<Counts<'a>> {
-    let counts = Counts::of(pod, snapshot, false);
-    (!counts.is_empty()).then_some(counts)
+/// To 0..100, the least becoming 0 and the largest 100.
+fn stretched(values: Vec<i64>) -> Vec<i64> {
+    let min = values.iter().copied().min().unwrap_or_default();
+    scaled(values.into_iter().map(|v| v - min).collect())
 }
 
 /// To 0..100, the largest becoming 100.
 fn scaled(values: Vec<i64>) -> Vec<i64> {
-    let (min, max) =
-        (values.iter().copied().min().unwrap_or_default().min(0), values.iter().copied().max().unwrap_or_default());
-    if max == min {
+    let max = values.iter().copied().max().unwrap_or_default();
+    if max == 0 {
         return vec![0; values.len()];
     }
-    values.into_iter().map(|v| (v - min) * 100 / (max - min)).collect()
+    values.into_iter().map(|v| v * 100 / max).collect()
 }
 
 /// To 0..100, zero becoming 100.
@@ -94,16 +87,20 @@ fn balance(pod: &PodInfo, node: &NodeInfo) -> i64 {
     ((1.0 - (cpu - memory).abs() / 2.0) * 100.0) as i64
 }
 
-/// The more of the images is there the better; less so if all nodes have them.
+/// The more of the images is there the better, and the more nodes have them, so that not all pods go where an image
+/// came first.
 fn images(pod: &PodInfo, node: &NodeInfo, snapshot: &Snapshot) -> i64 {
     const LEAST: i64 = 23 << 20;
     const MOST: i64 = 1000 << 20;
-    let total = snapshot.known().count().max(1) as i64;
-    let size = |image: &String| -> i64 {
-        let Some(size) = node.facts.images.get(image) else { return 0 };
-        let have = snapshot.known().filter(|n| n.facts.images.contains_key(image)).count() as i64;
-        size * have / total
+    if node.facts.images.is_empty() || pod.images.is_empty() {
+        return 0;
+    }
+    let total = snapshot.order().len().max(1) as i64;
+    let size = |image: &String| {
+        let size = node.facts.images.get(image).copied().unwrap_or_default();
+        (size as f64 * snapshot.nodes_with_image(image) as f64 / total as f64) as i64
     };
     let sum: i64 = pod.images.iter().map(size).sum();
-    (sum.clamp(LEAST, MOST) - LEAST) * 100 / (MOST - LEAST)
+    let most = MOST * pod.images.len() as i64;
+    (sum.clamp(LEAST, most) - LEAST) * 100 / (most - LEAST)
 }
