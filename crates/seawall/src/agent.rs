@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use seawall_client::tls::{self, Credentials, Tls};
-use seawall_network::{balancer, verdict};
+use seawall_network::balancer;
 use seawall_server::tls::{ClientAuthorities, ServingCertificate, server_config};
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
@@ -101,7 +101,15 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         stop.clone(),
     ));
     let identity = node::Identity { tls: Arc::new(serving) };
-    parts.extend(node::components(&machine, &state.cluster, &timing, &client, &identity, &verdict::none(), &stop));
+    parts.extend(node::components(
+        &machine,
+        &state.cluster,
+        &timing,
+        &client,
+        &identity,
+        &gossip::verdicts(gossip.as_ref()),
+        &stop,
+    ));
     let (ca, path) = (follower.ca.subscribe(), files.agent_client());
     parts.push(follower.start(&client, &stop));
     parts.push(csr::keep_client(&machine.name, &path, client.clone(), ca, stop.clone(), move |_| follower.reconnect()));

@@ -1,6 +1,6 @@
 //! This machine's member of the gossip, and `seawall gossip`.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
@@ -12,14 +12,19 @@ use kube::{
     Api, Client, ResourceExt as _,
     api::{ListParams, PostParams},
 };
-use seawall_network::gossip::{
-    Config, Gossip, Publish,
-    cluster::{self, ACCEPTED, CURRENT, KEY, NAMESPACE, NEXT, PREVIOUS, SECRET},
-    judge::Times,
-    seal::ClusterKey,
+use seawall_client::election::Gone;
+use seawall_controllers::node_lifecycle::evidence::{self, AllEvidence, Evidence};
+use seawall_network::{
+    gossip::{
+        Config, Gossip, Opinion, Opinions, Publish,
+        cluster::{self, ACCEPTED, CURRENT, KEY, NAMESPACE, NEXT, PREVIOUS, SECRET},
+        judge::Times,
+        seal::ClusterKey,
+    },
+    verdict,
 };
 use seawall_quorum::timing::Timing;
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -193,6 +198,51 @@ pub fn start(gossip: &Gossip, client: &Client, stop: &CancellationToken) -> Join
     component("gossip", stop.clone(), move |stop| {
         let (gossip, client) = (gossip.clone(), client.clone());
         async move { gossip.run(client, stop).await }
+    })
+}
+
+/// What the machines think of each other, for those who act on a node. Without a gossip nobody says anything.
+pub fn verdicts(gossip: Option<&Gossip>) -> verdict::Receiver {
+    gossip.map_or_else(verdict::none, Gossip::verdicts)
+}
+
+/// The same with how many say so, for the controllers.
+pub fn evidence(gossip: &Gossip, stop: &CancellationToken) -> watch::Receiver<AllEvidence> {
+    let (told, heard) = watch::channel(AllEvidence::default());
+    let (mut opinions, stop) = (gossip.opinions(), stop.clone());
+    tokio::spawn(stop.run_until_cancelled_owned(async move {
+        loop {
+            let all = as_evidence(&opinions.borrow_and_update());
+            if told.send(Arc::new(all)).is_err() || opinions.changed().await.is_err() {
+                return;
+            }
+        }
+    }));
+    heard
+}
+
+fn as_evidence(opinions: &Opinions) -> BTreeMap<String, Evidence> {
+    // We are a member, and have no opinion of ourselves.
+    let members = opinions.len() + usize::from(!opinions.is_empty());
+    let one = |opinion: &Opinion| Evidence {
+        verdict: match opinion.verdict {
+            verdict::Verdict::Alive => evidence::Verdict::Alive,
+            verdict::Verdict::Suspect => evidence::Verdict::Suspect,
+            verdict::Verdict::Dead => evidence::Verdict::Dead,
+        },
+        accusers: opinion.accusers,
+        members,
+    };
+    opinions.iter().map(|(name, opinion)| (name.clone(), one(opinion))).collect()
+}
+
+/// Whether the machine of a candidate is dead, by the word of enough others. A candidate's identity is its machine's name
+/// and a life of its server.
+pub fn gone(gossip: &Gossip) -> Gone {
+    let opinions = gossip.opinions();
+    Arc::new(move |identity: &str| {
+        let machine = identity.rsplit_once('_').map_or(identity, |(machine, _)| machine);
+        as_evidence(&opinions.borrow()).get(machine).is_some_and(Evidence::is_conclusive)
     })
 }
 

@@ -14,7 +14,7 @@ use kube::{
     api::{Patch, PatchParams},
 };
 use seawall_client::{
-    election::{Election, Gone, lead},
+    election::{Election, lead},
     tls,
 };
 use seawall_network::{balancer, gossip::Gossip};
@@ -321,8 +321,15 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         let identity = certificates.node_identity();
         let user = format!("system:node:{}", machine.name);
         let client = in_process(&server, &user, &[NODES]);
-        node_parts =
-            node::components(&machine, &state.cluster, &timing, &client, &identity, &verdict::none(), &leading);
+        node_parts = node::components(
+            &machine,
+            &state.cluster,
+            &timing,
+            &client,
+            &identity,
+            &gossip::verdicts(gossip.as_ref()),
+            &leading,
+        );
     }
     let mut leaders = leaders(&args, &machine, &state, &timing, &server, &certificates, gossip.as_ref(), &leading)?;
     if let Some(member) = &gossip {
@@ -458,6 +465,7 @@ fn in_process(server: &Arc<Server>, name: &str, groups: &[&str]) -> Client {
 }
 
 /// The scheduler and the controllers. With other servers beside this one, they act where they lead.
+#[allow(clippy::too_many_arguments, reason = "everything that leaders are told comes together here")]
 fn leaders(
     args: &Args,
     machine: &Machine,
@@ -465,11 +473,11 @@ fn leaders(
     timing: &Timing,
     server: &Arc<Server>,
     certificates: &ServerCertificates,
+    gossip: Option<&Gossip>,
     stop: &CancellationToken,
 ) -> anyhow::Result<Vec<JoinHandle<()>>> {
     let mut parts = Vec::new();
-    // No neighbour's word about machines reaches us yet.
-    let gone: Option<Gone> = None;
+    let gone = gossip.map(gossip::gone);
     // Two lives of one server are two candidates.
     let identity = format!("{}_{:08x}", machine.name, rand::random::<u32>());
     let alone = state.store == StoreKind::Embedded;
@@ -479,6 +487,7 @@ fn leaders(
             cluster_cidr: state.cluster.cluster_cidr,
             service_cidr: Some(state.cluster.service_cidr),
             node_lifecycle: args.eviction.settings(timing),
+            evidence: gossip.map(|gossip| gossip::evidence(gossip, stop)),
             ..certificates.controllers()
         };
         let election = Election {
@@ -563,7 +572,15 @@ async fn clustered_node(
         }));
     }
     let identity = certificates.node_identity();
-    parts.extend(node::components(machine, &state.cluster, timing, &client, &identity, &verdict::none(), stop));
+    parts.extend(node::components(
+        machine,
+        &state.cluster,
+        timing,
+        &client,
+        &identity,
+        &gossip::verdicts(gossip),
+        stop,
+    ));
     Ok(parts)
 }
 

@@ -80,8 +80,9 @@ const ZONES: usize = 3;
 const ROOM: usize = 20;
 
 fn node(number: usize) -> anyhow::Result<Node> {
-    let images: Vec<Value> =
-        (0..20).map(|i| json!({"names": [format!("registry.example/app-{i}:v1")], "sizeBytes": 80_000_000 + i})).collect();
+    let images: Vec<Value> = (0..20)
+        .map(|i| json!({"names": [format!("registry.example/app-{i}:v1")], "sizeBytes": 80_000_000 + i}))
+        .collect();
     Ok(serde_json::from_value(json!({
         "metadata": {"name": format!("node-{number}"), "labels": {
             "kubernetes.io/hostname": format!("node-{number}"), "kubernetes.io/os": "linux",
