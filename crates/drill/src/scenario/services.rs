@@ -92,6 +92,8 @@ pub async fn deploy(lab: &Lab, client: &mut Client, worker: &str) -> anyhow::Res
             "metadata": {"labels": labels},
             "spec": {
                 "terminationGracePeriodSeconds": 5,
+                // Where an agent is lost, there is only a server left for its replacement.
+                "tolerations": [{"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}],
                 "affinity": {
                     "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [
                         {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}]},

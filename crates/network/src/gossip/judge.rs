@@ -41,6 +41,12 @@ impl Times {
         self.suspicion * 3
     }
 
+    /// After so long we no longer hold our tongue: if it is we who are cut off, nothing could be lost by believing that the
+    /// others are gone, and if they all are gone, those who depend on us have waited long enough.
+    pub fn overdue(&self) -> Duration {
+        self.alone() * 4
+    }
+
     /// We are to act every [`Times::spread`]. A pause longer than this means that we were not given the time to.
     pub fn gap(&self) -> Duration {
         (self.spread * 3).max(self.probe_interval)
@@ -127,7 +133,7 @@ pub fn judge(now: Duration, record: &Record, view: View, times: &Times) -> Judge
         true => start + times.probe_interval,
         false => start + times.suspicion,
     };
-    let held = holds_back(healthy, view);
+    let held = holds_back(healthy, view) && now < start + times.overdue();
     let dead = start.max(record.held) + patience(accusers, needed, times);
     let soon = now + times.probe_interval;
     if needed > 1 && !confirmed || held {
@@ -272,9 +278,13 @@ mod tests {
     #[test]
     fn who_may_be_cut_off_declares_nobody_dead() {
         let check = |view: View, held: bool| {
-            let judged = judge(ms(100_000), &record(0, 3), view, &TIMES);
+            let overdue = TIMES.overdue();
+            let judged = judge(overdue - ms(1), &record(0, 3), view, &TIMES);
             let verdict = if held { Verdict::Suspect } else { Verdict::Dead };
             assert_eq!((judged.verdict, judged.held), (verdict, held), "{view:?}");
+            // But not for ever.
+            let judged = judge(overdue, &record(0, 3), view, &TIMES);
+            assert_eq!((judged.verdict, judged.held), (Verdict::Dead, false), "{view:?}");
         };
         check(GOOD, false);
         check(View { suspected: 2, ..GOOD }, false);
