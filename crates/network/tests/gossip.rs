@@ -56,7 +56,7 @@ fn config(test: u8, n: usize, port: u16, directory: &Path) -> Config {
 impl Member {
     fn start(config: Config) -> Member {
         let name = config.name.clone();
-        let gossip = Gossip::bind(config).unwrap();
+        let gossip = Gossip::open(config).unwrap();
         let mut member = Member { name, gossip, stop: CancellationToken::new(), task: None };
         member.run();
         member

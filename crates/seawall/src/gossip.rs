@@ -177,7 +177,7 @@ async fn rotate(client: &Client, without: &[String]) -> anyhow::Result<()> {
 /// Makes this machine's member, unless it is to have none.
 ///
 /// # Errors
-/// If its port is taken, or its files cannot be written.
+/// If its files cannot be read or written.
 pub fn member(machine: &Machine, timing: &Timing) -> anyhow::Result<Option<Gossip>> {
     if !machine.runs(Component::Gossip) {
         return Ok(None);
@@ -189,7 +189,7 @@ pub fn member(machine: &Machine, timing: &Timing) -> anyhow::Result<Option<Gossi
         times: Times::of(timing),
         publish: if machine.runs(Component::Agent) { Publish::Node } else { Publish::Secret },
     };
-    Gossip::bind(config).map(Some)
+    Gossip::open(config).map(Some)
 }
 
 /// Runs it. What it knows of the cluster it learns through `client`.

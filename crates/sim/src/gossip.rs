@@ -37,13 +37,15 @@ pub struct Setting {
     pub loss: u32,
     /// How long a packet is under way, in milliseconds: at least and at most.
     pub latency: (u64, u64),
+    /// Whether kernels answer for processes that do not.
+    pub pulses: bool,
     /// Whether all know each other from the start, or learn it from the list of members.
     pub settled: bool,
 }
 
 impl Default for Setting {
     fn default() -> Setting {
-        Setting { members: 5, profile: Profile::Fast, loss: 0, latency: (0, 2), settled: true }
+        Setting { members: 5, profile: Profile::Fast, loss: 0, latency: (0, 2), pulses: true, settled: true }
     }
 }
 
@@ -70,6 +72,7 @@ enum Happens {
     Tick(usize, u64),
     Arrive { to: usize, from: usize, sent: Duration, data: Vec<u8> },
     Refuse { to: usize, by: usize },
+    Pulse { to: usize, of: usize },
     Thaw(usize, u64),
     Fault(Fault),
 }
@@ -214,7 +217,10 @@ impl World {
                 Happens::Refuse { to, by } if self.nodes[to].state == State::On => {
                     self.step(to, Event::Refused(key(by)));
                 }
-                Happens::Refuse { .. } => {}
+                Happens::Pulse { to, of } if self.nodes[to].state == State::On => {
+                    self.step(to, Event::Pulse(key(of)));
+                }
+                Happens::Refuse { .. } | Happens::Pulse { .. } => {}
                 Happens::Thaw(index, life) => {
                     let node = &mut self.nodes[index];
                     if node.life == life && node.state == State::Frozen {
@@ -321,6 +327,16 @@ impl World {
             }
             let after = self.clock.between(self.setting.latency.0, self.setting.latency.1);
             self.clock.after(after, Happens::Arrive { to, from: index, sent: now, data });
+        }
+        for of in effects.pulses {
+            let Some(of) = self.keys.get(&of).copied() else { continue };
+            let cut = self.cuts.contains(&(index, of)) || self.cuts.contains(&(of, index));
+            let lost = self.clock.percent(self.setting.loss) || self.clock.percent(self.setting.loss);
+            if self.setting.pulses && self.nodes[of].state != State::Off && !cut && !lost {
+                let (least, most) = self.setting.latency;
+                let after = self.clock.between(least * 2, most * 2);
+                self.clock.after(after, Happens::Pulse { to: index, of });
+            }
         }
         for (about, thought) in effects.changed {
             let Some(about) = self.keys.get(&about).copied() else { continue };

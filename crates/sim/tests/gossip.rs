@@ -145,7 +145,25 @@ fn frozen_members_harm_nobody_else() {
     });
 }
 
-/// Pauses that are shorter than the suspicion's patience are nobody's death.
+/// A machine that hangs is dead as well, a little later: its kernel answers, its process does not.
+#[test]
+fn a_hung_machine_is_noticed() {
+    for_seeds(20, |seed| {
+        let mut world = World::new(seed, Setting { members: 5, ..Setting::default() });
+        world.plan(secs(5), Fault::Freeze(1, secs(10)));
+        world.run(secs(20));
+        let found = world.found_dead(1, secs(5));
+        if found.len() != 4 || found[0] < secs(2) || found[3] > ms(3500) {
+            return Err(broken(format!("{found:?}"), &world));
+        }
+        match world.whole() {
+            true => Ok(()),
+            false => Err(broken("it is not back".into(), &world)),
+        }
+    });
+}
+
+/// Pauses during which the kernel goes on answering are nobody's death, unless they last.
 #[test]
 fn short_pauses_kill_nobody() {
     for_seeds(20, |seed| {
@@ -153,7 +171,7 @@ fn short_pauses_kill_nobody() {
         let mut world = World::new(seed, Setting { members, loss: 1, ..Setting::default() });
         for _ in 0..100 {
             let (victim, at) = (world.random(members), ms(2000 + world.random(60_000) as u64));
-            let length = ms(50 + world.random(300) as u64);
+            let length = ms(50 + world.random(1450) as u64);
             world.plan(at, Fault::Freeze(victim, length));
         }
         world.run(secs(70));

@@ -54,6 +54,8 @@ pub enum Event<'a> {
     },
     /// A machine has answered that nobody listens there.
     Refused(Key),
+    /// A machine's kernel has answered what `Effects::pulses` asked for.
+    Pulse(Key),
     /// These are the members that there are, as the API (or a disk) has them. Who is not on the list is not heard.
     Roster(&'a BTreeSet<Key>),
     /// This process ends.
@@ -83,6 +85,8 @@ pub struct Thought {
 pub struct Effects {
     /// To be sent: to whom, and what.
     pub packets: Vec<(Key, Vec<u8>)>,
+    /// Whose kernels are to be asked whether they are there: by something that a kernel answers without any process.
+    pub pulses: Vec<Key>,
     /// Of whom we think differently now. `None`: nothing is known.
     pub changed: Vec<(Key, Option<Thought>)>,
     /// When to come back with a [`Event::Tick`].
@@ -147,6 +151,7 @@ enum What {
     EndHelp(Id),
     Judge(Key),
     Present(Key),
+    Feel(Key),
     Search,
 }
 
@@ -230,11 +235,15 @@ pub struct Core {
     records: BTreeMap<Key, Record>,
     /// When each of them is judged next.
     judging: BTreeMap<Key, Duration>,
+    /// When somebody's kernel last answered anybody.
+    pulses: BTreeMap<Key, Duration>,
+    /// When it last answered us.
+    felt: BTreeMap<Key, Duration>,
     /// Until when a machine's word that nobody listens there holds.
     absent: BTreeMap<Key, Duration>,
-    said_absent: BTreeMap<Key, (Duration, u16)>,
-    /// How often we have said of somebody that it does not answer: each time is told on anew.
-    accused: BTreeMap<Key, u16>,
+    said_absent: BTreeMap<Key, Duration>,
+    /// How often we have said something of somebody: each time is told on anew.
+    said: BTreeMap<Key, u16>,
     probe: Option<Probe>,
     helps: BTreeMap<Key, Help>,
     health: Health,
@@ -299,9 +308,11 @@ impl Core {
             missing: BTreeSet::new(),
             records: BTreeMap::new(),
             judging: BTreeMap::new(),
+            pulses: BTreeMap::new(),
+            felt: BTreeMap::new(),
             absent: BTreeMap::new(),
             said_absent: BTreeMap::new(),
-            accused: BTreeMap::new(),
+            said: BTreeMap::new(),
             probe: None,
             helps: BTreeMap::new(),
             health: Health::default(),
@@ -325,6 +336,7 @@ impl Core {
             Event::Tick => self.fire(now),
             Event::Packet { from, data } => self.effects.ignored = self.receive(now, from, data).err(),
             Event::Refused(key) => self.refused(now, key),
+            Event::Pulse(key) => self.felt(now, key),
             Event::Roster(roster) => self.take_roster(now, roster),
             Event::Leave(how) => self.leave(how),
         }
@@ -582,10 +594,7 @@ impl Core {
         if self.health.doubts() || self.health.quiet(now) {
             return;
         }
-        let count = self.accused.entry(id.key).or_default();
-        *count = count.wrapping_add(1);
-        let count = *count;
-        self.say(now, Said::Silent, id, incarnation, count);
+        self.testify(now, id, incarnation);
         // It hears of it at once, and can object.
         let own = *self.swim.identity();
         let suspicion = vec![Member::new(id, incarnation, foca::State::Suspect)];
@@ -593,7 +602,33 @@ impl Core {
         self.swim(now, |swim, wishes| swim.gossip(wishes));
     }
 
-    fn say(&mut self, now: Duration, said: Said, about: Id, incarnation: Incarnation, count: u16) {
+    /// Says in our own name that somebody does not answer, and whether its kernel does.
+    fn testify(&mut self, now: Duration, id: Id, incarnation: Incarnation) {
+        if self.felt.get(&id.key).is_some_and(|at| now - *at < self.times.probe_interval * 2) {
+            self.say(now, Said::Pulse, id, incarnation);
+        }
+        self.say(now, Said::Silent, id, incarnation);
+        self.plan(now + self.times.suspicion, What::Feel(id.key));
+    }
+
+    /// A kernel has answered.
+    fn felt(&mut self, now: Duration, key: Key) {
+        self.felt.insert(key, now);
+        let before = self.pulses.insert(key, now);
+        self.touched.insert(key);
+        let Some(record) = self.records.get(&key).filter(|record| record.state == State::Suspected) else { return };
+        let (id, incarnation) = (record.id, record.incarnation);
+        // The others need not hear it from everybody.
+        if before.is_none_or(|at| now - at > self.times.suspicion / 2) {
+            self.say(now, Said::Pulse, id, incarnation);
+            self.swim(now, |swim, wishes| swim.gossip(wishes));
+        }
+    }
+
+    fn say(&mut self, now: Duration, said: Said, about: Id, incarnation: Incarnation) {
+        let count = self.said.entry(about.key).or_default();
+        *count = count.wrapping_add(1);
+        let count = *count;
         let word = Word { said, about, incarnation, by: self.swim.identity().key, count };
         if self.swim.add_broadcast(&word.write()).is_err() {
             self.counters.errors += 1;
@@ -615,6 +650,10 @@ impl Core {
                     if millis(now).saturating_sub(heard) > millis(self.times.probe_interval) || heard == 0 {
                         self.absent(now, key);
                     }
+                }
+                Said::Pulse => {
+                    self.pulses.insert(key, now);
+                    self.touched.insert(key);
                 }
                 Said::Silent => self.take_accusation(now, &word),
             }
@@ -657,14 +696,13 @@ impl Core {
         self.counters.refused += 1;
         self.vouch(now, key);
         self.helps.remove(&key);
-        let (said, count) = self.said_absent.get(&key).map_or((None, 0), |(at, count)| (Some(*at), *count));
-        if said.is_some_and(|at| now - at < self.times.absence() / 4) {
+        if self.said_absent.get(&key).is_some_and(|at| now - *at < self.times.absence() / 4) {
             return;
         }
         let Some(member) = self.find(key) else { return };
-        self.said_absent.insert(key, (now, count.wrapping_add(1)));
+        self.said_absent.insert(key, now);
         self.absent(now, key);
-        self.say(now, Said::Absent, *member.id(), member.incarnation(), count);
+        self.say(now, Said::Absent, *member.id(), member.incarnation());
         self.swim(now, |swim, wishes| swim.gossip(wishes));
     }
 
@@ -696,7 +734,9 @@ impl Core {
         self.judging.remove(&key);
         self.absent.remove(&key);
         self.said_absent.remove(&key);
-        self.accused.remove(&key);
+        self.said.remove(&key);
+        self.pulses.remove(&key);
+        self.felt.remove(&key);
         self.helps.remove(&key);
         if let Some(contact) = self.contacts.remove(&key) {
             self.missing.remove(&(contact.search, key));
@@ -783,8 +823,13 @@ impl Core {
                 if let Some(probe) = &mut self.probe {
                     probe.void |= now - at > self.times.probe_timeout;
                 }
-                if matches!(timer, foca::Timer::ProbeRandomMember(_)) {
-                    self.end_probe(now);
+                match timer {
+                    foca::Timer::ProbeRandomMember(_) => self.end_probe(now),
+                    foca::Timer::SendIndirectProbe { .. } => {
+                        let unanswered = self.probe.iter().filter(|probe| !probe.answered);
+                        self.effects.pulses.extend(unanswered.map(|probe| probe.id.key));
+                    }
+                    _ => {}
                 }
                 self.swim(now, |swim, wishes| swim.handle_timer(timer, wishes));
             }
@@ -802,6 +847,7 @@ impl Core {
             What::RepeatHelp(id) => {
                 if let Some(help) = self.helps.get(&id.key).filter(|help| help.id == id) {
                     self.effects.packets.push((id.key, help.ping.clone()));
+                    self.effects.pulses.push(id.key);
                 }
             }
             What::EndHelp(id) => {
@@ -830,6 +876,12 @@ impl Core {
                         record.from = now;
                     }
                     self.touched.insert(key);
+                }
+            }
+            What::Feel(key) => {
+                if self.records.get(&key).is_some_and(|record| record.state == State::Suspected) {
+                    self.effects.pulses.push(key);
+                    self.plan(now + self.times.suspicion, What::Feel(key));
                 }
             }
             What::Search => {
@@ -923,8 +975,16 @@ impl Core {
                     State::Dead => self.counters.deaths += 1,
                     State::Left => {}
                 }
-                let record =
-                    Record { id, incarnation, since: now, from: now, held: now, accusers: BTreeSet::new(), state };
+                let record = Record {
+                    id,
+                    incarnation,
+                    since: now,
+                    from: now,
+                    held: now,
+                    pulse: None,
+                    accusers: BTreeSet::new(),
+                    state,
+                };
                 self.records.insert(key, record);
             }
         }
@@ -936,7 +996,11 @@ impl Core {
             && !self.health.doubts()
         {
             self.helps.remove(&key);
-            self.say(now, Said::Silent, id, incarnation, 0);
+            self.testify(now, id, incarnation);
+        }
+        if let Some(record) = self.records.get_mut(&key) {
+            let pulse = self.pulses.get(&key).copied();
+            record.pulse = pulse.filter(|at| *at + self.times.probe_interval * 2 >= record.since);
         }
     }
 

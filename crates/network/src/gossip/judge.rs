@@ -52,6 +52,12 @@ impl Times {
         (self.spread * 3).max(self.probe_interval)
     }
 
+    /// How long one has whose kernel answers although it does not. A process that is starved is back before that; one that
+    /// hangs is not.
+    pub fn hung(&self) -> Duration {
+        self.suspicion * 5
+    }
+
     /// Who was heard no longer ago than this was heard of late.
     pub fn late(&self) -> Duration {
         self.probe_interval * 4
@@ -79,6 +85,8 @@ pub struct Record {
     pub from: Duration,
     /// When we last had reason to hold our tongue: patience for its death begins anew then.
     pub held: Duration,
+    /// When its kernel last answered.
+    pub pulse: Option<Duration>,
     /// Who found out by itself.
     pub accusers: BTreeSet<Key>,
     /// What it has come to.
@@ -128,13 +136,16 @@ pub fn judge(now: Duration, record: &Record, view: View, times: &Times) -> Judge
     let accusers = record.accusers.len();
     // One alone may be wrong about its own cable. Where there are several, two have to say so.
     let confirmed = accusers >= needed.min(2);
-    let suspect = match needed > 1 && confirmed {
+    let suspect = match needed > 1 && confirmed && record.pulse.is_none() {
         // One that lives objects within a round trip.
         true => start + times.probe_interval,
         false => start + times.suspicion,
     };
     let held = holds_back(healthy, view) && now < start + times.overdue();
-    let dead = start.max(record.held) + patience(accusers, needed, times);
+    let mut dead = start.max(record.held) + patience(accusers, needed, times);
+    if let Some(pulse) = record.pulse {
+        dead = dead.max((pulse + times.alone()).min(start + times.hung()));
+    }
     let soon = now + times.probe_interval;
     if needed > 1 && !confirmed || held {
         let verdict = if now >= suspect { Verdict::Suspect } else { Verdict::Alive };
@@ -244,6 +255,7 @@ mod tests {
             since: ms(since),
             from: ms(0),
             held: ms(0),
+            pulse: None,
             accusers: (0..accusers).map(Key).collect(),
             state: State::Suspected,
         }
@@ -273,6 +285,24 @@ mod tests {
         // Where there is no other witness, only time can tell.
         check(1, View { members: 2, heard: 0, ..GOOD }, 400, Some(1200));
         check(3, View { members: 5000, ..GOOD }, 100, Some(400));
+    }
+
+    #[test]
+    fn who_has_a_pulse_is_given_time() {
+        let mut record = record(1000, 4);
+        let check = |record: &Record, at: u64, verdict: Verdict| {
+            assert_eq!(judge(ms(1000 + at), record, GOOD, &TIMES).verdict, verdict, "at {at}");
+        };
+        record.pulse = Some(ms(990));
+        check(&record, 399, Verdict::Alive);
+        check(&record, 400, Verdict::Suspect);
+        // Its power was cut after that.
+        check(&record, 1189, Verdict::Suspect);
+        check(&record, 1190, Verdict::Dead);
+        record.pulse = Some(ms(2900));
+        check(&record, 1999, Verdict::Suspect);
+        // It hangs.
+        check(&record, 2000, Verdict::Dead);
     }
 
     #[test]

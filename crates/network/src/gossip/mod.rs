@@ -86,7 +86,8 @@ pub type Opinions = Arc<BTreeMap<String, Opinion>>;
 /// What the loop, the API's part and the users of a [`Gossip`] have in common.
 pub struct Shared {
     config: Config,
-    socket: UdpSocket,
+    /// Kept when the loop ends, so that one that starts again has the same.
+    socket: Mutex<Option<UdpSocket>>,
     public: Public,
     roster: watch::Sender<Arc<Roster>>,
     keys: watch::Sender<Keyring>,
@@ -104,14 +105,11 @@ pub struct Gossip {
 }
 
 impl Gossip {
-    /// Takes the port, and reads what is on the disk. The address need not be there yet.
+    /// Reads what is on the disk. The port is taken when it runs.
     ///
     /// # Errors
-    /// If the port is taken, or the files cannot be written.
-    pub fn bind(config: Config) -> anyhow::Result<Gossip> {
-        let socket = bind(config.address).with_context(|| {
-            format!("the gossip cannot listen on udp {} (--node-ip, --gossip-port)", config.address)
-        })?;
+    /// If the files cannot be read or written.
+    pub fn open(config: Config) -> anyhow::Result<Gossip> {
         let disk = Disk::new(&config.directory);
         let shared = Shared {
             public: disk.pair()?.public(),
@@ -122,7 +120,7 @@ impl Gossip {
             metrics: Mutex::default(),
             leaving: Mutex::new(Leaving::Process),
             silent: CancellationToken::new(),
-            socket,
+            socket: Mutex::new(None),
             config,
         };
         Ok(Gossip { shared: Arc::new(shared) })
@@ -216,6 +214,25 @@ impl Gossip {
     /// When it stops, it will say that the machine ends, and not only its process: the others hold it for dead at once.
     pub fn machine_ends(&self) {
         *self.shared.leaving.lock() = Leaving::Machine;
+    }
+}
+
+impl Shared {
+    /// The socket. The address need not be this machine's yet.
+    fn socket(&self) -> anyhow::Result<UdpSocket> {
+        let mut held = self.socket.lock();
+        let address = self.config.address;
+        let socket = match held.take() {
+            Some(socket) => socket,
+            None => bind(address).with_context(|| {
+                format!(
+                    "the gossip cannot listen on udp {address} (--node-ip, --gossip-port): does another process run it?"
+                )
+            })?,
+        };
+        let other = socket.try_clone().context("the gossip's socket")?;
+        *held = Some(socket);
+        Ok(other)
     }
 }
 

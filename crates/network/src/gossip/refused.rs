@@ -1,11 +1,13 @@
 //! The machine answers, the process does not: a kernel says by ICMP that nobody listens on a port (RFC 1122, 3.2.2.1).
+//! On the gossip's port that means that the process is gone; on [`NOBODYS`], where nobody ever listens, that the machine
+//! has power, whatever its processes are doing.
 //!
 //! A socket that talks to many hears of that only through its error queue (ip(7), `IP_RECVERR`), where the address of the
 //! packet that was refused stands beside the error.
 
 use std::{
     io::IoSliceMut,
-    net::{IpAddr, UdpSocket},
+    net::{SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket},
     os::fd::AsRawFd,
 };
 
@@ -19,6 +21,8 @@ use nix::{
 
 /// `SO_EE_ORIGIN_ICMP` and `SO_EE_ORIGIN_ICMP6`: another machine said so, and not our own routing table.
 const ORIGINS: [u8; 2] = [2, 3];
+/// A port on which nobody listens: what TCP calls tcpmux (RFC 1078) has never been there for UDP.
+pub const NOBODYS: u16 = 1;
 /// No more of them are read at a time.
 const MOST: usize = 64;
 
@@ -33,8 +37,8 @@ pub fn listen(socket: &UdpSocket) -> Result<(), Errno> {
     }
 }
 
-/// The machines that refused a packet since the last time.
-pub fn take(socket: &impl AsRawFd) -> Vec<IpAddr> {
+/// The addresses and ports that refused a packet since the last time.
+pub fn take(socket: &impl AsRawFd) -> Vec<SocketAddr> {
     let mut refused = Vec::new();
     let (mut data, mut control) = ([0; 64], vec![0; 512]);
     for _ in 0..MOST {
@@ -44,8 +48,11 @@ pub fn take(socket: &impl AsRawFd) -> Vec<IpAddr> {
             break;
         };
         let address = message.address.and_then(|address| {
-            let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+            let v4 = address.as_sockaddr_in().map(|a| SocketAddr::V4(SocketAddrV4::new(a.ip(), a.port())));
+            v4.or_else(|| {
+                let v6 = address.as_sockaddr_in6()?;
+                Some(SocketAddr::V6(SocketAddrV6::new(v6.ip(), v6.port(), 0, 0)))
+            })
         });
         let Ok(messages) = message.cmsgs() else { continue };
         for message in messages {
@@ -73,7 +80,7 @@ mod tests {
     async fn a_port_where_nobody_listens_refuses() {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         listen(&socket).unwrap();
-        assert_eq!(take(&socket), Vec::<IpAddr>::new());
+        assert_eq!(take(&socket), Vec::<SocketAddr>::new());
         let nobody = UdpSocket::bind("127.0.0.2:0").unwrap();
         let somebody = UdpSocket::bind("127.0.0.3:0").unwrap();
         let (gone, there) = (nobody.local_addr().unwrap(), somebody.local_addr().unwrap());
@@ -88,6 +95,6 @@ mod tests {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        assert_eq!(heard, [gone.ip()]);
+        assert_eq!(heard, [gone]);
     }
 }

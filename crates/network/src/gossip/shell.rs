@@ -84,8 +84,7 @@ fn serve(shared: Arc<Shared>, stop: CancellationToken) -> anyhow::Result<()> {
 impl Shell {
     fn new(shared: Arc<Shared>) -> anyhow::Result<Shell> {
         let config = &shared.config;
-        let socket = shared.socket.try_clone().context("the gossip's socket")?;
-        let socket = UdpSocket::from_std(socket).context("the gossip's socket")?;
+        let socket = UdpSocket::from_std(shared.socket()?).context("the gossip's socket")?;
         let disk = Disk::new(&config.directory);
         let (session, former) = disk.begin(jiff::Timestamp::now())?;
         let key = Key::of(&config.name);
@@ -115,10 +114,12 @@ impl Shell {
         let mut keep = Instant::now() + KEEP;
         loop {
             self.receive();
-            for ip in refused::take(&self.socket) {
-                if let Some(key) = self.index.at.get(&ip).copied() {
-                    self.step(Event::Refused(key));
-                }
+            for address in refused::take(&self.socket) {
+                let Some(key) = self.index.at.get(&plain(address.ip())).copied() else { continue };
+                self.step(match address.port() {
+                    refused::NOBODYS => Event::Pulse(key),
+                    _ => Event::Refused(key),
+                });
             }
             self.step(Event::Tick);
             self.publish();
@@ -194,6 +195,10 @@ impl Shell {
     }
 
     fn open(&mut self, packet: &[u8], source: SocketAddr) -> Result<(), Count> {
+        // Cheap, and first: strangers cannot make us calculate.
+        if !self.index.at.contains_key(&plain(source.ip())) {
+            return Err(|d| &mut d.unknown_sender);
+        }
         let opened = self.sealer.open(packet.to_vec(), &self.index.publics).map_err(|why| -> Count {
             match why {
                 seal::Refused::Foreign => |d| &mut d.foreign,
@@ -220,10 +225,15 @@ impl Shell {
 
     fn step(&mut self, event: Event<'_>) -> Option<Ignored> {
         let effects = self.core.step(self.origin.elapsed(), event);
-        let Effects { packets, changed, due, ignored } = effects;
+        let Effects { packets, pulses, changed, due, ignored } = effects;
         self.due = due;
         for (to, message) in packets {
             self.send(to, &message);
+        }
+        for of in pulses {
+            if let Some(ip) = self.index.addresses.get(&of).copied() {
+                self.put(&[], SocketAddr::new(ip, refused::NOBODYS));
+            }
         }
         for (key, thought) in changed {
             self.think(key, thought);
@@ -236,10 +246,13 @@ impl Shell {
         let sent = self.origin.elapsed().as_millis() as u64;
         // Without a key nothing can be said, until the API gives us one.
         let Ok(packet) = self.sealer.seal(to, sent, message) else { return };
-        let address = SocketAddr::new(ip, self.shared.config.address.port());
+        self.put(&packet, SocketAddr::new(ip, self.shared.config.address.port()));
+    }
+
+    fn put(&mut self, packet: &[u8], address: SocketAddr) {
         // The first error may be that of an earlier packet; then this one was not sent.
         for _ in 0..2 {
-            if self.socket.try_send_to(&packet, address).is_ok() {
+            if self.socket.try_send_to(packet, address).is_ok() {
                 self.metrics.sent.0 += 1;
                 self.metrics.sent.1 += packet.len() as u64;
                 return;

@@ -19,6 +19,8 @@ pub enum Said {
     Silent,
     /// "Its machine answers that nobody is there": the process has ended and the machine lives.
     Absent,
+    /// "Its kernel answers": it may be starved or hang, its power is on.
+    Pulse,
 }
 
 /// A word.
@@ -48,6 +50,7 @@ impl Word {
         out.put_u8(match self.said {
             Said::Silent => 0,
             Said::Absent => 1,
+            Said::Pulse => 2,
         });
         out.put_u64(self.about.key.0);
         out.put_u64(self.about.born);
@@ -65,6 +68,7 @@ impl Word {
         let said = match data.get_u8() {
             0 => Said::Silent,
             1 => Said::Absent,
+            2 => Said::Pulse,
             _ => return None,
         };
         let about = Id { key: Key(data.get_u64()), born: data.get_u64() };
