@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use net::Net;
-use seawall_network::proxy::{ProxyConfig, State, intact, nft, plan::plan, rules::Ruleset, state};
+use seawall_network::proxy::{
+    ProxyConfig, State, dead::Target, elements, intact, nft, plan::plan, rules::Ruleset, state,
+};
 use serde_json::{Value, json};
 
 fn state(service: Value, endpoints: &[&str]) -> State {
@@ -114,4 +116,50 @@ async fn a_client_stays_with_its_endpoint() {
     apply(&config, &state(service, BOTH), None).await;
     let seen = net.seen("node", "10.96.0.9", 80);
     assert!(seen == ["pod1"] || seen == ["pod2"], "{seen:?}");
+}
+
+/// Ranges that touch each other, and one that is a single address, come and go, also past `nft`.
+#[test]
+fn what_is_dead_is_added_and_removed_range_by_range() {
+    let net = Net::new();
+    let file = std::fs::File::open(format!("/run/netns/{}", net.namespace("node"))).unwrap();
+    nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let config = ProxyConfig::default();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let empty = Ruleset::default();
+        nft(&config, &empty.script(None)).await.unwrap();
+        let targets: Vec<Target> =
+            ["10.244.2.0/24", "10.244.3.0/24", "10.244.1.255/32", "172.20.0.9/32", "fd00:2::/64"]
+                .iter()
+                .map(|net| Target::Pods(net.parse().unwrap()))
+                .chain(["10.9.0.2:8080", "[fd00::1]:8080"].iter().map(|port| Target::Port(port.parse().unwrap())))
+                .collect();
+        let of = |some: &[&Target]| Ruleset { sets: some.iter().map(|t| t.element()).collect(), ..Default::default() };
+        for skip in &targets {
+            // By netlink, all but one; that one by nft.
+            let first: Vec<&Target> = targets.iter().filter(|t| *t != skip).collect();
+            elements::add(&first).unwrap();
+            let some = of(&first);
+            assert!(intact(&config, &some).await, "without {skip:?}");
+            let all = of(&targets.iter().collect::<Vec<_>>());
+            nft(&config, &all.script(Some(&some))).await.unwrap();
+            assert!(intact(&config, &all).await, "with {skip:?}");
+            // Twice is once.
+            elements::add(&first).unwrap();
+            assert!(intact(&config, &all).await);
+            let listed = std::process::Command::new("nft").args(["list", "table", "inet", "seawall"]).output().unwrap();
+            let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+            for target in &targets {
+                assert!(listed.contains(&target.element().1), "{target:?} in {listed}");
+            }
+            nft(&config, &some.script(Some(&all))).await.unwrap();
+            assert!(intact(&config, &some).await);
+            nft(&config, &empty.script(Some(&some))).await.unwrap();
+            assert!(intact(&config, &empty).await);
+        }
+        // All or nothing, and told.
+        nft(&config, "delete table inet seawall").await.unwrap();
+        assert!(elements::add(&targets.iter().collect::<Vec<_>>()).is_err());
+    });
 }

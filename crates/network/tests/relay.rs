@@ -192,6 +192,14 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
         }
         assert_eq!(relay.count("dead_total"), 3);
 
+        // A process of the node serves.
+        net.echo("node");
+        relay.apply(&known(Value::Null, service(), &["192.168.77.1"]), &nobody).await;
+        for (host, to) in [("client", SERVICE), ("client", NODE_PORT), ("pod1", SERVICE), ("node", SERVICE)] {
+            assert_eq!(blocking(&net, move |net| net.answers(host, to)).await, ["node"], "from {host} to {to}");
+        }
+        relay.apply(&known(Value::Null, service(), &["10.244.1.2", "10.244.2.2"]), &nobody).await;
+
         // The relay goes: what comes from elsewhere is served by the rules; open connections are broken off.
         let mut open = blocking(&net, |net| net.connect("client", SERVICE).unwrap().1).await;
         let link = relay.link.clone();
@@ -288,6 +296,115 @@ fn a_client_stays_with_its_endpoint_until_that_is_gone() {
         relay.apply(&known, &doubt).await;
         let expect = other.unwrap_or("pod1");
         until("it moved on", async || blocking(&net, |net| net.answers("client", SERVICE)).await == [expect]).await;
+        relay.stop().await;
+    });
+}
+
+/// Processor time of this process so far: clients, servers and relay together.
+fn cpu() -> Duration {
+    use nix::sys::resource::{UsageWho, getrusage};
+    let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+    let of = |t: nix::sys::time::TimeVal| Duration::from_micros((t.tv_sec() * 1_000_000 + t.tv_usec()) as u64);
+    of(usage.user_time()) + of(usage.system_time())
+}
+
+fn percentiles(mut all: Vec<Duration>) -> String {
+    all.sort();
+    let at = |share: usize| all[(all.len() - 1) * share / 100];
+    format!("{:.0?} / {:.0?}", at(50), at(99))
+}
+
+/// `cargo nextest run -p seawall-network --run-ignored only what_it_costs --no-capture
+/// --config profile.dev.package.seawall-network.opt-level=3`.
+#[test]
+#[ignore = "prints a table"]
+fn what_it_costs() {
+    const CONNECTIONS: usize = 4000;
+    const TURNS: usize = 20_000;
+    const BULK: usize = 4 << 30;
+    let net = Net::new();
+    net.echo("pod1");
+    let sink = inside(&net.namespace("pod2"), || TcpListener::bind("0.0.0.0:8080").unwrap());
+    std::thread::spawn(move || {
+        for stream in sink.incoming() {
+            let mut stream = stream.unwrap();
+            std::thread::spawn(move || {
+                let _ = stream.write_all(b"sink\n");
+                let mut buffer = vec![0; 256 << 10];
+                while stream.read(&mut buffer).is_ok_and(|n| n > 0) {}
+                let _ = stream.write_all(b"done");
+            });
+        }
+    });
+    let net = std::sync::Arc::new(net);
+    on_node(&net, async {
+        let mut relay = Running::start().await;
+        let nobody = BTreeMap::new();
+        for relayed in ["false", "true"] {
+            let how = if relayed == "true" { "relay   " } else { "nftables" };
+            let annotations = json!({"seawall.io/relay": relayed});
+            relay.apply(&known(annotations.clone(), service(), &["10.244.1.2"]), &nobody).await;
+            for threads in [1, 8] {
+                let (began, used) = (Instant::now(), cpu());
+                let all = blocking(&net, move |net| {
+                    let namespace = net.namespace("client");
+                    let each = move || {
+                        inside(&namespace, move || {
+                            let turn = |_| {
+                                let began = Instant::now();
+                                let mut stream = std::net::TcpStream::connect(SERVICE).unwrap();
+                                stream.read_exact(&mut [0; 5]).unwrap();
+                                began.elapsed()
+                            };
+                            (0..CONNECTIONS / threads).map(turn).collect::<Vec<_>>()
+                        })
+                    };
+                    let running: Vec<_> = (0..threads).map(|_| std::thread::spawn(each.clone())).collect();
+                    running.into_iter().flat_map(|r| r.join().unwrap()).collect::<Vec<_>>()
+                })
+                .await;
+                println!(
+                    "{how} {threads} clients: {:.0} connections/s, {:.0}/cpu s, first byte {} (median / 99 %)",
+                    CONNECTIONS as f64 / began.elapsed().as_secs_f64(),
+                    CONNECTIONS as f64 / (cpu() - used).as_secs_f64(),
+                    percentiles(all)
+                );
+            }
+            let used = cpu();
+            let all = blocking(&net, |net| {
+                let mut stream = net.connect("client", SERVICE).unwrap().1;
+                let mut turn = || {
+                    let began = Instant::now();
+                    assert!(echoes(&mut stream));
+                    began.elapsed()
+                };
+                (0..TURNS).map(|_| turn()).collect::<Vec<_>>()
+            })
+            .await;
+            println!(
+                "{how} question and answer on an open connection: {}, {:.1?} of cpu",
+                percentiles(all),
+                (cpu() - used) / TURNS as u32
+            );
+            relay.apply(&known(annotations, service(), &["10.244.2.2"]), &nobody).await;
+            let (began, used) = (Instant::now(), cpu());
+            blocking(&net, |net| {
+                let mut stream = net.connect("client", SERVICE).unwrap().1;
+                let chunk = vec![1; 256 << 10];
+                (0..BULK / chunk.len()).for_each(|_| stream.write_all(&chunk).unwrap());
+                stream.shutdown(std::net::Shutdown::Write).unwrap();
+                stream.read_exact(&mut [0; 4]).unwrap();
+            })
+            .await;
+            let (took, used) = (began.elapsed().as_secs_f64(), (cpu() - used).as_secs_f64());
+            println!(
+                "{how} {} MiB one way: {:.0} MiB/s, {:.0} MiB per cpu s",
+                BULK >> 20,
+                (BULK >> 20) as f64 / took,
+                (BULK >> 20) as f64 / used
+            );
+        }
+        println!("{}", relay.relay.render());
         relay.stop().await;
     });
 }

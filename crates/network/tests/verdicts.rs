@@ -369,15 +369,19 @@ fn how_long_a_verdict_takes() {
                 let (mut plans, mut rules, mut sets) = (Vec::new(), Vec::new(), Vec::new());
                 for _ in 0..5 {
                     let began = Instant::now();
-                    let doubt = proxy::plan::plan(&known, &config, &BTreeMap::from([("n1".to_owned(), verdict)]));
-                    let script = doubt.script(Some(&calm));
+                    let doubts = BTreeMap::from([("n1".to_owned(), verdict)]);
+                    let doubt = proxy::plan::plan(&known, &config, &doubts);
+                    let _ = doubt.script(Some(&calm));
                     plans.push(began.elapsed());
-                    // The sets alone, which go first where there is much.
-                    let first = proxy::rules::Ruleset { sets: doubt.sets.clone(), ..calm.clone() };
+                    // What is dead goes first.
                     let began = Instant::now();
-                    proxy::nft(&config, &first.script(Some(&calm))).await.unwrap();
+                    let dead = proxy::dead::Dead::of(&proxy::endpoints::View::new(&known, "here", &doubts), &[]);
+                    if !dead.targets.is_empty() {
+                        proxy::elements::add(&dead.targets.iter().collect::<Vec<_>>()).unwrap();
+                    }
                     sets.push(began.elapsed());
-                    proxy::nft(&config, &calm.script(Some(&first))).await.unwrap();
+                    let first = proxy::rules::Ruleset { sets: doubt.sets.clone(), ..calm.clone() };
+                    let script = doubt.script(Some(&first));
                     let began = Instant::now();
                     proxy::nft(&config, &script).await.unwrap();
                     rules.push(began.elapsed());
@@ -385,7 +389,7 @@ fn how_long_a_verdict_takes() {
                 }
                 [&mut plans, &mut rules, &mut sets].into_iter().for_each(|all| all.sort());
                 println!(
-                    "{services} services of {endpoints}: {verdict:?}: planned in {:.1?}, sets in {:.1?}, all in {:.1?}",
+                    "{services} services of {endpoints}: {verdict:?}: planned in {:.1?}, out of reach in {:.1?}, rules in {:.1?}",
                     plans[2], sets[2], rules[2]
                 );
             }

@@ -35,14 +35,44 @@ impl Target {
         }
     }
 
+    /// The set of the table that it is in.
+    pub fn set(&self) -> &'static str {
+        match self {
+            Target::Pods(net) => {
+                if net.addr().is_ipv4() {
+                    SETS[0]
+                } else {
+                    SETS[1]
+                }
+            }
+            Target::Port(address) => {
+                if address.is_ipv4() {
+                    SETS[2]
+                } else {
+                    SETS[3]
+                }
+            }
+        }
+    }
+
+    /// Set and element, as the kernel shows it.
+    pub fn element(&self) -> (&'static str, String) {
+        let element = match self {
+            Target::Pods(net) if net.prefix_len() == net.max_prefix_len() => net.addr().to_string(),
+            Target::Pods(net) => net.to_string(),
+            Target::Port(address) => format!("{} . {}", address.ip(), address.port()),
+        };
+        (self.set(), element)
+    }
+
     /// Whether this flow was begun there.
     pub fn is_from(&self, flow: &Flow) -> bool {
         matches!(self, Target::Pods(net) if net.contains(&flow.original.from.ip()))
     }
 }
 
-/// The sets of the table for them.
-pub const SETS: [&str; 4] = ["dead_pods4", "dead_pods6", "dead_ports4", "dead_ports6"];
+/// The sets of the table for pods and ports.
+const SETS: [&str; 4] = ["dead_pods4", "dead_pods6", "dead_ports4", "dead_ports6"];
 
 const TCP: u8 = 6;
 
@@ -90,18 +120,7 @@ impl Dead {
 
     /// Of the sets of the table: set and element.
     pub fn elements(&self) -> impl Iterator<Item = (&'static str, String)> {
-        self.targets.iter().map(|target| match target {
-            Target::Pods(net) => {
-                let set = if net.addr().is_ipv4() { "dead_pods4" } else { "dead_pods6" };
-                // As the kernel shows it.
-                let alone = net.prefix_len() == net.max_prefix_len();
-                (set, if alone { net.addr().to_string() } else { net.to_string() })
-            }
-            Target::Port(address) => {
-                let set = if address.is_ipv4() { "dead_ports4" } else { "dead_ports6" };
-                (set, format!("{} . {}", address.ip(), address.port()))
-            }
-        })
+        self.targets.iter().map(Target::element)
     }
 }
 

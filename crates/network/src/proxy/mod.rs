@@ -6,9 +6,11 @@
 
 pub mod conntrack;
 pub mod dead;
+pub mod elements;
 pub mod ending;
 pub mod endpoints;
 mod kernel;
+pub mod netlink;
 pub mod plan;
 pub mod rouse;
 pub mod rules;
@@ -389,18 +391,7 @@ impl Proxy {
         if let (Some(relay), Some(table)) = (&self.config.relay, self.config.relayed(&view)) {
             relay.tables.send_replace(Arc::new(table));
         }
-        // Where there is much to be written, what is dead goes first: it costs one short script.
-        if let Some(applied) = self.applied.as_ref().filter(|a| a.chains.len() > MANY) {
-            let others = applied.sets.iter().filter(|(set, _)| !dead::SETS.contains(set)).cloned();
-            let first = Ruleset { sets: others.chain(dead.elements()).collect(), ..applied.clone() };
-            if first.sets.difference(&applied.sets).next().is_some() {
-                let script = first.script(Some(applied));
-                self.generation += 1;
-                if nft(&self.config, &script).await.is_ok() {
-                    self.applied = Some(first);
-                }
-            }
-        }
+        self.bury(&dead);
         let wanted = plan(&self.state, &self.config, &verdicts);
         if self.applied.as_ref() != Some(&wanted) {
             let planned = began.elapsed();
@@ -427,6 +418,26 @@ impl Proxy {
         }
         self.ended(&dead.targets);
         Ok(())
+    }
+
+    /// What is dead goes first: it does not take `nft`, nor a plan of everything else. A connection to it is refused from
+    /// then on, until the other rules pick no dead endpoints any more.
+    fn bury(&mut self, dead: &Dead) {
+        let Some(applied) = &mut self.applied else { return };
+        let fresh: Vec<&Target> = dead.targets.iter().filter(|t| !applied.sets.contains(&t.element())).collect();
+        if fresh.is_empty() {
+            return;
+        }
+        let began = Instant::now();
+        self.generation += 1;
+        match elements::add(&fresh) {
+            Ok(()) => {
+                applied.sets.extend(fresh.iter().map(|t| t.element()));
+                tracing::debug!(took = ?began.elapsed(), ?fresh, "what is dead is out of reach");
+            }
+            // The rules are written all the same, and bring it along.
+            Err(error) => tracing::warn!("what is dead is not out of reach yet: {error}"),
+        }
     }
 
     /// Looks after the flows to what is dead since now.
@@ -506,7 +517,5 @@ impl Proxy {
     }
 }
 
-/// More chains than this take a while to be planned and written.
-const MANY: usize = 200;
 /// How often the copy on disk is written at most.
 const KEEP: Duration = Duration::from_secs(1);

@@ -45,7 +45,8 @@ pub fn order(
 }
 
 /// Whether an endpoint sees the client's own address. As with the rules, it does not where answers would not come back
-/// this way: for clients elsewhere, and for a pod that reaches itself.
+/// this way: for clients elsewhere, and for a pod that reaches itself. A process of this machine would answer the client
+/// without anything that passes by here, so it sees this machine (with the rules it sees the client).
 pub fn in_clients_name(door: Door, client: IpAddr, backend: &Backend, table: &Table) -> bool {
     let pod_here = table.own_pods.iter().any(|net| net.contains(&client));
     let comes_back = match door {
@@ -53,7 +54,9 @@ pub fn in_clients_name(door: Door, client: IpAddr, backend: &Backend, table: &Ta
         Door::External(Scope::Cluster) => false,
         Door::External(Scope::Local) => pod_here || (backend.local && !table.own.contains(&client)),
     };
-    comes_back && client.is_ipv4() && client != backend.address.ip()
+    let to = backend.address.ip();
+    let own_process = table.own.contains(&to) || (backend.local && !table.own_pods.iter().any(|net| net.contains(&to)));
+    comes_back && !own_process && client.is_ipv4() && client != to
 }
 
 /// Which client belongs to which endpoint (`sessionAffinity: ClientIP`).
@@ -161,6 +164,8 @@ mod tests {
         check(internal, "10.244.1.7", &there, all, true);
         check(internal, "10.244.1.7", &here, all, true);
         check(internal, "10.244.1.2", &here, all, false);
+        check(internal, "10.244.1.7", &backend("10.9.0.1:80", true), all, false);
+        check(local, "192.0.2.1", &backend("172.20.0.9:80", true), only, false);
         check(internal, "10.9.0.1", &there, all, false);
         check(internal, "192.0.2.1", &there, all, false);
         check(external, "192.0.2.1", &here, all, false);
