@@ -499,7 +499,7 @@ mod tests {
             return;
         }
         let cgroups = Cgroups::detect(&format!("/seawall-fence-test-{}", std::process::id()));
-        let path = cgroups.pod_path(crate::pod::qos::Qos::Guaranteed, "u");
+        let path = cgroups.pod_path(pod::qos::Qos::Guaranteed, "u");
         cgroups.create(&path, Default::default()).unwrap();
         let group = Group(cgroups.clone(), "u".into());
         let procs = cgroups.directories_of(&path).into_iter().map(|d| d.join("cgroup.procs")).collect::<Vec<_>>();
@@ -557,7 +557,7 @@ mod tests {
         write(&fence);
         until("it is thawed", &|| {
             let state = Path::new("/sys/fs/cgroup/freezer")
-                .join(cgroups.pod_path(crate::pod::qos::Qos::Guaranteed, "u").trim_start_matches('/'));
+                .join(cgroups.pod_path(pod::qos::Qos::Guaranteed, "u").trim_start_matches('/'));
             fs::read_to_string(state.join("freezer.state")).map_or(true, |s| s.trim() == "THAWED")
         });
         let before = size();
