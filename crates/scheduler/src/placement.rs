@@ -270,7 +270,8 @@ fn replicas_are_spread_without_asking() {
 #[test]
 fn a_large_cluster_is_searched_in_parts() {
     let search = Search::seeded(1);
-    let set = Search { percentage: 10, ..Search::seeded(1) };
+    let mut set = Search::seeded(1);
+    set.percentage = 10;
     for (nodes, adaptive, tenth) in
         [(50, 50, 50), (150, 100, 100), (1000, 420, 100), (5000, 500, 500), (10_000, 500, 1000)]
     {

@@ -212,6 +212,10 @@ impl Server {
             let scheduled =
                 json!({"type": "PodScheduled", "status": "True", "lastProbeTime": null, "lastTransitionTime": now});
             set_condition(&mut pod["status"], scheduled);
+            if let Some(status) = pod["status"].as_object_mut() {
+                // The claim is redeemed (KEP-5278).
+                status.remove("nominatedNodeName");
+            }
             Ok(())
         })
         .await?;
