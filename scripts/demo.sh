@@ -1,6 +1,6 @@
 #!/bin/bash
 # Makes five machines out of this one, brings up a cluster of three servers and two nodes on them, and cuts the power of
-# the server that leads; or takes all of it away.
+# the server that leads, and then of a node; or takes all of it away.
 #
 # usage: scripts/demo.sh up|down
 #   SEAWALL_BIN   a binary to use instead of building one
@@ -92,6 +92,12 @@ up() {
         fail "what must hold did not hold; the report is above"
     felt() { sed -n "s/^ *$1  *\([0-9.]* s\).*/\1/p" "$scratch/report" | head -1; }
     saw "felt at most: reads $(felt 'read, a1 by its balancer'), writes $(felt 'write, a1 by its balancer'), controllers $(felt controllers), the web $(felt 'workload, a1')"
+
+    step "Cut the power of a node, with a web and a stateful pod on it, while clients connect, talk and wait"
+    "$binary" --log error drill node-power-off --lab $lab 2>&1 | tee "$scratch/nodes" | sed -u 's/^/   /' ||
+        fail "what must hold did not hold; the report is above"
+    cost() { sed -n "s/^ *$1  *\([0-9.]* s\).*/\1/p" "$scratch/nodes" | head -1; }
+    saw "noticed in $(cost 'not ready, a2'); new connections failed for $(cost 'new connections fail, host a1, nftables'), by the relay for $(cost 'new connections fail, host a1, relay'); replaced in $(cost 'web replaced'), the stateful pod in $(cost 'stateful replaced')"
 
     step "The web goes on, and the machine is back"
     note "$node_ip:30080: $(fetch "$node_ip:30080")"

@@ -24,6 +24,27 @@ impl Drop for Down<'_> {
 }
 
 #[test]
+fn a_node_dies_and_its_services_answer() {
+    assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
+    let dir = tempfile::Builder::new().prefix("seawall-drill-test-").tempdir_in("/var/lib").unwrap();
+    let labs = dir.path().join("labs");
+    let _down = Down(&labs);
+    let (success, _, stderr) = run(&labs, &["lab", "up", "--servers", "1", "--agents", "3"]);
+    assert!(success, "{stderr}");
+    let picture = dir.path().join("plot.svg");
+    let plot = picture.to_str().unwrap();
+    let (success, stdout, stderr) = run(&labs, &["drill", "node-power-off", "--output", "json", "--plot", plot]);
+    assert!(success, "{stdout}\n{stderr}");
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    let invariants = report["invariants"].as_object().unwrap();
+    assert!(invariants.len() >= 6 && invariants.values().all(|holds| *holds == true), "{invariants:?}");
+    for window in ["not ready, a3", "web replaced", "stateful replaced", "open connections hang, host a1, relay"] {
+        assert!(report["windows"][window].as_f64().is_some_and(|s| s < 60.0), "{window}: {}", report["windows"]);
+    }
+    assert!(std::fs::read_to_string(&picture).unwrap().contains("pod on a1, relay"));
+}
+
+#[test]
 fn servers_die_and_what_must_hold_holds() {
     assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
     let dir = tempfile::Builder::new().prefix("seawall-drill-test-").tempdir_in("/var/lib").unwrap();

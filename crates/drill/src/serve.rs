@@ -17,7 +17,7 @@ pub const CONNECTIONS: u16 = 8080;
 pub const DATAGRAMS: u16 = 8081;
 /// How often it writes down that it runs.
 const EVERY: Duration = Duration::from_millis(50);
-/// How long it goes on after it was told to end: connections that are open keep it until then.
+/// How long it goes on after it was told to end.
 const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Options of the program in the pods.
@@ -50,7 +50,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         None => None,
     };
     let mut tick = tokio::time::interval(EVERY);
+    // New connections come until everybody knows that they should not.
+    let mut over: Option<tokio::time::Instant> = None;
     loop {
+        let until = over.unwrap_or_else(|| tokio::time::Instant::now() + Duration::from_secs(3600));
         tokio::select! {
             accepted = listener.accept() => {
                 if let Ok((stream, _)) = accepted {
@@ -61,12 +64,12 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
                 // One write call, so that lines of two writers never mix.
                 log.write_all(format!("{name} {} {}\n", args.uid, uptime()?).as_bytes()).context("write the log")?;
             },
-            _ = end.recv() => break,
+            _ = end.recv() => {
+                over.get_or_insert(tokio::time::Instant::now() + GOODBYE);
+            }
+            () = tokio::time::sleep_until(until) => break,
         }
     }
-    // New connections go elsewhere by now; those that are open go on for a moment.
-    drop((listener, log));
-    tokio::time::sleep(GOODBYE).await;
     datagrams.abort();
     Ok(())
 }

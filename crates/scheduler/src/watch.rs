@@ -16,6 +16,7 @@ use seawall_api::selector::{LabelSelector, Requirement};
 use serde::de::DeserializeOwned;
 
 /// Something changed.
+#[allow(clippy::large_enum_variant, reason = "it lives for one turn of the loop")]
 pub enum Change {
     Pod(Event<Pod>),
     Node(Event<Node>),

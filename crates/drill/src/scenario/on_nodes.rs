@@ -51,7 +51,11 @@ pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Re
         host.spawn(observer::pods(outside, recorder.clone(), watching.clone())),
     ];
     let mut places = Places { clients: Vec::new(), sites: vec![host.clone()], recorder: recorder.clone(), busy };
-    places.inside(near, &services)?;
+    places.host(&format!("host {}", near.name()), Some(near.network()), &services, true)?;
+    // Where all nodes are emptied, a client in a pod would be sent away itself.
+    if !scenario.steps.iter().any(|s| matches!(s, Step::Drain(_))) {
+        places.inside(near, &services)?;
+    }
     if !scenario.steps.iter().any(|s| matches!(s, Step::PowerOff(Who::AllServers)))
         && let Some(server) = lab.servers().first()
     {
@@ -98,7 +102,11 @@ fn report(
 ) -> Report {
     let fault = stage.marks.first().map_or(end, |(at, _)| *at);
     let of_worker = stage.victims.iter().find(|v| v.node == worker.name()).map(|v| v.from);
-    let mut verdicts = check::services(history, &stage.victims, true);
+    let mut verdicts = check::services(
+        history,
+        &stage.victims,
+        scenario.steps.iter().any(|s| matches!(s, Step::Loss(_) | Step::Freeze(_))),
+    );
     verdicts.push(recovered(history, undone));
     verdicts.push(looked(&verdicts));
     let times = Times { fault, end, marks: stage.marks };
@@ -167,9 +175,8 @@ struct Places {
 }
 
 impl Places {
-    /// On a node, and in a pod on it.
+    /// In a pod on a node.
     fn inside(&mut self, near: &Machine, services: &[Service]) -> anyhow::Result<()> {
-        self.host(&format!("host {}", near.name()), Some(near.network()), services, true)?;
         let pod = near.processes()?.into_iter().find(|pid| {
             let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             line.starts_with(b"/seawall\0") && String::from_utf8_lossy(&line).contains("drill-workload")

@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// The log of the stateful pod.
 const LOG: &str = "drill-writer.log";
 /// The Services: name, whether it is relayed, its ports on every node.
-const SERVICES: [(&str, bool, u16, u16); 2] = [("nftables", false, 30_080, 30_081), ("relay", true, 30_082, 30_083)];
+const SERVICES: [(&str, bool, u16, u16); 2] = [("nftables", false, 32_180, 32_181), ("relay", true, 32_182, 32_183)];
 
 /// A Service and where it is reached.
 #[derive(Clone, Debug)]
