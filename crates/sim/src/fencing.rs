@@ -397,7 +397,8 @@ impl World {
                 Answer::Pods(self.pods.iter().filter(|object| object.node == n).map(|object| object.uid).collect())
             }
         };
-        if !self.nodes[n].cut && !(self.setting.faults && !self.calm && self.clock.percent(2)) {
+        let lost = self.setting.faults && !self.calm && self.clock.percent(2);
+        if !self.nodes[n].cut && !lost {
             let delay = self.delay();
             self.clock.after(delay, Happening::Answer(n, life, answer));
         }
