@@ -41,12 +41,6 @@ impl Times {
         self.suspicion * 3
     }
 
-    /// After so long we no longer hold our tongue: if it is we who are cut off, nothing could be lost by believing that the
-    /// others are gone, and if they all are gone, those who depend on us have waited long enough.
-    pub fn overdue(&self) -> Duration {
-        self.alone() * 4
-    }
-
     /// We are to act every [`Times::spread`]. A pause longer than this means that we were not given the time to.
     pub fn gap(&self) -> Duration {
         (self.spread * 3).max(self.probe_interval)
@@ -141,7 +135,7 @@ pub fn judge(now: Duration, record: &Record, view: View, times: &Times) -> Judge
         true => start + times.probe_interval,
         false => start + times.suspicion,
     };
-    let held = holds_back(healthy, view) && now < start + times.overdue();
+    let held = holds_back(healthy, view);
     let mut dead = start.max(record.held) + patience(accusers, needed, times);
     if let Some(pulse) = record.pulse {
         dead = dead.max((pulse + times.alone()).min(start + times.hung()));
@@ -308,13 +302,9 @@ mod tests {
     #[test]
     fn who_may_be_cut_off_declares_nobody_dead() {
         let check = |view: View, held: bool| {
-            let overdue = TIMES.overdue();
-            let judged = judge(overdue - ms(1), &record(0, 3), view, &TIMES);
+            let judged = judge(ms(100_000), &record(0, 3), view, &TIMES);
             let verdict = if held { Verdict::Suspect } else { Verdict::Dead };
             assert_eq!((judged.verdict, judged.held), (verdict, held), "{view:?}");
-            // But not for ever.
-            let judged = judge(overdue, &record(0, 3), view, &TIMES);
-            assert_eq!((judged.verdict, judged.held), (Verdict::Dead, false), "{view:?}");
         };
         check(GOOD, false);
         check(View { suspected: 2, ..GOOD }, false);
