@@ -42,7 +42,7 @@ pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Re
     services::image(lab, &lab.machines()).await?;
     traffic::prepare(&patient).await?;
     let mut client = Client::new(targets.clone(), PATIENT);
-    let services = services::deploy(lab, &mut client, worker.name()).await?;
+    let services = services::deploy(lab, &mut client, near.name(), worker.name()).await?;
 
     let recorder = Recorder::default();
     let (busy, watching) = (CancellationToken::new(), CancellationToken::new());

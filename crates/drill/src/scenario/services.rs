@@ -69,15 +69,15 @@ pub async fn image(lab: &Lab, machines: &[Machine]) -> anyhow::Result<()> {
     std::fs::remove_file(&path).with_context(|| path.display().to_string())
 }
 
-/// Makes the workload, waits until it is ready, and says where it is reached. The stateful pod prefers `worker`.
-pub async fn deploy(lab: &Lab, client: &mut Client, worker: &str) -> anyhow::Result<Vec<Service>> {
+/// Makes the workload, waits until it is ready, and says where it is reached. The web prefers
+/// `near` and `worker`, the stateful pod `worker`.
+pub async fn deploy(lab: &Lab, client: &mut Client, near: &str, worker: &str) -> anyhow::Result<Vec<Service>> {
     let _ = std::fs::remove_file(lab.shared().join(LOG));
     let labels = json!({"app": "echo"});
-    let prefer = |expression: Value| {
-        json!({"preferredDuringSchedulingIgnoredDuringExecution": [
-        {"weight": 100, "preference": {"matchExpressions": [expression]}}]})
+    let on = |nodes: &[&str]| {
+        json!({"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": {"matchExpressions": [
+            {"key": "kubernetes.io/hostname", "operator": "In", "values": nodes}]}}]})
     };
-    let agents = json!({"key": "node-role.kubernetes.io/control-plane", "operator": "DoesNotExist"});
     let container = |arguments: &[&str]| {
         json!({
             "name": "echo", "image": IMAGE, "imagePullPolicy": "Never", "args": arguments,
@@ -97,7 +97,7 @@ pub async fn deploy(lab: &Lab, client: &mut Client, worker: &str) -> anyhow::Res
                 "affinity": {
                     "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [
                         {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}]},
-                    "nodeAffinity": prefer(agents),
+                    "nodeAffinity": on(&[near, worker]),
                 },
                 "containers": [container(&[])],
             }}},
@@ -111,7 +111,7 @@ pub async fn deploy(lab: &Lab, client: &mut Client, worker: &str) -> anyhow::Res
             "metadata": {"labels": {"app": "writer"}},
             "spec": {
                 "terminationGracePeriodSeconds": 5,
-                "affinity": {"nodeAffinity": prefer(json!({"key": "kubernetes.io/hostname", "operator": "In", "values": [worker]}))},
+                "affinity": {"nodeAffinity": on(&[worker])},
                 "containers": [writing],
                 "volumes": [{"name": "shared", "hostPath": {"path": SHARED}}],
             }}},
