@@ -93,7 +93,7 @@ pub fn batch(targets: &[&Target]) -> Vec<u8> {
     out
 }
 
-/// Adds them, all or none. It blocks, for less than a millisecond.
+/// Adds them, all or none. It blocks for one exchange with the kernel.
 ///
 /// # Errors
 /// If the kernel refuses.
