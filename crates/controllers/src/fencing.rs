@@ -112,10 +112,13 @@ impl Fencing {
             (None, None) => {}
         });
         if !context.config.node_lifecycle.fence_wait.is_zero() {
-            let q = queue.clone();
+            let (q, nodes) = (queue.clone(), context.caches.nodes.clone());
             context.caches.pods.on_change(move |_, new| {
-                if let Some(pod) = new.filter(|pod| is_deleting(&***pod) && !node_of(pod).is_empty()) {
-                    q.add(Key::new("", node_of(pod)));
+                // On a node that is well, its agent sees to the end of its pods.
+                let Some(pod) = new.filter(|pod| is_deleting(&***pod)) else { return };
+                let key = Key::new("", node_of(pod));
+                if nodes.get(&key).is_some_and(|node| is_tainted(&node, UNREACHABLE, NO_EXECUTE)) {
+                    q.add(key);
                 }
             });
             let q = queue.clone();

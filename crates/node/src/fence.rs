@@ -49,6 +49,8 @@ use crate::{cgroup::Cgroups, pod};
 
 /// How often the watchdog looks.
 const LOOK: Duration = Duration::from_millis(100);
+/// After so many looks without a file there is no agent any more that would write one.
+const ABSENT: u32 = 100;
 /// An annotation of the node's Lease: within so many milliseconds after this renewal the node has stopped what must not
 /// run twice, unless it renews again.
 pub const STOPS_WITHIN: &str = "seawall.dev/stops-within-ms";
@@ -267,12 +269,15 @@ impl Guard {
     }
 
     /// Starts the watchdog: a thread, and the process if there is a program for it. The thread ends with what is returned;
-    /// the process ends when the file is gone.
+    /// the process ends when the file has been gone for a while.
     ///
     /// # Errors
     /// If one of them cannot be started.
     pub fn watch(&self) -> io::Result<Watchdog> {
         let stop = Arc::new(AtomicBool::new(false));
+        if self.is_off() && !self.path.exists() {
+            return Ok(Watchdog { stop, thread: None });
+        }
         let (path, groups, ends) = (self.path.clone(), self.cgroups.clone(), stop.clone());
         // The device can be held by one only: by the process, if there is one.
         let hardware = self.config.hardware.clone().filter(|_| self.config.program.is_empty());
@@ -298,6 +303,7 @@ impl Guard {
             }
             // It outlives us, and nobody's signals to us are for it.
             std::os::unix::process::CommandExt::process_group(&mut command, 0);
+            command.current_dir("/");
             let mut child = command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).spawn()?;
             // One that finds another at work ends at once; somebody has to take note.
             thread::Builder::new().name("fence-child".into()).spawn(move || child.wait())?;
@@ -379,7 +385,8 @@ impl Dog {
     }
 }
 
-/// The watchdog as a process of its own: until the file is gone. At once if another one is at work.
+/// The watchdog as a process of its own: until the file has been gone for a while. Returns at once if another one is at
+/// work.
 ///
 /// # Errors
 /// If the file cannot be locked, or the hardware watchdog not be opened.
@@ -392,7 +399,9 @@ pub fn run_watchdog(path: &Path, base: &str, hardware: Option<&Path>) -> io::Res
     }
     let mut device = hardware.map(Device::open).transpose()?;
     let mut dog = Dog::new(path.to_owned(), Cgroups::detect(base));
-    while path.exists() {
+    let mut missing = 0;
+    while missing < ABSENT {
+        missing = if path.exists() { 0 } else { missing + 1 };
         let well = dog.look();
         if let (Some(device), true) = (&mut device, well) {
             device.serve();

@@ -101,7 +101,10 @@ pub async fn run(agent: Arc<Agent>, machine: Machine, shutdown: CancellationToke
             }
             // What is missing comes soon; after that only others change anything.
             let pause = if ready { LOOK } else { LOOK_SOON };
-            let _ = tokio::time::timeout(pause, hears.changed()).await;
+            if let Ok(Err(_)) = tokio::time::timeout(pause, hears.changed()).await {
+                // Nobody follows any more: then it is looked at as often as without.
+                sleep(pause).await;
+            }
         }
     };
     shutdown.run_until_cancelled(Box::pin(looped)).await;

@@ -2,6 +2,8 @@
 //!
 //! Everything that takes time runs beside it in [`Worker::ops`]; the worker itself never waits for one thing only.
 
+mod hold;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
@@ -24,11 +26,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::hold::Fencing;
 use crate::{
     Agent,
     container::{self, Failure, Start},
     events::Kind,
-    fence, hooks, operations,
+    hooks, operations,
     pod::{
         self, Class,
         machine::{self, Action, Facts, Health, Op, Waiting},
@@ -98,17 +101,6 @@ pub struct Worker {
     fence: Fencing,
 }
 
-/// What a worker knows about whether its pod must not run twice.
-struct Fencing {
-    changes: watch::Receiver<u64>,
-    /// Whether all its claims are for several nodes at once, once that is known.
-    shared: Option<bool>,
-    /// The API is being asked about claims, or for a permit.
-    asking: bool,
-    /// Not to be asked again before this time.
-    after: Option<Timestamp>,
-}
-
 /// A resource version as a number. It is opaque to clients in general; ours is a revision, which only grows.
 fn revision(pod: &Pod) -> Option<u64> {
     pod.metadata.resource_version.as_deref()?.parse().ok()
@@ -143,7 +135,7 @@ impl Worker {
             writing: false,
             write_after: None,
             stopping: CancellationToken::new(),
-            fence: Fencing { changes: agent.fence.changes(), shared: None, asking: false, after: None },
+            fence: Fencing::new(&agent.fence),
             agent,
             uid,
             pod,
@@ -296,36 +288,6 @@ impl Worker {
                     self.backoff_noted.insert(c.id.clone());
                 }
             }
-        }
-    }
-
-    /// Sees to it that a pod that must not run twice does not, and asks for its permit.
-    fn hold(&mut self, now: Timestamp) {
-        let fence = &self.agent.fence;
-        let stateful = fence::is_stateful(&self.pod);
-        let claims = if stateful { Vec::new() } else { fence::claims(&self.pod) };
-        self.facts.held = false;
-        if fence.is_off() || self.facts.gone || !stateful && (claims.is_empty() || self.fence.shared == Some(true)) {
-            return;
-        }
-        fence.guard(&self.uid, self.observed.alive().next().is_some());
-        self.facts.held = !fence.may_run(&self.uid);
-        if self.fence.after.is_some_and(|at| at <= now) {
-            self.fence.after = None;
-        }
-        let Some(epoch) = fence.needs_permit(&self.uid) else { return };
-        if self.fence.asking || self.fence.after.is_some() {
-            return;
-        }
-        self.fence.asking = true;
-        let (client, pod) = (self.agent.client.clone(), Arc::clone(&self.pod));
-        if claims.is_empty() || self.fence.shared.is_some() {
-            let uid = self.uid.clone();
-            self.spawn(None, async move {
-                Done::Permit(epoch, Box::new(operations::permit(client, &pod, &uid, epoch).await))
-            });
-        } else {
-            self.spawn(None, async move { Done::Claims(operations::are_shared(client, &pod, &claims).await) });
         }
     }
 
@@ -561,38 +523,8 @@ impl Worker {
                 tracing::warn!(pod = pod::name(&pod), "cannot delete the pod from the API: {error}");
                 retry(&mut self.facts, 1);
             }
-            Done::Claims(result) => {
-                self.fence.asking = false;
-                match result {
-                    Ok(shared) => {
-                        self.fence.shared = Some(shared);
-                        if shared {
-                            self.agent.fence.forget(&self.uid);
-                        }
-                    }
-                    Err(error) => {
-                        tracing::debug!(pod = pod::name(&pod), "cannot read its claims: {error}");
-                        self.fence.after = Some(now + Duration::from_secs(1));
-                    }
-                }
-            }
-            Done::Permit(epoch, result) => {
-                self.fence.asking = false;
-                match *result {
-                    Ok(written) => {
-                        self.agent.fence.permitted(&self.uid, epoch);
-                        let newer = revision(&written).zip(revision(&self.pod)).is_none_or(|(new, old)| new >= old);
-                        if newer && pod::uid(&written) == self.uid {
-                            self.take_pod(Arc::new(written));
-                        }
-                    }
-                    // It is gone or another one by now; the watch will say so.
-                    Err(error) => {
-                        tracing::debug!(pod = pod::name(&pod), "no permit to run it: {error}");
-                        self.fence.after = Some(now + Duration::from_millis(500));
-                    }
-                }
-            }
+            Done::Claims(result) => self.took_claims(result, now),
+            Done::Permit(epoch, result) => self.took_permit(epoch, *result, now),
             Done::Written(result) => {
                 self.writing = false;
                 match *result {

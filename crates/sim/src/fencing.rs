@@ -153,8 +153,6 @@ struct Controller {
     life: u32,
     rate: f64,
     heard: Heard,
-    /// Asleep: it acts on what it knew when it wakes.
-    busy: bool,
 }
 
 struct World {
@@ -195,7 +193,7 @@ fn run_once(seed: u64, setting: Setting) -> Result<Outcome, Broken> {
     let mut clock = Clock::new(seed);
     let mut drift = || 0.99 + clock.between(0, 20).as_secs_f64();
     let nodes = (0..setting.nodes).map(|_| drift()).collect::<Vec<_>>();
-    let controller = Controller { life: 0, rate: drift(), heard: Heard::default(), busy: false };
+    let controller = Controller { life: 0, rate: drift(), heard: Heard::default() };
     let mut world = World {
         clock,
         setting,
@@ -296,6 +294,11 @@ impl World {
         }
     }
 
+    /// Whether a message gets lost.
+    fn loses(&mut self) -> bool {
+        self.setting.faults && !self.calm && self.clock.percent(2)
+    }
+
     /// One instance at most, and how long there was none.
     fn check(&mut self) -> Result<(), Broken> {
         for pod in 0..self.pods.len() {
@@ -366,7 +369,7 @@ impl World {
 
     /// A node sends a request: it may be lost, or take long.
     fn send(&mut self, n: usize, life: u32, request: Request) {
-        if self.nodes[n].cut || self.setting.faults && !self.calm && self.clock.percent(2) {
+        if self.nodes[n].cut || self.loses() {
             return;
         }
         let delay = self.delay();
@@ -397,8 +400,7 @@ impl World {
                 Answer::Pods(self.pods.iter().filter(|object| object.node == n).map(|object| object.uid).collect())
             }
         };
-        let lost = self.setting.faults && !self.calm && self.clock.percent(2);
-        if !self.nodes[n].cut && !lost {
+        if !self.nodes[n].cut && !self.loses() {
             let delay = self.delay();
             self.clock.after(delay, Happening::Answer(n, life, answer));
         }
@@ -509,7 +511,7 @@ impl World {
 
     /// The controllers look at all pods. One whose node is silent for long enough is read, then its node's Lease.
     fn control(&mut self) {
-        if self.down || self.controller.busy {
+        if self.down {
             return;
         }
         let now = self.clock.now().mul_f64(self.controller.rate);
@@ -624,7 +626,7 @@ impl World {
             Happening::AnotherLeads => {
                 let rate = 0.99 + self.clock.between(0, 20).as_secs_f64();
                 let life = self.controller.life + 1;
-                self.controller = Controller { life, rate, heard: Heard::default(), busy: false };
+                self.controller = Controller { life, rate, heard: Heard::default() };
                 self.note(17, || "another one leads the controllers".into());
                 self.clock.after(Duration::from_millis(10), Happening::Control(life));
             }
