@@ -19,11 +19,11 @@ use crate::{
     runtime::{
         Controller, Key, Queue,
         events::Severity,
-        namespace_is_terminating,
+        follow_owned, namespace_is_terminating,
         objects::{
             Claim, adopt_patch, annotation, claim, controller_of, controller_reference, created, is_active,
             is_available, is_deleting, is_finished, is_ready, name, namespace, phase, ready_since, release_patch,
-            selects, selects_everything, uid,
+            selects_everything, uid,
         },
     },
 };
@@ -183,25 +183,13 @@ impl ReplicaSets {
     pub(crate) fn start(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
         let queue = Arc::new(Queue::new());
         let caches = &context.caches;
-        let sets = caches.replica_sets.clone();
-        let q = queue.clone();
-        caches.pods.on_change(move |old, new| {
-            for pod in old.into_iter().chain(new) {
-                match controller_of(&**pod) {
-                    Some(owner) if owner.kind == "ReplicaSet" => q.add(Key::new(namespace(&**pod), &owner.name)),
-                    Some(_) => {}
-                    // Somebody may want to adopt it.
-                    None => {
-                        for set in sets.in_namespace(namespace(&**pod)) {
-                            let selector = Some(&set.spec.selector);
-                            if selects(selector, pod.metadata.labels.as_ref()) {
-                                q.add(Key::of(&*set));
-                            }
-                        }
-                    }
-                }
-            }
-        });
+        follow_owned(
+            &caches.pods,
+            &caches.replica_sets,
+            "ReplicaSet",
+            |set: &ReplicaSet| Some(&set.spec.selector),
+            &queue,
+        );
         let q = queue.clone();
         caches.replica_sets.on_change(move |old, new| {
             if let Some(set) = new.or(old) {

@@ -38,7 +38,7 @@ fn object<T: serde::de::DeserializeOwned>(value: Value) -> T {
 fn known(annotations: Value, spec: Value, endpoints: &[&str]) -> proxy::State {
     let mut known = proxy::State::default();
     let annotations = match annotations {
-        Value::Null => json!({"seawall.io/relay": "true"}),
+        Value::Null => json!({"seawall.dev/relay": "true"}),
         given => given,
     };
     let service: Service =
@@ -268,7 +268,7 @@ fn endpoints_see_the_client_as_they_do_without_the_relay() {
         relay.apply(&known(Value::Null, spec.clone(), here), &nobody).await;
         check(0, "client", NODE_PORT, "192.168.77.2", None).await;
         // The address in front, for those who asked for it.
-        let asked = json!({"seawall.io/relay": "true", "seawall.io/relay-proxy-protocol": "v2"});
+        let asked = json!({"seawall.dev/relay": "true", "seawall.dev/relay-proxy-protocol": "v2"});
         relay.apply(&known(asked, service(), there), &nobody).await;
         check(1, "client", NODE_PORT, "10.244.2.1", Some("192.168.77.2")).await;
         check(1, "pod1", SERVICE, "10.244.1.2", Some("10.244.1.2")).await;
@@ -342,7 +342,7 @@ fn what_it_costs() {
         let nobody = BTreeMap::new();
         for relayed in ["false", "true"] {
             let how = if relayed == "true" { "relay   " } else { "nftables" };
-            let annotations = json!({"seawall.io/relay": relayed});
+            let annotations = json!({"seawall.dev/relay": relayed});
             relay.apply(&known(annotations.clone(), service(), &["10.244.1.2"]), &nobody).await;
             for threads in [1, 8] {
                 let (began, used) = (Instant::now(), cpu());

@@ -80,7 +80,7 @@ pub struct MachineOptions {
     /// The port of this machine's relay, on 127.0.0.1.
     #[arg(long, default_value_t = 6445)]
     pub relay_port: u16,
-    /// Relay connections to all Services that do not say `seawall.io/relay: "false"`, not only to those that say "true".
+    /// Relay connections to all Services that do not say `seawall.dev/relay: "false"`, not only to those that say "true".
     #[arg(long)]
     pub relay_default: bool,
     /// Parts to leave out. May be repeated.

@@ -14,10 +14,10 @@ use crate::{
     runtime::{
         Controller, Key, Queue, Recorder,
         events::Severity,
-        namespace_is_terminating,
+        follow_owned, namespace_is_terminating,
         objects::{
-            Claim, adopt_patch, claim, controller_of, is_deleting, name, namespace, release_patch, selects,
-            selects_everything, uid,
+            Claim, adopt_patch, claim, controller_of, is_deleting, name, namespace, release_patch, selects_everything,
+            uid,
         },
     },
 };
@@ -43,23 +43,13 @@ impl Deployments {
                 q.add(Key::of(&**deployment));
             }
         });
-        let (q, deployments) = (queue.clone(), caches.deployments.clone());
-        caches.replica_sets.on_change(move |old, new| {
-            for set in old.into_iter().chain(new) {
-                match controller_of(&**set) {
-                    Some(owner) if owner.kind == "Deployment" => q.add(Key::new(namespace(&**set), &owner.name)),
-                    Some(_) => {}
-                    None => {
-                        for deployment in deployments.in_namespace(namespace(&**set)) {
-                            let selector = Some(&deployment.spec.selector);
-                            if selects(selector, set.metadata.labels.as_ref()) {
-                                q.add(Key::of(&*deployment));
-                            }
-                        }
-                    }
-                }
-            }
-        });
+        follow_owned(
+            &caches.replica_sets,
+            &caches.deployments,
+            "Deployment",
+            |deployment: &Deployment| Some(&deployment.spec.selector),
+            &queue,
+        );
         // Recreate waits for the last old pod to be gone, which no replica set's status tells.
         let (q, deployments, sets) = (queue.clone(), caches.deployments.clone(), caches.replica_sets.clone());
         caches.pods.on_change(move |old, new| {

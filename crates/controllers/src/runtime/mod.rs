@@ -4,6 +4,7 @@ use std::{fmt, future::Future, panic::AssertUnwindSafe, sync::Arc, time::Duratio
 
 use async_trait::async_trait;
 use futures::FutureExt;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +46,34 @@ impl fmt::Display for Key {
             namespace => write!(f, "{namespace}/{}", self.name),
         }
     }
+}
+
+/// Puts an owner into the queue whenever something of its has changed; and, when something without an owner has, all those
+/// that may want to adopt it.
+pub fn follow_owned<C: Object, O: Object>(
+    children: &Informer<C>,
+    owners: &Arc<Informer<O>>,
+    kind: &'static str,
+    selector: fn(&O) -> Option<&LabelSelector>,
+    queue: &Arc<Queue>,
+) {
+    let (queue, owners) = (queue.clone(), owners.clone());
+    children.on_change(move |old, new| {
+        for child in old.into_iter().chain(new) {
+            let namespace = objects::namespace(&**child);
+            match objects::controller_of(&**child) {
+                Some(owner) if owner.kind == kind => queue.add(Key::new(namespace, &owner.name)),
+                Some(_) => {}
+                None => {
+                    for owner in owners.in_namespace(namespace) {
+                        if objects::selects(selector(&owner), child.meta().labels.as_ref()) {
+                            queue.add(Key::of(&*owner));
+                        }
+                    }
+                }
+            }
+        }
+    });
 }
 
 /// One pass over one key never takes longer than this; a request that hangs must not hold a worker for ever.

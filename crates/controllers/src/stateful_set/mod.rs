@@ -17,7 +17,7 @@ use crate::{
     runtime::{
         Controller, Key, Queue, Recorder,
         events::Severity,
-        namespace_is_terminating,
+        follow_owned, namespace_is_terminating,
         objects::{
             Claim, adopt_patch, claim, controller_of, is_active, is_deleting, name, namespace, owners_patch,
             release_patch, selects, selects_everything, uid,
@@ -47,22 +47,13 @@ impl StatefulSets {
                 q.add(Key::of(&**set));
             }
         });
-        let (q, sets) = (queue.clone(), caches.stateful_sets.clone());
-        caches.pods.on_change(move |old, new| {
-            for pod in old.into_iter().chain(new) {
-                match controller_of(&**pod) {
-                    Some(owner) if owner.kind == "StatefulSet" => q.add(Key::new(namespace(&**pod), &owner.name)),
-                    Some(_) => {}
-                    None => {
-                        for set in sets.in_namespace(namespace(&**pod)) {
-                            if selects(Some(&set.spec.selector), pod.metadata.labels.as_ref()) {
-                                q.add(Key::of(&*set));
-                            }
-                        }
-                    }
-                }
-            }
-        });
+        follow_owned(
+            &caches.pods,
+            &caches.stateful_sets,
+            "StatefulSet",
+            |set: &StatefulSet| Some(&set.spec.selector),
+            &queue,
+        );
         // A claim that was in the way has gone.
         let (q, sets) = (queue.clone(), caches.stateful_sets.clone());
         caches.claims.on_change(move |old, new| {

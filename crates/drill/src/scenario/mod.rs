@@ -3,6 +3,7 @@
 //! A scenario is data: a list of steps. [`run`] carries them out on a lab's machines while clients are at work.
 
 mod cli;
+mod image;
 mod nodes;
 mod on_nodes;
 mod roles;

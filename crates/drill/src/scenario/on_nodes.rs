@@ -3,12 +3,12 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Scenario, Step, Who, roles,
-    run::{Say, Stage, looked, recovered, well},
+    run::{Say, Stage, all_served, looked, recovered, well},
     services::{self, Service, name},
 };
 use crate::{
@@ -71,15 +71,14 @@ pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Re
     let undone = recorder.now();
     if done.is_ok() {
         tokio::time::sleep(AFTER).await;
-        let deadline = Instant::now() + SERVED;
-        while !recovered(&recorder.history(), undone).holds() && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        all_served(&recorder, undone, SERVED).await;
     }
     let end = recorder.now();
-    places.stop().await?;
+    // Whatever happened, clients end and the next drill finds a lab that is well.
+    let stopped = places.stop().await;
     stage.undo().await;
     done?;
+    stopped?;
     watching.cancel();
     for observer in observers {
         observer.await.context("an observer panicked")?;

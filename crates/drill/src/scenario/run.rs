@@ -79,10 +79,7 @@ pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Re
     let undone = recorder.now();
     if done.is_ok() {
         tokio::time::sleep(AFTER).await;
-        let deadline = Instant::now() + SERVED;
-        while !recovered(&recorder.history(), undone).holds() && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        all_served(&recorder, undone, SERVED).await;
     }
     let end = recorder.now();
     // Whatever happened, clients end and the next drill finds a lab that is well.
@@ -295,6 +292,14 @@ async fn starve(programs: usize, time: Duration) -> anyhow::Result<()> {
 
 fn names(machines: &[Machine]) -> String {
     machines.iter().map(Machine::name).collect::<Vec<_>>().join(", ")
+}
+
+/// Waits until every client is served again, or for as long as that may take: what came of it is a verdict.
+pub(super) async fn all_served(recorder: &Recorder, from: Duration, limit: Duration) {
+    let deadline = Instant::now() + limit;
+    while !recovered(&recorder.history(), from).holds() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// After the last step every client is served again.

@@ -3,8 +3,8 @@
 
 use std::{
     collections::BTreeMap,
+    io::ErrorKind,
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -15,6 +15,7 @@ use http::Method;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use super::image;
 use crate::{
     history::{At, Life},
     lab::{Lab, Machine, SHARED},
@@ -42,50 +43,34 @@ pub struct Service {
     pub node_port: u16,
 }
 
-/// The image, put on machines.
+/// Puts the image on machines.
 pub async fn image(lab: &Lab, machines: &[Machine]) -> anyhow::Result<()> {
-    let mut missing = Vec::new();
-    for machine in machines {
-        let args = ["--address", "/run/seawall/containerd/containerd.sock", "--namespace", "k8s.io"];
-        let listed = machine.run("ctr", &[&args[..], &["images", "ls", "-q"]].concat(), PATIENCE).await;
-        if !listed.is_ok_and(|l| l.lines().any(|image| image == IMAGE)) {
-            missing.push(machine.clone());
-        }
-    }
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let path: PathBuf = lab.directory().join("drill-echo.tar");
     let program = format!("{}:/seawall", lab.binary().display());
-    let mut command = tokio::process::Command::new(lab.binary());
-    command.args(["--log", "warn", "image", "build", "-t", IMAGE, "--program", &program, "--output"]).arg(&path);
-    command.args(["--", "/seawall", "--log", "warn", "drill-workload"]);
-    let output = command.stdin(std::process::Stdio::null()).kill_on_drop(true).output().await;
-    let output = output.with_context(|| lab.binary().display().to_string())?;
-    ensure!(output.status.success(), "seawall image build: {}", String::from_utf8_lossy(&output.stderr).trim());
-    for machine in &missing {
-        machine.import(&path).await?;
-    }
-    std::fs::remove_file(&path).with_context(|| path.display().to_string())
+    image::put(lab, machines, IMAGE, &["--program", &program, "--", "/seawall", "--log", "warn", "drill-workload"])
+        .await
 }
 
 /// Makes the workload, waits until it is ready, and says where it is reached. The web prefers
 /// `near` and `worker`, the stateful pod `worker`.
 pub async fn deploy(lab: &Lab, client: &mut Client, near: &str, worker: &str) -> anyhow::Result<Vec<Service>> {
-    let _ = std::fs::remove_file(lab.shared().join(LOG));
+    let log = lab.shared().join(LOG);
+    if let Err(error) = std::fs::remove_file(&log)
+        && error.kind() != ErrorKind::NotFound
+    {
+        // What an earlier drill wrote would be taken for this one's.
+        return Err(error).with_context(|| log.display().to_string());
+    }
     let labels = json!({"app": "echo"});
     let on = |nodes: &[&str]| {
         json!({"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": {"matchExpressions": [
             {"key": "kubernetes.io/hostname", "operator": "In", "values": nodes}]}}]})
     };
-    let container = |arguments: &[&str]| {
-        json!({
-            "name": "echo", "image": IMAGE, "imagePullPolicy": "Never", "args": arguments,
-            "command": ["/seawall", "--log", "warn", "drill-workload"],
-            "env": [{"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}],
-            "readinessProbe": {"tcpSocket": {"port": serve::CONNECTIONS}, "periodSeconds": 1},
-        })
-    };
+    let container = json!({
+        "name": "echo", "image": IMAGE, "imagePullPolicy": "Never",
+        "command": ["/seawall", "--log", "warn", "drill-workload"],
+        "env": [{"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}],
+        "readinessProbe": {"tcpSocket": {"port": serve::CONNECTIONS}, "periodSeconds": 1},
+    });
     let echo = json!({
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "echo", "labels": labels},
         "spec": {"replicas": 2, "selector": {"matchLabels": labels}, "template": {
@@ -99,10 +84,10 @@ pub async fn deploy(lab: &Lab, client: &mut Client, near: &str, worker: &str) ->
                         {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}]},
                     "nodeAffinity": on(&[near, worker]),
                 },
-                "containers": [container(&[])],
+                "containers": [container],
             }}},
     });
-    let mut writing = container(&[]);
+    let mut writing = container.clone();
     writing["args"] = json!(["--output", format!("/shared/{LOG}")]);
     writing["volumeMounts"] = json!([{"name": "shared", "mountPath": "/shared"}]);
     let writer = json!({
@@ -118,19 +103,19 @@ pub async fn deploy(lab: &Lab, client: &mut Client, near: &str, worker: &str) ->
     });
     let budget = json!({"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "echo"},
         "spec": {"minAvailable": 1, "selector": {"matchLabels": labels}}});
-    create(client, &format!("/apis/apps/v1/namespaces/{NAMESPACE}/deployments"), &echo).await?;
-    create(client, &format!("/apis/apps/v1/namespaces/{NAMESPACE}/statefulsets"), &writer).await?;
-    create(client, &format!("/apis/policy/v1/namespaces/{NAMESPACE}/poddisruptionbudgets"), &budget).await?;
+    client.create(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/deployments"), &echo).await?;
+    client.create(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/statefulsets"), &writer).await?;
+    client.create(&format!("/apis/policy/v1/namespaces/{NAMESPACE}/poddisruptionbudgets"), &budget).await?;
     let mut services = Vec::new();
     for (name, relayed, tcp, udp) in SERVICES {
         let service = json!({
             "apiVersion": "v1", "kind": "Service",
-            "metadata": {"name": name, "annotations": {"seawall.io/relay": relayed.to_string()}},
+            "metadata": {"name": name, "annotations": {"seawall.dev/relay": relayed.to_string()}},
             "spec": {"type": "NodePort", "selector": labels, "ports": [
                 {"name": "tcp", "port": 80, "targetPort": serve::CONNECTIONS, "nodePort": tcp},
                 {"name": "udp", "protocol": "UDP", "port": 81, "targetPort": serve::DATAGRAMS, "nodePort": udp}]},
         });
-        let made = create(client, &format!("/api/v1/namespaces/{NAMESPACE}/services"), &service).await?;
+        let made = client.create(&format!("/api/v1/namespaces/{NAMESPACE}/services"), &service).await?;
         let ip: Ipv4Addr = made["spec"]["clusterIP"].as_str().unwrap_or_default().parse().context("clusterIP")?;
         services.push(Service {
             name,
@@ -225,12 +210,6 @@ fn parse(text: &str, epoch: i128) -> Vec<Life> {
         last,
     };
     lives.into_iter().map(life).collect()
-}
-
-async fn create(client: &mut Client, path: &str, object: &Value) -> anyhow::Result<Value> {
-    let (status, body) = client.send(Method::POST, path, Bytes::from(object.to_string())).await?;
-    ensure!(status.is_success(), "POST {path}: {status}: {}", String::from_utf8_lossy(&body));
-    Ok(serde_json::from_slice(&body)?)
 }
 
 /// The name of a client, for reports.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use bytes::Bytes;
 use http::{Method, StatusCode};
 use serde_json::Value;
@@ -90,6 +90,13 @@ impl Client {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// Makes an object; anything but success is an error.
+    pub async fn create(&mut self, path: &str, object: &Value) -> anyhow::Result<Value> {
+        let (status, body) = self.send(Method::POST, path, Bytes::from(object.to_string())).await?;
+        ensure!(status.is_success(), "POST {path}: {status}: {}", message(&body));
+        Ok(serde_json::from_slice(&body)?)
     }
 
     async fn connected(&mut self, deadline: Instant) -> Result<&mut Connection, Failure> {

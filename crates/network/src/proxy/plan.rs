@@ -28,8 +28,12 @@ pub fn plan(state: &State, config: &ProxyConfig, verdicts: &BTreeMap<String, Ver
     }
     rules.sets.extend(Dead::of(&view, &config.node_ips).elements());
     if let (Some(table), Some(relays)) = (config.relayed(&view), config.relays) {
-        rules.sets.extend(table.elements());
-        hand_over(&mut rules, relays.port);
+        let elements = table.elements();
+        // Who relays nothing needs nothing of the kernel for it.
+        if !elements.is_empty() {
+            rules.sets.extend(elements);
+            hand_over(&mut rules, relays.port);
+        }
     }
     rules
 }

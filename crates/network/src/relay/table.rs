@@ -16,9 +16,9 @@ use crate::{
 };
 
 /// Asks for the relay, or for none (`"true"`, `"false"`), whatever the node's default is.
-pub const ANNOTATION: &str = "seawall.io/relay";
+pub const ANNOTATION: &str = "seawall.dev/relay";
 /// Asks for the client's address in front of each connection (`"v2"`).
-pub const PROXY_PROTOCOL: &str = "seawall.io/relay-proxy-protocol";
+pub const PROXY_PROTOCOL: &str = "seawall.dev/relay-proxy-protocol";
 
 /// An endpoint, for the relay.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
