@@ -3,6 +3,7 @@
 pub mod cell;
 pub mod certificate_request;
 pub mod field;
+pub mod managed;
 pub mod names;
 pub mod patch;
 pub mod proto;

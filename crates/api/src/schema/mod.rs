@@ -60,6 +60,15 @@ pub enum ListType {
     Map,
 }
 
+/// Whether the parts of an object belong to whoever wrote them, or the object as a whole to one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapType {
+    /// As a whole.
+    Atomic,
+    /// Field by field.
+    Granular,
+}
+
 /// A field of an object.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Field {
@@ -69,6 +78,8 @@ pub struct Field {
     pub list: ListType,
     /// The keys that identify an item of a list of type map.
     pub keys: Vec<Box<str>>,
+    /// How its object is merged, where that differs from what its type says.
+    pub map: Option<MapType>,
     /// Strategic merge patch: lists are merged instead of replaced.
     pub merge: bool,
     /// Strategic merge patch: fields that the patch does not list are dropped from a union.
@@ -82,6 +93,8 @@ pub struct Field {
 pub struct Type {
     /// e.g. `io.k8s.api.core.v1.PodSpec`; empty for inline types.
     pub name: Box<str>,
+    /// Its objects are replaced as a whole.
+    pub atomic: bool,
     /// Its shape.
     pub shape: Shape,
 }
@@ -109,7 +122,8 @@ impl Schemas {
         // Numbers first, since types refer to each other in cycles.
         for name in definitions.keys() {
             let id = TypeId(schemas.types.len() as u32);
-            schemas.types.push(Type { name: name.as_str().into(), shape: Shape::Any });
+            let atomic = facts.0.get(&(name.as_str(), ".")).is_some_and(|fact| fact.words.contains(&("map", "atomic")));
+            schemas.types.push(Type { name: name.as_str().into(), atomic, shape: Shape::Any });
             schemas.names.insert(name.as_str().into(), id);
         }
         for (name, schema) in std::mem::take(&mut definitions) {
@@ -151,6 +165,7 @@ impl Schemas {
                     ty,
                     list: ListType::Atomic,
                     keys: vec![],
+                    map: None,
                     merge: false,
                     retain_keys: false,
                     merge_key: None,
@@ -199,7 +214,7 @@ impl Schemas {
             _ => self.types.iter().position(|t| t.name.is_empty() && t.shape == shape),
         };
         TypeId(scalar.unwrap_or_else(|| {
-            self.types.push(Type { name: "".into(), shape });
+            self.types.push(Type { name: "".into(), atomic: false, shape });
             self.types.len() - 1
         }) as u32)
     }
@@ -215,6 +230,8 @@ impl Fact<'_> {
             match *word {
                 "list" if *value == "map" => field.list = ListType::Map,
                 "list" if *value == "set" => field.list = ListType::Set,
+                "map" if *value == "atomic" => field.map = Some(MapType::Atomic),
+                "map" => field.map = Some(MapType::Granular),
                 "keys" => field.keys = value.split(',').map(Into::into).collect(),
                 "patch" => {
                     field.merge = value.split(',').any(|s| s == "merge");
