@@ -112,6 +112,7 @@ impl Server {
             body: bytes::Bytes::new(),
             form: Form { shape: Shape::Full, yaml: false },
             fence: None,
+            recording: crate::apply::Recording::OfPath,
             warnings: Arc::default(),
         };
         let key = row.key(context.namespace(), name.as_deref().unwrap_or_default());
@@ -125,7 +126,7 @@ impl Server {
         if there {
             return Ok(());
         }
-        match self.create_object(&context, object).await {
+        match self.create_object(&context, object.into()).await {
             Ok(_) => Ok(()),
             // Another server was faster.
             Err(error) if error.reason == "AlreadyExists" => Ok(()),

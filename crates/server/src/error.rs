@@ -2,7 +2,7 @@
 //! (<https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/status/>).
 
 use http::StatusCode;
-use seawall_api::{Row, field::Errors, row::api_version};
+use seawall_api::{Row, field::Errors, managed::Conflict, row::api_version};
 use seawall_store as store;
 use serde_json::{Value, json};
 
@@ -105,6 +105,19 @@ impl ApiError {
     pub fn conflict(row: &Row, name: &str, why: impl std::fmt::Display) -> ApiError {
         let message = format!("Operation cannot be fulfilled on {} {name:?}: {why}", row.qualified());
         ApiError::new(StatusCode::CONFLICT, "Conflict", message).about(row, name)
+    }
+
+    /// 409: others manage fields that a configuration would change. The causes are those that kubectl reads.
+    pub fn apply_conflict(message: String, conflicts: &[Conflict]) -> ApiError {
+        let causes: Vec<Value> = conflicts
+            .iter()
+            .map(|c| {
+                json!({"reason": "FieldManagerConflict", "message": format!("conflict with {}", c.manager), "field": c.field})
+            })
+            .collect();
+        let mut error = ApiError::new(StatusCode::CONFLICT, "Conflict", message);
+        error.details = json!({"causes": causes});
+        error
     }
 
     /// 409 with upstream's usual text.

@@ -5,6 +5,7 @@
 
 mod admission;
 mod allocate;
+mod apply;
 pub mod auth;
 mod bootstrap;
 mod cache;
@@ -160,6 +161,7 @@ pub(crate) struct Context<'a> {
     pub body: Bytes,
     pub form: encode::Form,
     pub fence: Option<Fence>,
+    pub recording: apply::Recording,
     pub warnings: Arc<Mutex<Vec<String>>>,
 }
 
@@ -347,6 +349,7 @@ impl Server {
             body,
             form: encode::Form { shape: encode::Shape::Full, yaml: false },
             fence: None,
+            recording: apply::Recording::OfPath,
             warnings: Arc::default(),
         };
         let fence = self.fence(&context.headers)?;

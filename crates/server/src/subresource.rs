@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Context, Server,
+    apply::{APPLY, Recording},
     auth::{
         UserInfo,
         bootstrap_token::{self, Token},
@@ -86,6 +87,8 @@ impl Server {
         let ty = self.type_named("io.k8s.api.autoscaling.v1.Scale")?;
         let body = match *method {
             Method::PUT => context.body(self, ty)?.0,
+            _ if kind.starts_with(APPLY) => serde_yaml_ng::from_slice(&context.body)
+                .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}")))?,
             _ => context.patch_body()?,
         };
         let make = |current: Value, revision: Revision| -> Result<(i64, Option<Revision>)> {
@@ -129,6 +132,16 @@ impl Server {
         // From here on it is an update of the object itself.
         let mut plain = context.clone();
         plain.path.subresource = None;
+        plain.recording = Recording::As("scale");
+        if *method == Method::PATCH && kind.split(';').next() == Some(APPLY) {
+            let replicas = body["spec"]["replicas"].as_i64().ok_or_else(|| {
+                ApiError::bad_request("spec.replicas: Required value: a number is what a Scale is about")
+            })?;
+            let config = json!({"apiVersion": context.row.api_version(), "kind": context.row.kind,
+                "metadata": {"name": context.name()?}, "spec": {"replicas": replicas}});
+            let (object, revision, status) = self.apply_config(&plain, &config).await?;
+            return Ok(value(status, &form(object, revision), context.form.yaml));
+        }
         let (object, revision) = self
             .change(&plain, None, |current| {
                 let mut object = current.value();
@@ -137,7 +150,7 @@ impl Server {
                     return Err(ApiError::modified(&context.row, current.name()));
                 }
                 object["spec"]["replicas"] = replicas.into();
-                Ok(object)
+                Ok(object.into())
             })
             .await?;
         Ok(value(StatusCode::OK, &form(object, revision), context.form.yaml))

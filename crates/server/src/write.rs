@@ -8,6 +8,7 @@ use rand::Rng;
 use seawall_api::{
     Row, Scope, Subresource,
     field::Errors,
+    managed::Managed,
     patch, proto,
     resources::validate_metadata,
     row::Validation,
@@ -20,7 +21,7 @@ use seawall_store::{self as store, Expect, Revision};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    Context, Server,
+    Context, Server, apply,
     delete::is_finished,
     encode::Body,
     error::{ApiError, Result},
@@ -39,6 +40,20 @@ pub enum Operation {
     Create,
     /// The object is there.
     Update,
+}
+
+/// An object that is to be written.
+#[derive(Clone)]
+pub(crate) struct Change {
+    pub object: Value,
+    /// Who manages its fields, if that is known already; else the write is recorded as an update.
+    pub managed: Option<Managed>,
+}
+
+impl From<Value> for Change {
+    fn from(object: Value) -> Change {
+        Change { object, managed: None }
+    }
 }
 
 /// Applies a patch to an object.
@@ -97,7 +112,7 @@ impl Context<'_> {
     }
 
     /// Checks the body against the type of the resource in the version of the URL, and converts it to the stored one.
-    fn conform(&self, server: &Server, mut value: Value, duplicates: Vec<String>) -> Result<Value> {
+    pub(crate) fn conform(&self, server: &Server, mut value: Value, duplicates: Vec<String>) -> Result<Value> {
         let (kind, version) = (self.row.kind, self.served.api_version());
         if !value.is_object() {
             return Err(ApiError::bad_request(format!(
@@ -177,7 +192,7 @@ impl Server {
     pub(crate) async fn create(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
         let (value, duplicates) = context.body(self, context.served.ty)?;
         let object = context.conform(self, value, duplicates)?;
-        let (object, revision) = self.create_object(context, object).await?;
+        let (object, revision) = self.create_object(context, object.into()).await?;
         self.answer(context, object, revision, StatusCode::CREATED)
     }
 
@@ -198,19 +213,20 @@ impl Server {
     pub(crate) async fn create_object(
         self: &Arc<Self>,
         context: &Context<'_>,
-        mut object: Value,
+        mut new: Change,
     ) -> Result<(Value, Revision)> {
         let row = context.row.clone();
+        let object = &mut new.object;
         if object["metadata"]["resourceVersion"].as_str().is_some_and(|v| !v.is_empty()) {
             return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
         }
-        self.place(context, &mut object)?;
+        self.place(context, object)?;
         let prefix = object["metadata"]["generateName"].as_str().filter(|p| !p.is_empty()).map(str::to_owned);
-        let generated = name_of(&object).is_empty() && prefix.is_some();
+        let generated = name_of(object).is_empty() && prefix.is_some();
         for attempt in 1.. {
-            let mut candidate = object.clone();
+            let mut candidate = new.clone();
             if let (true, Some(prefix)) = (generated, &prefix) {
-                candidate["metadata"]["name"] = generate(prefix).into();
+                candidate.object["metadata"]["name"] = generate(prefix).into();
             }
             match self.create_named(context, candidate).await {
                 Err(error) if generated && error.reason == "AlreadyExists" && attempt < NAMES => {}
@@ -228,14 +244,14 @@ impl Server {
         unreachable!("the loop returns")
     }
 
-    async fn create_named(self: &Arc<Self>, context: &Context<'_>, mut object: Value) -> Result<(Value, Revision)> {
+    async fn create_named(self: &Arc<Self>, context: &Context<'_>, new: Change) -> Result<(Value, Revision)> {
+        let Change { mut object, managed } = new;
         let row = &context.row;
+        let sent = meta(&mut object).remove("managedFields");
         let now = Timestamp::now();
         {
             let meta = meta(&mut object);
-            for key in
-                ["resourceVersion", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "managedFields"]
-            {
+            for key in ["resourceVersion", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink"] {
                 meta.remove(key);
             }
             meta.insert("uid".into(), uuid::Uuid::new_v4().to_string().into());
@@ -247,6 +263,10 @@ impl Server {
             };
         }
         (row.defaults)(&mut object);
+        match managed {
+            Some(managed) => apply::write(&mut object, &managed),
+            None => self.record(context, &mut object, None, sent.as_ref())?,
+        }
         self.admit(context, Operation::Create, &mut object, None).await?;
         (row.defaults)(&mut object);
         (row.prepare_create)(&mut object);
@@ -279,7 +299,7 @@ impl Server {
     }
 
     /// Makes namespace and name of an object agree with the URL.
-    fn place(&self, context: &Context<'_>, object: &mut Value) -> Result<()> {
+    pub(crate) fn place(&self, context: &Context<'_>, object: &mut Value) -> Result<()> {
         let row = &context.row;
         if let Some(name) = context.path.name.as_deref() {
             match name_of(object) {
@@ -323,7 +343,7 @@ impl Server {
         self.place(context, &mut object)?;
         let version = object["metadata"]["resourceVersion"].as_str().filter(|v| !v.is_empty()).map(str::to_owned);
         let expected = version.map(|v| expected_version(&v)).transpose()?;
-        let (object, revision) = self.change(context, expected, |_| Ok(object.clone())).await?;
+        let (object, revision) = self.change(context, expected, |_| Ok(object.clone().into())).await?;
         self.answer(context, object, revision, StatusCode::OK)
     }
 
@@ -333,6 +353,7 @@ impl Server {
         let kind = kind.split(';').next().unwrap_or_default().trim();
         let malformed = |e: &dyn std::fmt::Display| ApiError::bad_request(format!("error decoding patch: {e}"));
         let apply: Apply = match kind {
+            apply::APPLY => return self.apply(context).await,
             "application/json-patch+json" => {
                 let patch: json_patch::Patch = serde_json::from_slice(&context.body).map_err(|e| malformed(&e))?;
                 if patch.0.len() > 10_000 {
@@ -377,6 +398,7 @@ impl Server {
                         "application/json-patch+json",
                         "application/merge-patch+json",
                         "application/strategic-merge-patch+json",
+                        apply::APPLY,
                     ],
                 ));
             }
@@ -394,7 +416,7 @@ impl Server {
                 }
                 let mut object = context.conform(self, object, Vec::new())?;
                 self.place(context, &mut object)?;
-                Ok(object)
+                Ok(object.into())
             })
             .await?;
         self.answer(context, object, revision, StatusCode::OK)
@@ -406,7 +428,7 @@ impl Server {
         self: &Arc<Self>,
         context: &Context<'_>,
         expected: Option<Revision>,
-        make: impl Fn(&Object) -> Result<Value> + Send + Sync,
+        make: impl Fn(&Object) -> Result<Change> + Send + Sync,
     ) -> Result<(Value, Revision)> {
         let (row, name) = (&context.row, context.name()?);
         let key = row.key(context.namespace(), name);
@@ -432,8 +454,9 @@ impl Server {
         context: &Context<'_>,
         key: &str,
         current: &Object,
-        mut new: Value,
+        change: Change,
     ) -> Result<(Value, Revision), Replace> {
+        let Change { object: mut new, managed } = change;
         let row = &context.row;
         let sub = context.path.subresource.as_deref().unwrap_or_default();
         let old: Value = current.value();
@@ -446,10 +469,15 @@ impl Server {
             );
             return Err(ApiError::conflict(row, current.name(), why).into());
         }
+        let sent = meta(&mut new).remove("managedFields");
         carry_over(row, sub, &mut new, &old);
         (row.defaults)(&mut new);
         if sub.is_empty() {
             (row.prepare_update)(&mut new, &old);
+        }
+        match managed {
+            Some(managed) => apply::write(&mut new, &managed),
+            None => self.record(context, &mut new, Some(&old), sent.as_ref())?,
         }
         self.admit(context, Operation::Update, &mut new, Some(&old)).await?;
         if row.generation && sub.is_empty() && without_meta_and_status(&new) != without_meta_and_status(&old) {

@@ -4,7 +4,7 @@
 //! Every writer's fields are recorded. Who applies a configuration owns what it says; what it no longer says and nobody
 //! else owns is removed. Pure: objects, types and the records give objects and records.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::schema::{Schemas, TypeId};
 
@@ -129,12 +129,24 @@ fn describe(conflicts: &[Conflict]) -> String {
 
 /// What is wrong with the `managedFields` that a client sent.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("metadata.managedFields[{index}].{field}: Invalid value: {value}: {why}")]
+#[error("{}: {}", self.field(), self.message())]
 pub struct BadRecord {
     index: usize,
     field: &'static str,
     value: String,
     why: String,
+}
+
+impl BadRecord {
+    /// The path of the field.
+    pub fn field(&self) -> String {
+        format!("metadata.managedFields[{}].{}", self.index, self.field)
+    }
+
+    /// What is wrong with it.
+    pub fn message(&self) -> String {
+        format!("Invalid value: {}: {}", self.value, self.why)
+    }
 }
 
 impl Managed {
@@ -379,19 +391,15 @@ pub fn apply(
 /// The configuration that an annotation of `kubectl apply` holds: what those have applied who did so on the client.
 pub const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
-/// Leaves out the conflicts about fields that the same user applied on the client before, so that one may change over
+/// Whether all conflicts are about fields that were applied on the client before, so that one may change over without
+/// insisting
 /// (<https://kubernetes.io/docs/reference/using-api/server-side-apply/#upgrading-from-client-side-apply-to-server-side-apply>).
-pub fn migrated(types: Types<'_>, live: &Value, mut managed: Managed) -> Managed {
-    let Some(text) = live["metadata"]["annotations"][LAST_APPLIED].as_str() else { return managed };
-    let Ok(last) = serde_json::from_str::<Value>(text) else { return managed };
-    if let Ok(mut fields) = types.fields(&last) {
-        fields = fields.union(
-            &FieldSet::read(&json!({"f:metadata": {"f:annotations": {(format!("f:{LAST_APPLIED}")): {}}}}))
-                .unwrap_or_default(),
-        );
-        managed.take(|manager| manager.operation == Operation::Update, &fields);
-    }
-    managed
+pub fn changes_over(types: Types<'_>, live: &Value, conflicts: &[Conflict]) -> bool {
+    let text = live["metadata"]["annotations"][LAST_APPLIED].as_str().unwrap_or_default();
+    let last = serde_json::from_str::<Value>(text).ok();
+    let Some(fields) = last.and_then(|last| types.fields(&last).ok()) else { return false };
+    let applied = fields.paths();
+    conflicts.iter().all(|conflict| applied.contains(&conflict.field))
 }
 
 #[cfg(test)]
