@@ -266,7 +266,7 @@ impl Server {
         let fields = field_selector("create", &context.query);
         let attributes = Attributes::of("create", &context.path, &fields);
         let allowed = self.authorizer.authorize(&context.user, &attributes);
-        allowed.map_err(|why| denied(&context.user, &attributes, &why))
+        allowed.map(|_| ()).map_err(|why| denied(&context.user, &attributes, &why))
     }
 }
 

@@ -8,7 +8,10 @@ use serde_json::{Value, json};
 
 use crate::{
     Context, Server,
-    auth::{MASTERS, UserInfo},
+    auth::{
+        MASTERS, UserInfo,
+        rbac::{self, policy},
+    },
     encode::{Form, Shape},
     error::{ApiError, Result},
     request::{Query, ResourcePath},
@@ -37,7 +40,42 @@ impl Server {
         let cidr = self.config.service_cidr;
         let range = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": [cidr.to_string()]}});
         self.ensure("networking.k8s.io", "servicecidrs", range, false).await?;
+        for (plural, object) in policy::objects() {
+            self.ensure_policy(plural, object).await?;
+        }
         self.kubernetes_service().await
+    }
+
+    /// A role or binding that every cluster has: what it lacks of it is added, unless that was forbidden. A binding that
+    /// leads to another role is left alone, since it cannot be changed.
+    async fn ensure_policy(self: &Arc<Self>, plural: &str, wanted: Value) -> Result<()> {
+        let name = wanted["metadata"]["name"].as_str().unwrap_or_default();
+        let there = self.find(rbac::GROUP, plural, "", name).await?;
+        let Some(mut there) = there.map(|there| there.value()) else {
+            return self.ensure(rbac::GROUP, plural, wanted, false).await;
+        };
+        if there["metadata"]["annotations"][policy::AUTOUPDATE] != "true" || there["roleRef"] != wanted["roleRef"] {
+            return Ok(());
+        }
+        let before = there.clone();
+        for list in ["rules", "subjects"] {
+            let missing: Vec<Value> = wanted[list].as_array().into_iter().flatten().cloned().collect();
+            for item in missing {
+                let known = there[list].as_array().is_some_and(|known| known.contains(&item));
+                if !known && !there[list].is_array() {
+                    there[list] = json!([item]);
+                } else if !known && let Some(known) = there[list].as_array_mut() {
+                    known.push(item);
+                }
+            }
+        }
+        for (label, value) in wanted["metadata"]["labels"].as_object().into_iter().flatten() {
+            there["metadata"]["labels"][label] = value.clone();
+        }
+        if there == before {
+            return Ok(());
+        }
+        self.ensure(rbac::GROUP, plural, there, true).await
     }
 
     /// The Service under which pods reach the API: the first address of the range, with this server behind it.

@@ -38,6 +38,7 @@ use auth::{
     UserInfo,
     authorize::{Attributes, Authorizer, BuiltIn, field_selector},
     node::Known,
+    rbac::{Index, Rbac},
     token::Tokens,
 };
 use bytes::Bytes;
@@ -119,6 +120,7 @@ pub struct Server {
     pages: Pages,
     tokens: Tokens,
     authorizer: Box<dyn Authorizer>,
+    rbac: Arc<Rbac>,
     kubelet: kubelet::Client,
     /// What this server says of itself beside its address: annotations of its Lease.
     notes: Mutex<std::collections::BTreeMap<String, String>>,
@@ -207,7 +209,8 @@ impl Server {
         let cache = Cache::start(registry.clone(), store.clone(), stop.clone())
             .await
             .map_err(|e| StartError::Store { what: "the store cannot be read", message: e.message })?;
-        let known = Known { registry: registry.clone(), cache: cache.clone() };
+        let rbac = Arc::new(Rbac::default());
+        let known = Known { registry: registry.clone(), cache: cache.clone(), rbac: rbac.clone() };
         let reads = consistent::Reads::new(store.clone());
         let server = Arc::new(Server {
             config,
@@ -217,6 +220,7 @@ impl Server {
             pages: Pages::default(),
             tokens,
             authorizer: Box::new(BuiltIn(known)),
+            rbac,
             kubelet,
             notes: Mutex::default(),
             openapi: openapi::Documents::default(),
@@ -308,10 +312,7 @@ impl Server {
         B::Error: Into<BodyError>,
     {
         let user = self.authenticate(parts, user).await?;
-        if parts.headers.keys().any(|name| name.as_str().starts_with("impersonate-")) {
-            // To ignore it would be to answer with the rights of the one who asks.
-            return Err(ApiError::forbidden_path("impersonation (--as) is not supported by this version of Seawall"));
-        }
+        let user = auth::impersonate(&*self.authorizer, user, &mut parts.headers)?;
         let path = parts.uri.path().to_owned();
         let query = Query::parse(parts.uri.query());
         let Some(target) = ResourcePath::parse(&path) else {
@@ -394,6 +395,11 @@ impl Server {
         }
     }
 
+    /// Roles and bindings, as they are.
+    pub(crate) fn rbac(&self) -> Arc<Index> {
+        self.rbac.index(&self.registry, &self.cache.snapshot())
+    }
+
     /// Finds out who asks.
     async fn authenticate(&self, parts: &Parts, user: Option<UserInfo>) -> Result<UserInfo> {
         let bearer = parts.headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
@@ -429,7 +435,7 @@ impl Server {
 
     fn authorize_path(&self, user: &UserInfo, verb: &str, path: &str) -> Result<()> {
         let attributes = Attributes { verb, path, ..Default::default() };
-        self.authorizer.authorize(user, &attributes).map_err(|why| {
+        self.authorizer.authorize(user, &attributes).map(|_| ()).map_err(|why| {
             let why = if why.is_empty() { why } else { format!(": {why}") };
             ApiError::forbidden_path(format!("forbidden: User {:?} cannot {verb} path {path:?}{why}", user.username))
         })

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Context, Server,
-    auth::{UserInfo, authorize::Attributes},
+    auth::{MASTERS, NODES, UserInfo, authorize::Attributes},
     encode::{Body, value},
     error::{ApiError, Result},
 };
@@ -31,8 +31,9 @@ impl Server {
         review["status"] = match context.row.kind {
             "SelfSubjectReview" => json!({"userInfo": context.user}),
             "SelfSubjectAccessReview" => self.access(&context.user, &review["spec"]),
-            "SelfSubjectRulesReview" => json!({"resourceRules": [], "nonResourceRules": [], "incomplete": true,
-                "evaluationError": "rules are not enumerated: ask with a SelfSubjectAccessReview"}),
+            "SelfSubjectRulesReview" => {
+                self.rules(&context.user, review["spec"]["namespace"].as_str().unwrap_or_default())
+            }
             "SubjectAccessReview" | "LocalSubjectAccessReview" => {
                 let spec = &review["spec"];
                 let groups: Vec<String> = spec["groups"]
@@ -68,6 +69,18 @@ impl Server {
         Ok(value(StatusCode::CREATED, &review, context.form.yaml))
     }
 
+    /// What a user may do in a namespace, as far as roles say it. Nodes may more: of their own objects.
+    fn rules(&self, user: &UserInfo, namespace: &str) -> Value {
+        let mut rules = self.rbac().rules(user, namespace);
+        if user.is_in(MASTERS) {
+            let all = json!([{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}, {"nonResourceURLs": ["*"], "verbs": ["*"]}]);
+            rules = serde_json::from_value(all).unwrap_or_default();
+        }
+        let (paths, resources): (Vec<_>, Vec<_>) =
+            rules.iter().partition(|rule| rule.non_resource_urls.as_ref().is_some_and(|urls| !urls.is_empty()));
+        json!({"resourceRules": resources, "nonResourceRules": paths, "incomplete": user.is_in(NODES)})
+    }
+
     fn access(&self, user: &UserInfo, spec: &Value) -> Value {
         let text = |v: &'_ Value| -> String { v.as_str().unwrap_or_default().to_owned() };
         let (resource, path) = (&spec["resourceAttributes"], &spec["nonResourceAttributes"]);
@@ -87,7 +100,8 @@ impl Server {
             path: &path,
         };
         match self.authorizer.authorize(user, &attributes) {
-            Ok(()) => json!({"allowed": true}),
+            Ok(reason) if reason.is_empty() => json!({"allowed": true}),
+            Ok(reason) => json!({"allowed": true, "reason": reason}),
             Err(reason) => json!({"allowed": false, "reason": reason}),
         }
     }

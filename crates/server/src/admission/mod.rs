@@ -3,6 +3,7 @@
 
 mod certificates;
 mod node_restriction;
+mod rbac;
 
 use std::sync::Arc;
 
@@ -35,6 +36,7 @@ impl Server {
         if context.row.plural == "certificatesigningrequests" {
             self.admit_signing_request(context, object, old)?;
         }
+        self.guard_roles(context, object, old)?;
         if operation != Operation::Create {
             return Ok(());
         }
@@ -69,8 +71,7 @@ impl Server {
             ("apiextensions.k8s.io" | "apiregistration.k8s.io" | "flowcontrol.apiserver.k8s.io", _)
             | ("", "resourcequotas" | "limitranges")
             | ("networking.k8s.io", "networkpolicies" | "ingresses")
-            | ("autoscaling", _)
-            | ("rbac.authorization.k8s.io", _) => {
+            | ("autoscaling", _) => {
                 context.warn(vec![format!(
                     "{} are stored, but have no effect in this version of Seawall",
                     row.qualified()

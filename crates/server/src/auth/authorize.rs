@@ -1,13 +1,16 @@
 //! Whether a user may do something.
 //!
 //! The seam is [`Authorizer`]. The one here knows administrators, the components, nodes and those who want to become
-//! nodes; rules of RBAC are not evaluated yet (see `docs/DIFFERENCES.md`).
+//! nodes; for all others, and for what nodes may beyond that, roles and bindings decide ([`super::rbac`]).
 
 use seawall_api::selector::{FieldRequirement, parse_fields};
 
+use std::sync::Arc;
+
 use super::{
-    AUTHENTICATED, MASTERS, NODES, UserInfo, bootstrap_token,
+    MASTERS, NODES, UserInfo, bootstrap_token,
     node::{self, Relations},
+    rbac::Index,
 };
 use crate::request::{Query, ResourcePath};
 
@@ -61,54 +64,52 @@ pub(crate) fn field_selector(verb: &str, query: &Query) -> Vec<FieldRequirement>
 
 /// Decides.
 pub trait Authorizer: Send + Sync {
-    /// `Ok` if the user may, else why not (empty if no rule speaks of it).
-    fn authorize(&self, user: &UserInfo, attributes: &Attributes<'_>) -> Result<(), String>;
+    /// `Ok` if the user may, with the reason; else why not (empty if no rule speaks of it).
+    fn authorize(&self, user: &UserInfo, attributes: &Attributes<'_>) -> Result<String, String>;
 }
 
-/// Administrators may do everything, components and nodes what they need, every user may look at what the server
-/// offers and ask about themselves, and everyone may ask whether it is healthy.
+/// What is known of the cluster when somebody wants something.
+pub trait Knowledge: Relations {
+    /// Roles and bindings, as they are.
+    fn rbac(&self) -> Arc<Index>;
+}
+
+/// Administrators may do everything, components and nodes what they need; the rest is said by roles and bindings. While
+/// those cannot be read yet, everyone may ask whether the server is healthy.
 pub struct BuiltIn<R>(
-    /// What nodes have to do with.
+    /// What nodes have to do with, and who has which role.
     pub R,
 );
 
 const COMPONENTS: [&str; 4] =
     ["system:kube-controller-manager", "system:kube-scheduler", "system:apiserver", "system:seawall"];
 
-impl<R: Relations> Authorizer for BuiltIn<R> {
-    fn authorize(&self, user: &UserInfo, a: &Attributes<'_>) -> Result<(), String> {
+impl<R: Knowledge> Authorizer for BuiltIn<R> {
+    fn authorize(&self, user: &UserInfo, a: &Attributes<'_>) -> Result<String, String> {
         let health = ["/healthz", "/livez", "/readyz", "/version"];
         let under = |path: &str| a.path == path || a.path.starts_with(&format!("{path}/"));
         if a.resource.is_empty() && health.iter().any(|p| under(p)) {
-            return Ok(());
+            return Ok(String::new());
         }
         if user.is_in(MASTERS) || COMPONENTS.contains(&user.username.as_str()) {
-            return Ok(());
-        }
-        if user.is_in(AUTHENTICATED) {
-            let discovery = ["/api", "/apis", "/openapi", "/openid", "/.well-known"];
-            if a.resource.is_empty() && discovery.iter().any(|p| under(p)) {
-                return Ok(());
-            }
-            let about_self = matches!(
-                (a.group, a.resource),
-                ("authorization.k8s.io", "selfsubjectaccessreviews" | "selfsubjectrulesreviews")
-                    | ("authentication.k8s.io", "selfsubjectreviews")
-            );
-            if about_self && a.verb == "create" {
-                return Ok(());
-            }
+            return Ok(String::new());
         }
         if a.resource.is_empty() && joining(user, a) {
-            return Ok(());
+            return Ok(String::new());
         }
         if user.is_in(bootstrap_token::GROUP) && bootstrapper_may(a) {
-            return Ok(());
+            return Ok(String::new());
         }
-        match node::identity(user) {
+        let node = match node::identity(user) {
             None => Err(String::new()),
             Some("") => Err(format!("unknown node for user {:?}", user.username)),
             Some(name) => node::authorize(name, a, &self.0),
+        };
+        match (node, self.0.rbac().authorize(user, a)) {
+            (Ok(()), _) => Ok(String::new()),
+            (_, Ok(why)) => Ok(why),
+            (Err(node), Err(rbac)) if node.is_empty() || rbac.is_empty() => Err(node + &rbac),
+            (Err(node), Err(rbac)) => Err(format!("{node}, {rbac}")),
         }
     }
 }
@@ -135,6 +136,12 @@ mod tests {
 
     /// Nodes have nothing.
     struct Nothing;
+
+    impl Knowledge for Nothing {
+        fn rbac(&self) -> Arc<Index> {
+            Arc::default()
+        }
+    }
 
     impl Relations for Nothing {
         fn relate(&self, _: &str, _: node::Kind, _: &str, _: &str) -> bool {
@@ -190,6 +197,5 @@ mod tests {
         assert!(path(&UserInfo::anonymous(), "/readyz"));
         assert!(!path(&UserInfo::anonymous(), "/apis"));
         assert!(!path(&UserInfo::anonymous(), "/metrics"));
-        assert!(path(&someone, "/apis/apps/v1"));
     }
 }

@@ -2,8 +2,12 @@
 
 pub mod authorize;
 pub mod bootstrap_token;
+mod impersonate;
 pub mod node;
+pub mod rbac;
 pub mod token;
+
+pub(crate) use impersonate::impersonate;
 
 use std::collections::BTreeMap;
 

@@ -10,7 +10,11 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::{NODES, UserInfo, authorize::Attributes};
+use super::{
+    NODES, UserInfo,
+    authorize::{Attributes, Knowledge},
+    rbac::{Index, Rbac},
+};
 use crate::{
     cache::{Cache, Snapshot},
     object::Object,
@@ -170,6 +174,14 @@ pub struct Known {
     pub registry: Arc<Registry>,
     /// What there is.
     pub cache: Arc<Cache>,
+    /// Who has which role.
+    pub rbac: Arc<Rbac>,
+}
+
+impl Knowledge for Known {
+    fn rbac(&self) -> Arc<Index> {
+        self.rbac.index(&self.registry, &self.cache.snapshot())
+    }
 }
 
 impl Relations for Known {
