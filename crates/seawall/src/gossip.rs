@@ -189,7 +189,10 @@ pub fn member(machine: &Machine, timing: &Timing) -> anyhow::Result<Option<Gossi
         times: Times::of(timing),
         publish: if machine.runs(Component::Agent) { Publish::Node } else { Publish::Secret },
     };
-    Gossip::open(config).map(Some)
+    let gossip = Gossip::open(config)?;
+    let counted = gossip.clone();
+    machine.metrics.add("gossip", move || counted.render());
+    Ok(Some(gossip))
 }
 
 /// Runs it. What it knows of the cluster it learns through `client`.

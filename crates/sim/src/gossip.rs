@@ -58,6 +58,8 @@ pub enum Fault {
     On(usize),
     /// It gets no CPU time for this long. Packets wait.
     Freeze(usize, Duration),
+    /// From now until then it gets CPU time only for instants, and waits for up to this long between them.
+    Starve(usize, Duration, Duration),
     /// Its process is killed; the machine answers that nobody listens.
     Kill(usize),
     /// Its process ends in an orderly way.
@@ -181,6 +183,11 @@ impl World {
         (self.clock.between(0, 1_000_000).as_micros() as usize) % below.max(1)
     }
 
+    /// From now on so many of a hundred packets are lost.
+    pub fn lose(&mut self, percent: u32) {
+        self.setting.loss = percent;
+    }
+
     /// What a member has counted.
     pub fn counters(&self, index: usize) -> &Counters {
         self.nodes[index].core.counters()
@@ -275,6 +282,15 @@ impl World {
                     node.state = State::Frozen;
                     let life = node.life;
                     self.clock.after(length, Happens::Thaw(index, life));
+                }
+            }
+            Fault::Starve(index, most, until) => {
+                if now < until && self.nodes[index].state == State::On {
+                    let most = most.as_millis() as u64;
+                    let (wait, instant) = (self.clock.between(1, most), self.clock.between(0, 10));
+                    self.fault(Fault::Freeze(index, wait));
+                    let again = Fault::Starve(index, Duration::from_millis(most), until);
+                    self.clock.after(wait + instant, Happens::Fault(again));
                 }
             }
             Fault::Leave(index, how) => {

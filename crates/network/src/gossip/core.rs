@@ -9,6 +9,8 @@
 
 mod members;
 mod packets;
+#[cfg(test)]
+mod tests;
 mod verdicts;
 mod words;
 
@@ -246,9 +248,10 @@ pub struct Core {
     felt: BTreeMap<Key, Duration>,
     /// Until when a machine's word that nobody listens there holds.
     absent: BTreeMap<Key, Duration>,
-    said_absent: BTreeMap<Key, Duration>,
-    /// How often we have said something of somebody: each time is told on anew.
-    said: BTreeMap<Key, u16>,
+    /// The number of our last word: each is told on anew.
+    spoken: u64,
+    /// Whose kernels are asked again and again while they are under suspicion.
+    feeling: BTreeSet<Key>,
     probe: Option<Probe>,
     helps: BTreeMap<Key, Help>,
     health: Health,
@@ -316,8 +319,8 @@ impl Core {
             pulses: BTreeMap::new(),
             felt: BTreeMap::new(),
             absent: BTreeMap::new(),
-            said_absent: BTreeMap::new(),
-            said: BTreeMap::new(),
+            spoken: born,
+            feeling: BTreeSet::new(),
             probe: None,
             helps: BTreeMap::new(),
             health: Health::default(),
@@ -433,6 +436,12 @@ impl Core {
         for absent in self.absent.values_mut() {
             *absent = (*absent).max(until);
         }
+        // Others may have suspected us meanwhile. Whoever objects before it has heard of it need not stay awake until it
+        // has: one that is starved may not be given the time.
+        if gap > self.times.probe_interval * 2 && self.active > 0 {
+            let suspicion = Member::new(*self.swim.identity(), self.incarnation, foca::State::Suspect);
+            self.swim(now, |swim, wishes| swim.apply_many(std::iter::once(suspicion), false, wishes));
+        }
     }
 
     fn fire(&mut self, now: Duration) {
@@ -510,6 +519,8 @@ impl Core {
                 if self.records.get(&key).is_some_and(|record| record.state == State::Suspected) {
                     self.effects.pulses.push(key);
                     self.plan(now + self.times.suspicion, What::Feel(key));
+                } else {
+                    self.feeling.remove(&key);
                 }
             }
             What::Search => {
