@@ -125,7 +125,7 @@ pub struct World {
     thoughts: BTreeMap<(usize, usize), Option<Verdict>>,
     /// What has changed, apart from those who are found to be there.
     pub changes: Vec<Change>,
-    /// Packets and bytes that were sent.
+    /// Packets and bytes that were sent, questions to kernels included.
     pub traffic: (u64, u64),
     seed: u64,
 }
@@ -346,6 +346,8 @@ impl World {
         }
         for of in effects.pulses {
             let Some(of) = self.keys.get(&of).copied() else { continue };
+            self.traffic.0 += 1;
+            self.traffic.1 += 28;
             let cut = self.cuts.contains(&(index, of)) || self.cuts.contains(&(of, index));
             let lost = self.clock.percent(self.setting.loss) || self.clock.percent(self.setting.loss);
             if self.setting.pulses && self.nodes[of].state != State::Off && !cut && !lost {

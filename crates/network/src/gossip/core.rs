@@ -44,6 +44,8 @@ const FANOUT: usize = 3;
 const FAREWELLS: usize = 8;
 /// How many members that we should know and do not hear of are looked for at a time.
 const SEARCHES: usize = 2;
+/// So many kernels are asked in a probe interval before their machines are buried; others live until it is their turn.
+const ASKS: usize = 256;
 /// They are looked for less and less often, down to every this many probe intervals.
 const SEARCH_SELDOM: u32 = 50;
 
@@ -246,6 +248,10 @@ pub struct Core {
     pulses: BTreeMap<Key, Duration>,
     /// When it last answered us.
     felt: BTreeMap<Key, Duration>,
+    /// When anybody last told that it did.
+    told: BTreeMap<Key, Duration>,
+    /// How many kernels were asked since when before others are buried.
+    asked: (usize, Duration),
     /// Until when a machine's word that nobody listens there holds.
     absent: BTreeMap<Key, Duration>,
     /// The number of our last word: each is told on anew.
@@ -318,6 +324,8 @@ impl Core {
             judging: BTreeMap::new(),
             pulses: BTreeMap::new(),
             felt: BTreeMap::new(),
+            told: BTreeMap::new(),
+            asked: (0, Duration::ZERO),
             absent: BTreeMap::new(),
             spoken: born,
             feeling: BTreeSet::new(),

@@ -64,7 +64,9 @@ impl Times {
 /// This many witnesses are enough in a cluster of any size.
 const WITNESSES: usize = 3;
 /// When so many have said of somebody that it does not answer, one more says nothing new.
-pub const ACCUSERS: usize = WITNESSES * 2;
+pub const ACCUSERS: usize = WITNESSES;
+/// So often we ask somebody's kernel ourselves, in vain, before we bury it: packets get lost.
+pub const ASKED: u32 = 3;
 
 /// A member that is under suspicion, dead, or has left.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +83,8 @@ pub struct Record {
     pub held: Duration,
     /// When its kernel last answered.
     pub pulse: Option<Duration>,
+    /// How often we have asked its kernel since it last answered, and when we last did.
+    pub asked: (u32, Duration),
     /// Who found out by itself.
     pub accusers: BTreeSet<Key>,
     /// What it has come to.
@@ -239,7 +243,8 @@ mod tests {
         Duration::from_millis(n)
     }
 
-    const TIMES: Times = Times { probe_interval: ms(100), probe_timeout: ms(40), suspicion: ms(400), spread: ms(50), hung: ms(2000) };
+    const TIMES: Times =
+        Times { probe_interval: ms(100), probe_timeout: ms(40), suspicion: ms(400), spread: ms(50), hung: ms(2000) };
     const GOOD: View = View { members: 5, suspected: 1, heard: 2, doubt: false };
 
     fn record(since: u64, accusers: u64) -> Record {
@@ -250,6 +255,7 @@ mod tests {
             from: ms(0),
             held: ms(0),
             pulse: None,
+            asked: (0, ms(0)),
             accusers: (0..accusers).map(Key).collect(),
             state: State::Suspected,
         }

@@ -52,7 +52,8 @@ impl Metrics {
 
     /// What is known: endpoints that are dead, Services, EndpointSlices.
     pub(super) fn known(&self, dead: usize, services: usize, slices: usize) {
-        for (gauge, value) in [(&self.counts.dead, dead), (&self.counts.services, services), (&self.counts.slices, slices)]
+        for (gauge, value) in
+            [(&self.counts.dead, dead), (&self.counts.services, services), (&self.counts.slices, slices)]
         {
             gauge.store(value as u64, Ordering::Relaxed);
         }
@@ -66,7 +67,12 @@ impl Metrics {
             ("rules_applied_total", "counter", "How often the kernel took rules.", &counts.applied),
             ("rules_failed_total", "counter", "How often it did not.", &counts.failed),
             ("rules_repaired_total", "counter", "How often somebody else had changed the rules.", &counts.repaired),
-            ("endpoints_buried_total", "counter", "Endpoints of dead machines put out of reach at once.", &counts.buried),
+            (
+                "endpoints_buried_total",
+                "counter",
+                "Endpoints of dead machines put out of reach at once.",
+                &counts.buried,
+            ),
             ("endpoints_dead", "gauge", "Endpoints of dead machines that are out of reach.", &counts.dead),
             ("services", "gauge", "Services that are known.", &counts.services),
             ("endpoint_slices", "gauge", "EndpointSlices that are known.", &counts.slices),

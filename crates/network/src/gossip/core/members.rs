@@ -41,6 +41,7 @@ impl Core {
                 self.absent.remove(&key);
                 self.pulses.remove(&key);
                 self.felt.remove(&key);
+                self.told.remove(&key);
                 self.helps.remove(&key);
                 if let Some(probe) = self.probe.as_mut().filter(|probe| probe.id.key == key) {
                     probe.void = true;
@@ -89,6 +90,7 @@ impl Core {
         self.absent.remove(&key);
         self.pulses.remove(&key);
         self.felt.remove(&key);
+        self.told.remove(&key);
         self.helps.remove(&key);
         if let Some(contact) = self.contacts.remove(&key) {
             self.missing.remove(&(contact.search, key));

@@ -1,7 +1,7 @@
 use super::*;
 use crate::gossip::{
     id::LEFT,
-    word::{Said, SIZE},
+    word::{SIZE, Said},
 };
 use seawall_quorum::timing::{Profile, Timing};
 
@@ -86,13 +86,13 @@ fn some_accusers_are_enough() {
     let accusers = |core: &mut Core, count: u64| {
         core.records.get_mut(&OTHER).unwrap().accusers = (10..10 + count).map(Key).collect();
     };
-    accusers(&mut core, 6);
+    accusers(&mut core, 3);
     core.testify(START, life(OTHER, 1000), 0);
     assert_eq!((core.counters.accusations, core.spoken), (0, 1000));
     // Another incarnation is another matter.
     core.testify(START, life(OTHER, 1000), 1);
     assert_eq!(core.counters.accusations, 1);
-    accusers(&mut core, 5);
+    accusers(&mut core, 2);
     core.testify(START, life(OTHER, 1000), 0);
     assert_eq!(core.counters.accusations, 2);
 }
@@ -182,4 +182,35 @@ fn whoever_was_away_objects_before_it_hears_of_a_suspicion() {
     // Who was away for no longer than any machine is says nothing.
     let effects = core.step(START + ms(1210), Event::Tick);
     assert_eq!(incarnation(&effects), Some(1));
+}
+
+#[test]
+fn nobody_is_buried_before_its_kernel_was_asked_by_us() {
+    // Three say that it is silent, and no word of its kernel reaches us.
+    let run = |answers: bool| {
+        let mut core = core(1000);
+        core.health = Health::default();
+        suspect(&mut core, START, OTHER);
+        core.records.get_mut(&OTHER).unwrap().accusers = (4..7).map(Key).collect();
+        let (mut asked, mut last) = (0, None);
+        for at in (0..1000).step_by(10) {
+            let now = START + ms(at);
+            // The others are there.
+            for key in 3..7 {
+                core.heard(now, Key(key), false);
+            }
+            core.touched.insert(OTHER);
+            let effects = core.step(now, Event::Refused(Key(99)));
+            asked += effects.pulses.iter().filter(|key| **key == OTHER).count();
+            if answers && !effects.pulses.is_empty() {
+                core.step(now + ms(1), Event::Pulse(OTHER));
+            }
+            last = core.contacts[&OTHER].shown;
+        }
+        (asked, last)
+    };
+    let (asked, last) = run(false);
+    assert!(asked >= 3 && last == Some(Verdict::Dead), "{asked} {last:?}");
+    let (asked, last) = run(true);
+    assert!((1..6).contains(&asked) && last == Some(Verdict::Suspect), "{asked} {last:?}");
 }

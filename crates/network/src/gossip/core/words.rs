@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use foca::{Incarnation, Member};
 
-use super::{Core, SEARCH_SELDOM, What, millis};
+use super::{ASKS, Core, SEARCH_SELDOM, What, millis};
 use crate::gossip::{
     id::{Id, Key},
     judge::{ACCUSERS, Record, State},
@@ -38,7 +38,7 @@ impl Core {
         }
         self.counters.accusations += 1;
         if self.felt.get(&id.key).is_some_and(|at| now - *at < self.times.probe_interval * 2) {
-            self.say(now, Said::Pulse, id, incarnation);
+            self.tell_pulse(now, id, incarnation);
         }
         self.say(now, Said::Silent, id, incarnation);
         // Told of it several times, we still ask its kernel once at a time.
@@ -50,15 +50,43 @@ impl Core {
     /// A kernel has answered.
     pub(super) fn felt(&mut self, now: Duration, key: Key) {
         self.felt.insert(key, now);
-        let before = self.pulses.insert(key, now);
+        self.pulses.insert(key, now);
         self.touched.insert(key);
-        let Some(record) = self.records.get(&key).filter(|record| record.state == State::Suspected) else { return };
+        let Some(record) = self.records.get_mut(&key).filter(|record| record.state == State::Suspected) else { return };
+        record.asked.0 = 0;
         let (id, incarnation) = (record.id, record.incarnation);
-        // The others need not hear it from everybody.
-        if before.is_none_or(|at| now - at > self.times.suspicion / 2) {
-            self.say(now, Said::Pulse, id, incarnation);
+        if self.tell_pulse(now, id, incarnation) {
             self.swim(now, |swim, wishes| swim.gossip(wishes));
         }
+    }
+
+    /// Tells that a kernel answers, unless somebody has just done so: the others need not hear it from everybody.
+    fn tell_pulse(&mut self, now: Duration, id: Id, incarnation: Incarnation) -> bool {
+        let known = self.told.get(&id.key).is_some_and(|at| now - *at < self.times.suspicion);
+        if !known {
+            self.told.insert(id.key, now);
+            self.say(now, Said::Pulse, id, incarnation);
+        }
+        !known
+    }
+
+    /// Asks the kernel of one that is under suspicion, before we come to bury it: the word of others may not reach us in
+    /// time when much is said of many.
+    pub(super) fn ask(&mut self, now: Duration, key: Key) {
+        let interval = self.times.probe_interval;
+        if now - self.asked.1 >= interval {
+            self.asked = (0, now);
+        }
+        let Some(record) = self.records.get_mut(&key) else { return };
+        // One that answers is not asked as often.
+        let pause = if record.pulse.is_some() { self.times.suspicion } else { interval * 3 / 4 };
+        let early = record.asked.1 != Duration::ZERO && now - record.asked.1 < pause;
+        if early || self.asked.0 >= ASKS {
+            return;
+        }
+        self.asked.0 += 1;
+        record.asked = (record.asked.0 + 1, now);
+        self.effects.pulses.push(key);
     }
 
     pub(super) fn say(&mut self, now: Duration, said: Said, about: Id, incarnation: Incarnation) {
@@ -92,6 +120,7 @@ impl Core {
                 }
                 Said::Pulse => {
                     self.pulses.insert(key, now);
+                    self.told.insert(key, now);
                     self.touched.insert(key);
                 }
                 Said::Silent => self.take_accusation(now, &word),
