@@ -116,6 +116,18 @@ pub struct NodeConfig {
     pub lease_request: Duration,
     /// What is stopped when the Lease is not renewed.
     pub fence: fence::Config,
+    /// What `/metrics` of the agent's own API shows.
+    pub metrics: Option<Counted>,
+}
+
+/// Says what was counted on this machine, as Prometheus reads it.
+#[derive(Clone)]
+pub struct Counted(pub Arc<dyn Fn() -> String + Send + Sync>);
+
+impl std::fmt::Debug for Counted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Counted")
+    }
 }
 
 impl NodeConfig {
@@ -144,6 +156,7 @@ impl NodeConfig {
             lease: Duration::from_secs(40),
             lease_request: Duration::from_secs(10),
             fence: fence::Config::default(),
+            metrics: None,
         }
     }
 

@@ -98,6 +98,9 @@ pub struct Timing {
     pub gossip_probe_timeout: Duration,
     /// `--gossip-suspicion-timeout`: how long a machine that several suspect has to object before it is held for dead.
     pub gossip_suspicion: Duration,
+    /// `--gossip-hung-timeout`: how long a machine whose kernel answers has, although its process does not: it may be
+    /// starved.
+    pub gossip_hung: Duration,
     /// `--gossip-interval`: how often news about machines is passed on.
     pub gossip_interval: Duration,
     /// `--verdict-memory`: how long a machine that was dead when the service proxy ended is avoided after the next start,
@@ -145,6 +148,7 @@ impl Timing {
                 gossip_probe_interval: ms(100),
                 gossip_probe_timeout: ms(40),
                 gossip_suspicion: ms(400),
+                gossip_hung: ms(4000),
                 gossip_interval: ms(50),
                 verdict_memory: ms(5000),
                 relay_attempt: ms(150),
@@ -177,6 +181,7 @@ impl Timing {
                 gossip_probe_interval: ms(1000),
                 gossip_probe_timeout: ms(400),
                 gossip_suspicion: ms(5000),
+                gossip_hung: ms(25_000),
                 gossip_interval: ms(200),
                 verdict_memory: ms(60_000),
                 relay_attempt: ms(150),
@@ -209,6 +214,7 @@ impl Timing {
                 gossip_probe_interval: ms(800),
                 gossip_probe_timeout: ms(300),
                 gossip_suspicion: ms(2400),
+                gossip_hung: ms(12_000),
                 gossip_interval: ms(150),
                 verdict_memory: ms(20_000),
                 relay_attempt: ms(500),
@@ -302,6 +308,8 @@ impl Timing {
         }
         longer(&gossip_probe, 2, &gossip_timeout, "those who are asked to probe too need as much time again");
         longer(&gossip_suspicion, 3, &gossip_probe, "a machine that lives must be probed again before it is given up");
+        let hung = Flag::new("--gossip-hung-timeout", self.gossip_hung);
+        longer(&hung, 3, &gossip_suspicion, "a starved machine has longer than one whose power may be off");
         longer(&gossip_suspicion, 6, &gossip_interval, "its objection must have reached everybody by then");
         if broken.is_empty() { Ok(()) } else { Err(Violations(broken)) }
     }

@@ -130,16 +130,32 @@ fn missing<'a>(nodes: &'a [Node], step: &Step, without: &[String]) -> Vec<&'a st
     names.filter(|name| !without.iter().any(|other| other == name)).collect()
 }
 
+/// Refuses names that no node has: they are mistyped, most likely.
+fn known(nodes: &[Node], without: &[String]) -> anyhow::Result<()> {
+    let names: Vec<&str> = nodes.iter().filter_map(|node| node.metadata.name.as_deref()).collect();
+    match without.iter().find(|name| !names.contains(&name.as_str())) {
+        Some(name) => bail!("--even-without {name}: there is no such node; there are: {}", names.join(", ")),
+        None => Ok(()),
+    }
+}
+
 async fn rotate(client: &Client, without: &[String]) -> anyhow::Result<()> {
     let secrets = Api::<Secret>::namespaced(client.clone(), NAMESPACE);
     let nodes = Api::<Node>::all(client.clone());
     loop {
-        let mut secret = secrets.get(SECRET).await.with_context(|| format!("Secret {NAMESPACE}/{SECRET}"))?;
+        let unread = || {
+            format!(
+                "Secret {NAMESPACE}/{SECRET} cannot be read: does the server of this machine run, and does it take part in \
+                 the gossip (--disable)?"
+            )
+        };
+        let mut secret = secrets.get(SECRET).await.with_context(unread)?;
         let data = secret.data.take().unwrap_or_default();
         let step = step(&data)?;
         let begun = Instant::now();
         loop {
-            let list = nodes.list(&ListParams::default()).await?;
+            let list = nodes.list(&ListParams::default()).await.context("the nodes cannot be listed")?;
+            known(&list.items, without)?;
             let missing = missing(&list.items, &step, without);
             if missing.is_empty() {
                 break;
@@ -161,7 +177,7 @@ async fn rotate(client: &Client, without: &[String]) -> anyhow::Result<()> {
         match secrets.replace(SECRET, &PostParams::default(), &secret).await {
             // A server has written itself in meanwhile.
             Err(kube::Error::Api(status)) if status.code == 409 => continue,
-            replaced => replaced?,
+            replaced => replaced.with_context(|| format!("the key in Secret {NAMESPACE}/{SECRET} was not replaced"))?,
         };
         match step {
             Step::Begin => println!("{} is to be accepted by all", fresh.name()),
@@ -189,7 +205,10 @@ pub fn member(machine: &Machine, timing: &Timing) -> anyhow::Result<Option<Gossi
         times: Times::of(timing),
         publish: if machine.runs(Component::Agent) { Publish::Node } else { Publish::Secret },
     };
-    Gossip::open(config).map(Some)
+    let gossip = Gossip::open(config)?;
+    let counted = gossip.clone();
+    machine.metrics.add("gossip", move || counted.render());
+    Ok(Some(gossip))
 }
 
 /// Runs it. What it knows of the cluster it learns through `client`.
@@ -303,6 +322,9 @@ mod tests {
         check(Step::Use(keys[1].clone()), &[], &["neither"]);
         check(Step::Use(keys[1].clone()), &["neither"], &[]);
         check(Step::Drop(keys[1].clone()), &[], &["neither", "accepts"]);
+        assert!(known(&nodes, &["uses".into(), "no-member".into()]).is_ok());
+        let error = known(&nodes, &["uses".into(), "user".into()]).unwrap_err().to_string();
+        assert_eq!(error, "--even-without user: there is no such node; there are: neither, accepts, uses, no-member");
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod install;
 mod join;
 mod kubeconfig;
 mod machine;
+mod metrics;
 mod migrate;
 mod node;
 mod options;

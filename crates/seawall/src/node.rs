@@ -12,7 +12,7 @@ use seawall_network::{
     relay::{self, Relay},
     routes, verdict,
 };
-use seawall_node::fence;
+use seawall_node::{Counted, fence};
 use seawall_quorum::timing::Timing;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -59,6 +59,8 @@ pub fn components(
             file: Some(Files::new(&machine.options.data_dir).agent().join("proxy.json")),
             ..Default::default()
         };
+        let counted = config.metrics.clone();
+        machine.metrics.add("proxy", move || counted.render());
         let (client, told) = (client.clone(), verdicts.clone());
         parts.push(component("proxy", stop.clone(), move |stop| {
             proxy::run(client.clone(), config.clone(), told.clone(), stop)
@@ -72,6 +74,8 @@ pub fn components(
                 ..Default::default()
             };
             let relay = Relay::new(config, link, verdicts.clone());
+            let counted = relay.clone();
+            machine.metrics.add("relay", move || counted.render());
             parts.push(component("relay", stop.clone(), move |stop| {
                 let relay = relay.clone();
                 async move { relay.run(stop).await }
@@ -105,6 +109,8 @@ fn agent_config(
     config.cluster_domain = cluster.domain.clone();
     config.cni_conf_dir = options.cni_conf_dir.clone();
     config.tls = Some(identity.tls.clone());
+    let sources = machine.metrics.clone();
+    config.metrics = Some(Counted(Arc::new(move || sources.render())));
     config.api_users = vec!["kube-apiserver-kubelet-client".into()];
     config.port = options.agent_port;
     config.node_labels = machine.labels.clone();

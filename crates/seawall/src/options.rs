@@ -13,6 +13,8 @@ use k8s_openapi::api::core::v1::Taint;
 use seawall_quorum::timing::{Profile, Timing};
 use serde::{Deserialize, Serialize};
 
+use crate::metrics::Sources;
+
 /// Parts that can be left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Component {
@@ -193,6 +195,9 @@ pub struct TimingOptions {
     /// How long a machine that several suspect has to object before it is held for dead.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     gossip_suspicion_timeout: Option<Duration>,
+    /// How long a machine whose kernel answers has, although its process does not: it may be starved.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    gossip_hung_timeout: Option<Duration>,
     /// How often news about machines is passed on.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     gossip_interval: Option<Duration>,
@@ -300,6 +305,7 @@ impl TimingOptions {
             (self.gossip_probe_interval, &mut timing.gossip_probe_interval),
             (self.gossip_probe_timeout, &mut timing.gossip_probe_timeout),
             (self.gossip_suspicion_timeout, &mut timing.gossip_suspicion),
+            (self.gossip_hung_timeout, &mut timing.gossip_hung),
             (self.gossip_interval, &mut timing.gossip_interval),
             (self.verdict_memory, &mut timing.verdict_memory),
             (self.relay_attempt_delay, &mut timing.relay_attempt),
@@ -389,6 +395,8 @@ pub struct Machine {
     pub labels: BTreeMap<String, String>,
     /// The taints that the Node is registered with.
     pub taints: Vec<Taint>,
+    /// What its parts count.
+    pub metrics: Sources,
 }
 
 impl Machine {
@@ -417,7 +425,7 @@ impl Machine {
             labels.insert(key.to_owned(), value.to_owned());
         }
         let taints = options.node_taint.iter().map(|text| taint(text)).collect::<anyhow::Result<_>>()?;
-        Ok(Machine { options, name, ip, labels, taints })
+        Ok(Machine { options, name, ip, labels, taints, metrics: Sources::default() })
     }
 
     /// Whether a part is run.

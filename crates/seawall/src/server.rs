@@ -312,6 +312,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         }
     };
     let _ = this.set(Arc::downgrade(&server));
+    let sources = machine.metrics.clone();
+    server.show_metrics(move || sources.render());
     // What changed while this server was away counts before the first request.
     certificates.catch_up(&server)?;
     certificates.write_kubeconfig()?;

@@ -1,6 +1,11 @@
 //! Health checks and metrics.
 
-use std::{fmt::Write as _, sync::Arc, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    sync::{Arc, OnceLock, atomic::Ordering},
+    time::Duration,
+};
 
 use http::{HeaderValue, Response, StatusCode, header, request::Parts};
 use prometheus_client::{
@@ -22,6 +27,8 @@ pub struct Metrics {
     requests: Family<RequestLabels, Counter>,
     durations: Family<DurationLabels, Histogram>,
     objects: Family<ObjectLabels, Gauge>,
+    /// What else this process counts.
+    more: OnceLock<Box<dyn Fn() -> String + Send + Sync>>,
 }
 
 /// In seconds.
@@ -72,6 +79,7 @@ impl Default for Metrics {
             requests: Family::default(),
             durations: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
             objects: Family::default(),
+            more: OnceLock::new(),
         };
         let mut registry = Registry::default();
         registry.register("apiserver_request", "Requests by verb, resource and status code", metrics.requests.clone());
@@ -117,7 +125,34 @@ const HEALTH_VALID: Duration = Duration::from_millis(200);
 /// How long the store has to answer.
 const HEALTH_TIMEOUT: Duration = Duration::from_millis(1000);
 
+/// OpenMetrics and what Prometheus reads, in one OpenMetrics text: there the name of a counter's family is without
+/// `_total`, and the text ends with a mark (<https://prometheus.io/docs/specs/om/open_metrics_spec/>).
+fn joined(openmetrics: &str, prometheus: &str) -> String {
+    const END: &str = "# EOF\n";
+    let mut text = openmetrics.strip_suffix(END).unwrap_or(openmetrics).to_owned();
+    let counters: BTreeSet<&str> =
+        prometheus.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter")).collect();
+    for line in prometheus.lines() {
+        let about = line.strip_prefix("# ").and_then(|rest| rest.split_once(' '));
+        let counter = about.and_then(|(what, rest)| {
+            let (name, rest) = rest.split_once(' ')?;
+            let family = name.strip_suffix("_total").filter(|_| counters.contains(name))?;
+            Some(format!("# {what} {family} {rest}"))
+        });
+        text.push_str(counter.as_deref().unwrap_or(line));
+        text.push('\n');
+    }
+    text + END
+}
+
 impl Server {
+    /// Adds to `/metrics` what else this process counts, as Prometheus reads it. Only the first call counts.
+    pub fn show_metrics(&self, more: impl Fn() -> String + Send + Sync + 'static) {
+        if self.metrics.more.set(Box::new(more)).is_err() {
+            tracing::warn!("what else is counted is known already");
+        }
+    }
+
     /// Whether the store answers a read that needs its majority. One read serves all who ask at about the same time.
     async fn store_answers(&self) -> Result<(), String> {
         let mut last = self.store_health.lock().await;
@@ -145,6 +180,9 @@ impl Server {
         let mut text = String::new();
         if let Err(error) = encode(&mut text, &self.metrics.registry) {
             tracing::warn!(%error, "the metrics cannot be encoded");
+        }
+        if let Some(more) = self.metrics.more.get() {
+            text = joined(&text, &more());
         }
         let mut response = Response::new(full(text));
         let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
@@ -202,5 +240,23 @@ impl Server {
         *response.status_mut() = if failed { StatusCode::INTERNAL_SERVER_ERROR } else { StatusCode::OK };
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         Ok(response)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_formats_become_one() {
+        let check = |one: &str, other: &str, expect: &str| assert_eq!(joined(one, other), expect);
+        check("# EOF\n", "", "# EOF\n");
+        check(
+            "a 1\n# EOF\n",
+            "# HELP b_total All b.\n# TYPE b_total counter\nb_total{x=\"y\"} 2\n# HELP c_total Odd.\n# TYPE c_total gauge\n\
+             c_total 3\n",
+            "a 1\n# HELP b All b.\n# TYPE b counter\nb_total{x=\"y\"} 2\n# HELP c_total Odd.\n# TYPE c_total gauge\n\
+             c_total 3\n# EOF\n",
+        );
     }
 }

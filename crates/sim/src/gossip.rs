@@ -1,6 +1,30 @@
 //! Members of the gossip on a virtual network: thousands of them, and every kind of bad day.
 //!
 //! The very code that runs on machines ([`Core`]) runs here; only the sealing of packets is left out.
+//!
+//! Measured with `cargo run -p seawall-sim --example gossip`, profile `fast`, packets 0-2 ms under way, one run each.
+//! Bytes are with IP, UDP and sealing, per member and second; deaths are 10 power cuts, from the cut until others know.
+//!
+//! | | 100 members | 1,000 members |
+//! |---|---|---|
+//! | packets, bytes at 0 % loss | 20.1, 4.07 kB | 20.0, 3.98 kB |
+//! | at 5 % loss | 21.8, 4.41 kB | 21.5, 4.28 kB |
+//! | false verdicts at 0, 1, 5 % loss | none in 30 s each | none in 5 s each |
+//! | dead to a member: median, p99 | 612, 724 ms | 609, 855 ms |
+//! | dead to all: median, worst | 655, 766 ms | 693, 900 ms |
+//!
+//! A fifth of the members in trouble for 30 s, at 1 % loss; nobody else was called suspect or dead, and all were back:
+//!
+//! | members | starved (pauses up to 3 s): called dead | bytes | frozen for 1-30 s: called dead | bytes |
+//! |---|---|---|---|---|
+//! | 20 | 0 of 4 | 41.8 kB | 4 of 4 | 15.2 kB |
+//! | 30 | 0 of 6 | 45.5 kB | 6 of 6 | 14.3 kB |
+//! | 50 | 0 of 10 | 65.9 kB | 10 of 10 | 22.9 kB |
+//! | 100 | **1 of 20** | 132.9 kB | 20 of 20 | 42.1 kB |
+//!
+//! What is said of many at once is heard by all, so its cost grows with their number, and where packets are full of it,
+//! the word of a kernel comes late: the one false verdict. Not measured: 1,000 members in trouble, and 5,000 members
+//! (every life is looked up in a list of all, so only to begin takes the cube of their number).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -58,6 +82,8 @@ pub enum Fault {
     On(usize),
     /// It gets no CPU time for this long. Packets wait.
     Freeze(usize, Duration),
+    /// From now until then it gets CPU time only for instants, and waits for up to this long between them.
+    Starve(usize, Duration, Duration),
     /// Its process is killed; the machine answers that nobody listens.
     Kill(usize),
     /// Its process ends in an orderly way.
@@ -123,7 +149,7 @@ pub struct World {
     thoughts: BTreeMap<(usize, usize), Option<Verdict>>,
     /// What has changed, apart from those who are found to be there.
     pub changes: Vec<Change>,
-    /// Packets and bytes that were sent.
+    /// Packets and bytes that were sent, questions to kernels included.
     pub traffic: (u64, u64),
     seed: u64,
 }
@@ -179,6 +205,11 @@ impl World {
     /// A number by chance.
     pub fn random(&mut self, below: usize) -> usize {
         (self.clock.between(0, 1_000_000).as_micros() as usize) % below.max(1)
+    }
+
+    /// From now on so many of a hundred packets are lost.
+    pub fn lose(&mut self, percent: u32) {
+        self.setting.loss = percent;
     }
 
     /// What a member has counted.
@@ -277,6 +308,15 @@ impl World {
                     self.clock.after(length, Happens::Thaw(index, life));
                 }
             }
+            Fault::Starve(index, most, until) => {
+                if now < until && self.nodes[index].state == State::On {
+                    let most = most.as_millis() as u64;
+                    let (wait, instant) = (self.clock.between(1, most), self.clock.between(0, 10));
+                    self.fault(Fault::Freeze(index, wait));
+                    let again = Fault::Starve(index, Duration::from_millis(most), until);
+                    self.clock.after(wait + instant, Happens::Fault(again));
+                }
+            }
             Fault::Leave(index, how) => {
                 self.step(index, Event::Leave(how));
                 self.fault(match how {
@@ -330,6 +370,8 @@ impl World {
         }
         for of in effects.pulses {
             let Some(of) = self.keys.get(&of).copied() else { continue };
+            self.traffic.0 += 1;
+            self.traffic.1 += 28;
             let cut = self.cuts.contains(&(index, of)) || self.cuts.contains(&(of, index));
             let lost = self.clock.percent(self.setting.loss) || self.clock.percent(self.setting.loss);
             if self.setting.pulses && self.nodes[of].state != State::Off && !cut && !lost {

@@ -89,6 +89,8 @@ struct Known {
     /// What the Secret says of us, if there is one.
     written: Option<Option<Entry>>,
     listing: Roster,
+    /// Whether the nodes, and the Secret, have been listed.
+    listed: (bool, bool),
 }
 
 /// Follows the API until `stop`.
@@ -113,6 +115,8 @@ pub async fn follow(shared: Arc<Shared>, client: Client, stop: CancellationToken
                 Some(Ok(Event::Apply(secret) | Event::InitApply(secret))) => {
                     roster = known.take_secret(&shared, &secret).await;
                 }
+                // The first list counts even if there is no Secret.
+                Some(Ok(Event::InitDone)) => roster = !std::mem::replace(&mut known.listed.1, true),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => tracing::debug!(%error, "the gossip does not see its keys"),
                 None => anyhow::bail!("the watch on the gossip's keys has ended"),
@@ -152,7 +156,7 @@ impl Known {
                 let differs = self.nodes != listed;
                 self.nodes = listed;
                 // The first list counts even if it is empty.
-                return differs || shared.roster.borrow().len() != self.nodes.len();
+                return !std::mem::replace(&mut self.listed.0, true) || differs;
             }
             Event::Apply(node) => {
                 self.look_at_own(own, &node);
@@ -205,10 +209,18 @@ impl Known {
         differs
     }
 
-    async fn publish(&self, shared: &Arc<Shared>) {
+    /// The members, where `former` ones were known from the disk.
+    fn members(&self, former: &Roster) -> Roster {
+        // Whom the API has not had the chance to name is not struck off.
+        let mut roster = if self.listed == (true, true) { Roster::new() } else { former.clone() };
         // A Node is written by the node itself; a server that has become one is listed there.
-        let mut roster = self.servers.clone();
+        roster.extend(self.servers.clone());
         roster.extend(self.nodes.clone());
+        roster
+    }
+
+    async fn publish(&self, shared: &Arc<Shared>) {
+        let roster = self.members(&shared.roster.borrow());
         if **shared.roster.borrow() == roster {
             return;
         }
@@ -338,5 +350,23 @@ mod tests {
         assert_eq!(keyring(&secret), Keyring { keys });
         let entry = Entry { ip: "10.0.0.9".parse().unwrap(), key: bytes(9) };
         assert_eq!(servers(&secret), [("s1".to_owned(), entry)].into());
+    }
+
+    #[test]
+    fn whom_the_disk_knows_stays_until_all_have_been_listed() {
+        let roster = |names: &[&str]| -> Roster {
+            let entry = |name: &str| Entry { ip: [10, 0, 0, name.len() as u8].into(), key: STANDARD.encode([7; 32]) };
+            names.iter().map(|name| ((*name).to_owned(), entry(name))).collect()
+        };
+        let former = roster(&["node", "server", "gone"]);
+        let check = |listed: (bool, bool), nodes: &[&str], servers: &[&str], expect: &[&str]| {
+            let known = Known { nodes: roster(nodes), servers: roster(servers), listed, ..Known::default() };
+            assert_eq!(known.members(&former), roster(expect), "{listed:?} {nodes:?} {servers:?}");
+        };
+        check((false, false), &[], &[], &["node", "server", "gone"]);
+        check((true, false), &["node", "new"], &[], &["node", "server", "gone", "new"]);
+        check((false, true), &[], &["server", "other"], &["node", "server", "gone", "other"]);
+        check((true, true), &["node"], &["server"], &["node", "server"]);
+        check((true, true), &[], &[], &[]);
     }
 }

@@ -9,6 +9,8 @@
 
 mod members;
 mod packets;
+#[cfg(test)]
+mod tests;
 mod verdicts;
 mod words;
 
@@ -42,6 +44,8 @@ const FANOUT: usize = 3;
 const FAREWELLS: usize = 8;
 /// How many members that we should know and do not hear of are looked for at a time.
 const SEARCHES: usize = 2;
+/// So many kernels are asked in a probe interval before their machines are buried; others live until it is their turn.
+const ASKS: usize = 256;
 /// They are looked for less and less often, down to every this many probe intervals.
 const SEARCH_SELDOM: u32 = 50;
 
@@ -244,11 +248,16 @@ pub struct Core {
     pulses: BTreeMap<Key, Duration>,
     /// When it last answered us.
     felt: BTreeMap<Key, Duration>,
+    /// When anybody last told that it did.
+    told: BTreeMap<Key, Duration>,
+    /// How many kernels were asked since when before others are buried.
+    asked: (usize, Duration),
     /// Until when a machine's word that nobody listens there holds.
     absent: BTreeMap<Key, Duration>,
-    said_absent: BTreeMap<Key, Duration>,
-    /// How often we have said something of somebody: each time is told on anew.
-    said: BTreeMap<Key, u16>,
+    /// The number of our last word: each is told on anew.
+    spoken: u64,
+    /// Whose kernels are asked again and again while they are under suspicion.
+    feeling: BTreeSet<Key>,
     probe: Option<Probe>,
     helps: BTreeMap<Key, Help>,
     health: Health,
@@ -315,9 +324,11 @@ impl Core {
             judging: BTreeMap::new(),
             pulses: BTreeMap::new(),
             felt: BTreeMap::new(),
+            told: BTreeMap::new(),
+            asked: (0, Duration::ZERO),
             absent: BTreeMap::new(),
-            said_absent: BTreeMap::new(),
-            said: BTreeMap::new(),
+            spoken: born,
+            feeling: BTreeSet::new(),
             probe: None,
             helps: BTreeMap::new(),
             health: Health::default(),
@@ -433,6 +444,12 @@ impl Core {
         for absent in self.absent.values_mut() {
             *absent = (*absent).max(until);
         }
+        // Others may have suspected us meanwhile. Whoever objects before it has heard of it need not stay awake until it
+        // has: one that is starved may not be given the time.
+        if gap > self.times.probe_interval * 2 && self.active > 0 {
+            let suspicion = Member::new(*self.swim.identity(), self.incarnation, foca::State::Suspect);
+            self.swim(now, |swim, wishes| swim.apply_many(std::iter::once(suspicion), false, wishes));
+        }
     }
 
     fn fire(&mut self, now: Duration) {
@@ -510,6 +527,8 @@ impl Core {
                 if self.records.get(&key).is_some_and(|record| record.state == State::Suspected) {
                     self.effects.pulses.push(key);
                     self.plan(now + self.times.suspicion, What::Feel(key));
+                } else {
+                    self.feeling.remove(&key);
                 }
             }
             What::Search => {

@@ -23,6 +23,9 @@ pub struct Times {
     pub suspicion: Duration,
     /// How often news is passed on.
     pub spread: Duration,
+    /// How long one has whose kernel answers although it does not. A process that is starved is back before that; one
+    /// that hangs is not.
+    pub hung: Duration,
 }
 
 impl Times {
@@ -33,6 +36,7 @@ impl Times {
             probe_timeout: timing.gossip_probe_timeout,
             suspicion: timing.gossip_suspicion,
             spread: timing.gossip_interval,
+            hung: timing.gossip_hung,
         }
     }
 
@@ -44,12 +48,6 @@ impl Times {
     /// We are to act every [`Times::spread`]. A pause longer than this means that we were not given the time to.
     pub fn gap(&self) -> Duration {
         (self.spread * 3).max(self.probe_interval)
-    }
-
-    /// How long one has whose kernel answers although it does not. A process that is starved is back before that; one that
-    /// hangs is not.
-    pub fn hung(&self) -> Duration {
-        self.suspicion * 5
     }
 
     /// Who was heard no longer ago than this was heard of late.
@@ -65,6 +63,10 @@ impl Times {
 
 /// This many witnesses are enough in a cluster of any size.
 const WITNESSES: usize = 3;
+/// When so many have said of somebody that it does not answer, one more says nothing new.
+pub const ACCUSERS: usize = WITNESSES;
+/// So often we ask somebody's kernel ourselves, in vain, before we bury it: packets get lost.
+pub const ASKED: u32 = 3;
 
 /// A member that is under suspicion, dead, or has left.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +83,8 @@ pub struct Record {
     pub held: Duration,
     /// When its kernel last answered.
     pub pulse: Option<Duration>,
+    /// How often we have asked its kernel since it last answered, and when we last did.
+    pub asked: (u32, Duration),
     /// Who found out by itself.
     pub accusers: BTreeSet<Key>,
     /// What it has come to.
@@ -138,7 +142,7 @@ pub fn judge(now: Duration, record: &Record, view: View, times: &Times) -> Judge
     let held = holds_back(healthy, view);
     let mut dead = start.max(record.held) + patience(accusers, needed, times);
     if let Some(pulse) = record.pulse {
-        dead = dead.max((pulse + times.alone()).min(start + times.hung()));
+        dead = dead.max((pulse + times.alone()).min(start + times.hung));
     }
     let soon = now + times.probe_interval;
     if needed > 1 && !confirmed || held {
@@ -239,7 +243,8 @@ mod tests {
         Duration::from_millis(n)
     }
 
-    const TIMES: Times = Times { probe_interval: ms(100), probe_timeout: ms(40), suspicion: ms(400), spread: ms(50) };
+    const TIMES: Times =
+        Times { probe_interval: ms(100), probe_timeout: ms(40), suspicion: ms(400), spread: ms(50), hung: ms(2000) };
     const GOOD: View = View { members: 5, suspected: 1, heard: 2, doubt: false };
 
     fn record(since: u64, accusers: u64) -> Record {
@@ -250,6 +255,7 @@ mod tests {
             from: ms(0),
             held: ms(0),
             pulse: None,
+            asked: (0, ms(0)),
             accusers: (0..accusers).map(Key).collect(),
             state: State::Suspected,
         }

@@ -21,6 +21,8 @@ pub struct Counters {
     pub void: u64,
     /// Probes for which others were asked to probe too.
     pub indirect: u64,
+    /// How often we have said of somebody that it does not answer.
+    pub accusations: u64,
     /// Suspicions, whoever raised them.
     pub suspicions: u64,
     /// Suspicions that were refuted: they were false.
@@ -130,6 +132,12 @@ impl Metrics {
             &[("{result=\"answered\"}", p.answered), ("{result=\"failed\"}", p.failed), ("{result=\"void\"}", p.void)],
         );
         family("indirect_probes_total", "counter", "Probes for which others were asked too.", &[("", p.indirect)]);
+        family(
+            "accusations_total",
+            "counter",
+            "How often this member said that another is silent.",
+            &[("", p.accusations)],
+        );
         family("suspicions_total", "counter", "Suspicions, whoever raised them.", &[("", p.suspicions)]);
         family("false_suspicions_total", "counter", "Suspicions that were refuted.", &[("", p.refuted)]);
         family("deaths_total", "counter", "Members given up for dead.", &[("", p.deaths)]);

@@ -34,12 +34,13 @@ pub struct Word {
     pub incarnation: Incarnation,
     /// By whom.
     pub by: Key,
-    /// Which of the words that `by` has said about `about`: a later one takes the place of an earlier one.
-    pub count: u16,
+    /// Which of the words of `by`: a later one takes the place of an earlier one. They are counted from the birth of its
+    /// first life on, so that a member that was restarted is heard again.
+    pub count: u64,
 }
 
 /// The bytes of a word.
-const SIZE: usize = 1 + 16 + 2 + 8 + 2;
+pub(super) const SIZE: usize = 1 + 16 + 2 + 8 + 8;
 /// This many words are remembered. More are not told on twice only because nobody remembers them.
 const MOST: usize = 1 << 14;
 
@@ -56,7 +57,7 @@ impl Word {
         out.put_u64(self.about.born);
         out.put_u16(self.incarnation);
         out.put_u64(self.by.0);
-        out.put_u16(self.count);
+        out.put_u64(self.count);
         out
     }
 
@@ -73,14 +74,14 @@ impl Word {
         };
         let about = Id { key: Key(data.get_u64()), born: data.get_u64() };
         let (incarnation, by) = (data.get_u16(), Key(data.get_u64()));
-        Some(Word { said, about, incarnation, by, count: data.get_u16() })
+        Some(Word { said, about, incarnation, by, count: data.get_u64() })
     }
 
     fn slot(&self) -> Slot {
         Slot(self.said, self.about.key, self.by)
     }
 
-    fn age(&self) -> (u64, Incarnation, u16) {
+    fn age(&self) -> (u64, Incarnation, u64) {
         (self.about.born, self.incarnation, self.count)
     }
 }
@@ -97,7 +98,7 @@ impl Invalidates for Slot {
 
 /// Takes the words out of packets, and tells on those that are new.
 pub struct Ear {
-    newest: HashMap<Slot, (u64, Incarnation, u16)>,
+    newest: HashMap<Slot, (u64, Incarnation, u64)>,
     heard: Sender<Word>,
 }
 

@@ -10,6 +10,7 @@ pub mod elements;
 pub mod ending;
 pub mod endpoints;
 mod kernel;
+pub mod metrics;
 pub mod netlink;
 pub mod plan;
 pub mod rouse;
@@ -45,6 +46,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 pub use kernel::{intact, nft, remove};
+use metrics::Metrics;
 use plan::plan;
 use rules::Ruleset;
 use seawall_client::watch::Backoff;
@@ -83,6 +85,8 @@ pub struct ProxyConfig {
     pub patience: Duration,
     /// How long after a start the gossip may take to say something about a machine that was dead before.
     pub relearn: Duration,
+    /// Where it counts.
+    pub metrics: Metrics,
 }
 
 impl Default for ProxyConfig {
@@ -99,6 +103,7 @@ impl Default for ProxyConfig {
             file: None,
             patience: Duration::from_secs(1),
             relearn: Duration::from_secs(5),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -400,6 +405,7 @@ impl Proxy {
             if let Err(error) = nft(&self.config, &script).await {
                 // Somebody may have changed our table: next time it is made anew as a whole.
                 self.failures += 1;
+                self.config.metrics.failed();
                 tracing::error!(failures = self.failures, "the rules were not applied: {error:#}");
                 if self.failures > 5 {
                     return Err(error);
@@ -409,6 +415,7 @@ impl Proxy {
                 return Ok(());
             }
             self.failures = 0;
+            self.config.metrics.applied(began.elapsed());
             tracing::debug!(?planned, took = ?began.elapsed(), bytes = script.len(), "rules were applied");
             let stale = stale::stale(self.applied.as_ref(), &wanted);
             if !stale.is_empty() {
@@ -417,6 +424,7 @@ impl Proxy {
             self.applied = Some(wanted);
         }
         self.ended(&dead.targets);
+        self.config.metrics.known(dead.targets.len(), self.state.services.len(), self.state.slices.len());
         Ok(())
     }
 
@@ -433,6 +441,7 @@ impl Proxy {
         match elements::add(&fresh) {
             Ok(()) => {
                 applied.sets.extend(fresh.iter().map(|t| t.element()));
+                self.config.metrics.buried(fresh.len());
                 tracing::debug!(took = ?began.elapsed(), ?fresh, "what is dead is out of reach");
             }
             // The rules are written all the same, and bring it along.
@@ -472,6 +481,7 @@ impl Proxy {
         let (began, generation) = self.began;
         if look == Look::Changed && generation == self.generation {
             tracing::warn!("somebody changed our table of nftables: it is made anew");
+            self.config.metrics.repaired();
             self.applied = None;
             self.due = Some(Instant::now());
         }

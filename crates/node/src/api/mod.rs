@@ -199,6 +199,14 @@ async fn handle(agent: Arc<Agent>, request: Request<Incoming>) -> Response<Body>
     let read = *request.method() == Method::GET;
     match parts.as_slice() {
         ["healthz"] if read => Response::new(full("ok")),
+        // The kubelet's path (https://kubernetes.io/docs/concepts/cluster-administration/system-metrics/).
+        ["metrics"] if read => {
+            let text = agent.config.metrics.as_ref().map(|counted| counted.0()).unwrap_or_default();
+            let mut response = Response::new(full(text));
+            let kind = http::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+            response.headers_mut().insert("content-type", kind);
+            response
+        }
         ["pods"] if read => {
             let items: Vec<Pod> = agent
                 .pods

@@ -35,7 +35,18 @@ impl Core {
             self.active = if active { self.active + 1 } else { self.active - 1 };
         }
         match active {
-            true => contact.searched = 0,
+            true => {
+                contact.searched = 0;
+                // What was found out about a former life says nothing about this one.
+                self.absent.remove(&key);
+                self.pulses.remove(&key);
+                self.felt.remove(&key);
+                self.told.remove(&key);
+                self.helps.remove(&key);
+                if let Some(probe) = self.probe.as_mut().filter(|probe| probe.id.key == key) {
+                    probe.void = true;
+                }
+            }
             false => {
                 self.missing.remove(&(contact.search, key));
                 contact.search = millis(now + self.times.probe_interval);
@@ -77,10 +88,9 @@ impl Core {
         self.records.remove(&key);
         self.judging.remove(&key);
         self.absent.remove(&key);
-        self.said_absent.remove(&key);
-        self.said.remove(&key);
         self.pulses.remove(&key);
         self.felt.remove(&key);
+        self.told.remove(&key);
         self.helps.remove(&key);
         if let Some(contact) = self.contacts.remove(&key) {
             self.missing.remove(&(contact.search, key));

@@ -124,7 +124,6 @@ impl Core {
         if answer {
             self.helps.remove(&from);
         }
-        self.said_absent.remove(&from);
         if self.absent.remove(&from).is_some() {
             self.touched.insert(from);
         }

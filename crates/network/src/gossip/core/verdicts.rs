@@ -8,7 +8,7 @@ use super::{Core, Thought, What, millis};
 use crate::{
     gossip::{
         id::{Key, LEFT},
-        judge::{Record, State, View, judge},
+        judge::{ASKED, Record, State, View, judge},
     },
     verdict::Verdict,
 };
@@ -72,6 +72,7 @@ impl Core {
                     from: now,
                     held: now,
                     pulse: None,
+                    asked: (0, Duration::ZERO),
                     accusers: BTreeSet::new(),
                     state,
                 };
@@ -108,9 +109,20 @@ impl Core {
                 let heard = self.contacts.iter().filter(|(k, c)| **k != key && c.heard >= late).take(2).count();
                 let view =
                     View { members: self.active + 1, suspected: self.suspected(), heard, doubt: self.health.doubts() };
-                let judged = judge(now, record, view, &self.times);
+                let mut judged = judge(now, record, view, &self.times);
+                let ((asked, at), id, incarnation) = (record.asked, record.id, record.incarnation);
+                // Its kernel may answer us although nobody has told us so.
+                let unasked = asked < ASKED || now < at + self.times.probe_timeout / 2;
+                let hung = record.pulse.is_some() && now >= record.since.max(record.from) + self.times.hung;
+                if judged.verdict == Verdict::Dead && unasked && !hung {
+                    judged.verdict = Verdict::Suspect;
+                    judged.again = now + self.times.probe_timeout / 2;
+                }
+                if judged.verdict == Verdict::Suspect {
+                    self.ask(now, key);
+                }
                 if judged.verdict == Verdict::Dead {
-                    let down = Member::new(record.id, record.incarnation, foca::State::Down);
+                    let down = Member::new(id, incarnation, foca::State::Down);
                     self.swim(now, |swim, wishes| {
                         swim.apply_many(std::iter::once(down), true, &mut *wishes)?;
                         swim.gossip(wishes)

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use foca::{Incarnation, Member};
 
-use super::{Core, What, millis};
+use super::{ASKS, Core, SEARCH_SELDOM, What, millis};
 use crate::gossip::{
     id::{Id, Key},
-    judge::State,
+    judge::{ACCUSERS, Record, State},
     wire,
     word::{Said, Word},
 };
@@ -29,32 +29,69 @@ impl Core {
 
     /// Says in our own name that somebody does not answer, and whether its kernel does.
     pub(super) fn testify(&mut self, now: Duration, id: Id, incarnation: Incarnation) {
+        let own = self.swim.identity().key;
+        let same = |record: &&Record| record.id == id && record.incarnation == incarnation;
+        let others = self.records.get(&id.key).filter(same).map_or(0, |record| record.accusers.len());
+        // Everybody hears every word: of many who would say the same, some are enough.
+        if others >= ACCUSERS && !self.records[&id.key].accusers.contains(&own) {
+            return;
+        }
+        self.counters.accusations += 1;
         if self.felt.get(&id.key).is_some_and(|at| now - *at < self.times.probe_interval * 2) {
-            self.say(now, Said::Pulse, id, incarnation);
+            self.tell_pulse(now, id, incarnation);
         }
         self.say(now, Said::Silent, id, incarnation);
-        self.plan(now + self.times.suspicion, What::Feel(id.key));
+        // Told of it several times, we still ask its kernel once at a time.
+        if self.feeling.insert(id.key) {
+            self.plan(now + self.times.suspicion, What::Feel(id.key));
+        }
     }
 
     /// A kernel has answered.
     pub(super) fn felt(&mut self, now: Duration, key: Key) {
         self.felt.insert(key, now);
-        let before = self.pulses.insert(key, now);
+        self.pulses.insert(key, now);
         self.touched.insert(key);
-        let Some(record) = self.records.get(&key).filter(|record| record.state == State::Suspected) else { return };
+        let Some(record) = self.records.get_mut(&key).filter(|record| record.state == State::Suspected) else { return };
+        record.asked.0 = 0;
         let (id, incarnation) = (record.id, record.incarnation);
-        // The others need not hear it from everybody.
-        if before.is_none_or(|at| now - at > self.times.suspicion / 2) {
-            self.say(now, Said::Pulse, id, incarnation);
+        if self.tell_pulse(now, id, incarnation) {
             self.swim(now, |swim, wishes| swim.gossip(wishes));
         }
     }
 
+    /// Tells that a kernel answers, unless somebody has just done so: the others need not hear it from everybody.
+    fn tell_pulse(&mut self, now: Duration, id: Id, incarnation: Incarnation) -> bool {
+        let known = self.told.get(&id.key).is_some_and(|at| now - *at < self.times.suspicion);
+        if !known {
+            self.told.insert(id.key, now);
+            self.say(now, Said::Pulse, id, incarnation);
+        }
+        !known
+    }
+
+    /// Asks the kernel of one that is under suspicion, before we come to bury it: the word of others may not reach us in
+    /// time when much is said of many.
+    pub(super) fn ask(&mut self, now: Duration, key: Key) {
+        let interval = self.times.probe_interval;
+        if now - self.asked.1 >= interval {
+            self.asked = (0, now);
+        }
+        let Some(record) = self.records.get_mut(&key) else { return };
+        // One that answers is not asked as often.
+        let pause = if record.pulse.is_some() { self.times.suspicion } else { interval * 3 / 4 };
+        let early = record.asked.1 != Duration::ZERO && now - record.asked.1 < pause;
+        if early || self.asked.0 >= ASKS {
+            return;
+        }
+        self.asked.0 += 1;
+        record.asked = (record.asked.0 + 1, now);
+        self.effects.pulses.push(key);
+    }
+
     pub(super) fn say(&mut self, now: Duration, said: Said, about: Id, incarnation: Incarnation) {
-        let count = self.said.entry(about.key).or_default();
-        *count = count.wrapping_add(1);
-        let count = *count;
-        let word = Word { said, about, incarnation, by: self.swim.identity().key, count };
+        self.spoken += 1;
+        let word = Word { said, about, incarnation, by: self.swim.identity().key, count: self.spoken };
         if self.swim.add_broadcast(&word.write()).is_err() {
             self.counters.errors += 1;
         }
@@ -68,7 +105,12 @@ impl Core {
             if key != self.swim.identity().key && !self.contacts.contains_key(&key) {
                 continue;
             }
+            // It has begun another life since.
+            if self.find(key).is_some_and(|member| member.id().born > word.about.born) {
+                continue;
+            }
             match word.said {
+                Said::Absent if self.has_left(key) => {}
                 Said::Absent => {
                     let heard = self.contacts.get(&key).map_or(0, |contact| contact.heard);
                     // Who has just heard it itself knows better.
@@ -78,6 +120,7 @@ impl Core {
                 }
                 Said::Pulse => {
                     self.pulses.insert(key, now);
+                    self.told.insert(key, now);
                     self.touched.insert(key);
                 }
                 Said::Silent => self.take_accusation(now, &word),
@@ -108,10 +151,24 @@ impl Core {
     }
 
     pub(super) fn absent(&mut self, now: Duration, key: Key) {
-        let until = now + self.times.absence();
+        let until = now + self.absence(key);
         self.absent.insert(key, until);
         self.plan(until, What::Present(key));
         self.touched.insert(key);
+    }
+
+    /// How long a machine's word that nobody listens there holds: until it is asked again for sure.
+    fn absence(&self, key: Key) -> Duration {
+        match self.contacts.get(&key).is_some_and(|contact| contact.active) {
+            true => self.times.absence(),
+            // Whom SWIM holds for dead is not probed, only looked for.
+            false => self.times.absence().max(self.times.probe_interval * SEARCH_SELDOM * 3),
+        }
+    }
+
+    /// Whether its process has said that it ends.
+    fn has_left(&self, key: Key) -> bool {
+        self.records.get(&key).is_some_and(|record| record.state == State::Left)
     }
 
     pub(super) fn refused(&mut self, now: Duration, key: Key) {
@@ -121,11 +178,12 @@ impl Core {
         self.counters.refused += 1;
         self.vouch(now, key);
         self.helps.remove(&key);
-        if self.said_absent.get(&key).is_some_and(|at| now - *at < self.times.absence() / 4) {
+        // It has said so itself, or somebody has just found out as well: that holds for a while.
+        let holds = self.absent.get(&key).is_some_and(|until| *until > now + self.absence(key) / 2);
+        if holds || self.has_left(key) {
             return;
         }
         let Some(member) = self.find(key) else { return };
-        self.said_absent.insert(key, now);
         self.absent(now, key);
         self.say(now, Said::Absent, *member.id(), member.incarnation());
         self.swim(now, |swim, wishes| swim.gossip(wishes));
