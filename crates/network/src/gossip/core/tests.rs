@@ -166,7 +166,7 @@ fn who_was_restarted_is_heard_again() {
         core.pulses.contains_key(&OTHER)
     });
     assert_eq!(times, [true, true, false, true]);
-    assert!(super::Core::new(OWN, 5000, core.times, 1).spoken > 1008);
+    assert!(Core::new(OWN, 5000, core.times, 1).spoken > 1008);
 }
 
 #[test]
