@@ -60,6 +60,19 @@ pub fn living_connections_are_left_alone(history: &History, victims: &[Victim]) 
     (broken.collect(), open().count())
 }
 
+/// No request of a user of a Service fails: no new connection with its first words, no line on a connection that stays
+/// open, no datagram. That a server takes leave of an open connection with an answer is no failure, and its clients
+/// connect anew.
+pub fn no_request_failed(history: &History) -> (Vec<String>, usize) {
+    let of_services =
+        || history.requests.iter().filter(|r| matches!(r.class, Class::Connect | Class::Open | Class::Datagram));
+    let failed = of_services().filter_map(|r| {
+        let error = r.error.as_ref()?;
+        Some(format!("{}, {}, {:.3} s: {error}", r.class.word(), r.client, r.start.as_secs_f64()))
+    });
+    (failed.collect(), of_services().count())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,6 +139,9 @@ mod tests {
             ],
             ..History::default()
         };
+        let (failed, looked_at) = no_request_failed(&history);
+        assert_eq!((failed.len(), looked_at), (5, 6));
+        expect(&failed[..1], &["new connection, a1, relay, 1.600 s: refused"]);
         expect(&no_relayed_connection_failed(&history).0, &["a1, relay, 1.600 s: refused"]);
         expect(&living_connections_are_left_alone(&history, &victims()).0, &["e-1: reset (on a1)"]);
     }
