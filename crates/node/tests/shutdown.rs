@@ -107,7 +107,10 @@ async fn pods_leave_in_order() {
     cluster.wait("web", "unready", |p| condition(p, "Ready") == "False").await;
     cluster.create("late", pod(shared.path(), "late", "important", 10, "exit 0")).await;
     let late = cluster.wait("late", "refused", |p| p["status"]["phase"] == "Failed").await;
-    assert_eq!((&late["status"]["reason"], &late["status"]["message"]), (&json!("NodeShutdown"), &json!(REFUSED_MESSAGE)));
+    assert_eq!(
+        (&late["status"]["reason"], &late["status"]["message"]),
+        (&json!("NodeShutdown"), &json!(REFUSED_MESSAGE))
+    );
     // Whoever is evicted from a node that is not ready does not go before its turn.
     cluster.pods().delete("evicted", &DeleteParams::default()).await.unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;

@@ -78,7 +78,7 @@ impl World {
     fn held_by(&self) -> Vec<String> {
         let held = |reader: &PipeReader| {
             fcntl(reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-            std::io::Read::read(&mut &*reader, &mut [0]).is_err()
+            io::Read::read(&mut &*reader, &mut [0]).is_err()
         };
         self.locks.lock().iter().filter(|(_, reader)| held(reader)).map(|(who, _)| who.clone()).collect()
     }
@@ -90,7 +90,7 @@ struct Login(World);
 impl Login {
     fn inhibit(&self, what: &str, who: &str, why: &str, mode: &str) -> fdo::Result<OwnedFd> {
         assert!(!why.is_empty());
-        let (reader, writer) = std::io::pipe().map_err(|e| fdo::Error::Failed(e.to_string()))?;
+        let (reader, writer) = io::pipe().map_err(|e| fdo::Error::Failed(e.to_string()))?;
         self.0.locks.lock().push((format!("{what} {who} {mode}"), reader));
         Ok(Owned::from(writer).into())
     }

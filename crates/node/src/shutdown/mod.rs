@@ -172,6 +172,12 @@ impl Handle {
         timeout(self.config.total() + SLACK, ended).await.is_ok_and(|state| state.is_ok())
     }
 
+    /// Waits until the machine stays.
+    async fn canceled(&self) {
+        // The sender is ours: the wait itself cannot fail.
+        let _ = self.state.subscribe().wait_for(|state| !state.down).await;
+    }
+
     /// Tells of every change.
     pub fn changes(&self) -> Changes {
         Changes(self.state.subscribe())
@@ -257,7 +263,7 @@ pub async fn run(agent: Arc<Agent>, stop: CancellationToken) {
             let _ = state.wait_for(|state| state.down && !state.over).await;
             tokio::select! {
                 () = lead(&agent, &handle) => {}
-                _ = handle.state.subscribe().wait_for(|state| !state.down).map_canceled() => {
+                () = handle.canceled() => {
                     tracing::info!("the machine stays after all: pods are ready again");
                 }
             }
@@ -265,15 +271,6 @@ pub async fn run(agent: Arc<Agent>, stop: CancellationToken) {
     };
     stop.run_until_cancelled(Box::pin(looped)).await;
 }
-
-trait MapCanceled: Future + Sized {
-    /// A future whose value nobody needs: a borrow of the state must not be kept.
-    async fn map_canceled(self) {
-        let _ = self.await;
-    }
-}
-
-impl<F: Future> MapCanceled for F {}
 
 async fn lead(agent: &Arc<Agent>, handle: &Handle) {
     let times = handle.config.times;
