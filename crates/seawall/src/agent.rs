@@ -116,7 +116,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     parts.push(follower.start(&client, &stop));
     parts.push(csr::keep_client(&machine.name, &path, client.clone(), ca, stop.clone(), move |_| follower.reconnect()));
     signal.await??;
-    leave::leave(&machine, &leaving).await;
+    leave::leave(&machine, &leaving, gossip.as_ref()).await;
     tracing::info!("stopping{}", if leaving.is_down() { "" } else { "; pods go on" });
     stop.cancel();
     for part in parts {

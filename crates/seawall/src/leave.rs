@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::bail;
+use seawall_network::gossip::Gossip;
 use seawall_node::shutdown::{self, Handle, going_down, logind, plan::Graces, sequence::Times};
 use seawall_quorum::timing::Timing;
 use tokio::task::JoinHandle;
@@ -41,8 +42,9 @@ pub fn hold_back(machine: &Machine, handle: &Arc<Handle>, stop: &CancellationTok
     runs.then(|| component("logind", stop.clone(), move |stop| logind::run(handle.clone(), stop)))
 }
 
-/// After the signal to end: leads the pods out if that was meant. Another signal ends that.
-pub async fn leave(machine: &Machine, handle: &Handle) {
+/// After the signal to end: leads the pods out if that was meant. Another signal ends that. When they have left, the other
+/// machines are told that this one ends, and not only its process.
+pub async fn leave(machine: &Machine, handle: &Handle, gossip: Option<&Gossip>) {
     if handle.is_off() || !machine.runs(Component::Agent) {
         return;
     }
@@ -59,6 +61,9 @@ pub async fn leave(machine: &Machine, handle: &Handle) {
             handle.begin();
             if !handle.over().await {
                 tracing::warn!("not all pods have left in time");
+            }
+            if let Some(gossip) = gossip {
+                gossip.machine_ends();
             }
         }
     };

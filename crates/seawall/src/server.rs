@@ -358,7 +358,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     }
     signal.await??;
     // While everything still works.
-    leave::leave(&machine, &leaving).await;
+    leave::leave(&machine, &leaving, gossip.as_ref()).await;
     tracing::info!("stopping");
     // Those who lead let go, so that others need not wait until they are missed.
     leading.cancel();

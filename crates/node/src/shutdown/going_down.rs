@@ -35,13 +35,13 @@ const RUN_LVL: i16 = 1;
 
 /// The last run level in utmp: 0 halts the machine, 6 reboots it. Upper half of its pid: the level before.
 fn run_level(records: &[u8]) -> Option<char> {
-    let levels = records.chunks_exact(RECORD).filter_map(|record| {
+    let mut levels = records.chunks_exact(RECORD).filter_map(|record| {
         let (kind, rest) = record.split_first_chunk::<2>()?;
         // The pid is aligned to four bytes.
         let pid = rest.get(2..6).and_then(|bytes| <[u8; 4]>::try_from(bytes).ok())?;
         (i16::from_ne_bytes(*kind) == RUN_LVL).then(|| char::from(u32::from_ne_bytes(pid).to_le_bytes()[0]))
     });
-    levels.last()
+    levels.next_back()
 }
 
 #[cfg(test)]

@@ -102,7 +102,7 @@ pub fn run(handle: Arc<Handle>, stop: CancellationToken) -> BoxFuture<'static, a
                 keep(&handle).await;
             }
         };
-        stop.run_until_cancelled(kept).await;
+        stop.run_until_cancelled(Box::pin(kept)).await;
         stop.cancelled().await;
         Ok(())
     })
