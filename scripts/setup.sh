@@ -24,6 +24,7 @@ packages=(
     procps=pgrep
     busybox-static=/bin/busybox
     etcd-server=etcd
+    dbus=dbus-daemon
     openssl=openssl
     build-essential=gcc
     pkg-config=pkg-config

@@ -45,6 +45,23 @@ fn a_node_dies_and_its_services_answer() {
 }
 
 #[test]
+fn every_node_is_rebooted_and_nobody_notices() {
+    assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
+    let dir = tempfile::Builder::new().prefix("seawall-drill-test-").tempdir_in("/var/lib").unwrap();
+    let labs = dir.path().join("labs");
+    let _down = Down(&labs);
+    let (success, _, stderr) = run(&labs, &["lab", "up", "--servers", "1", "--agents", "2"]);
+    assert!(success, "{stderr}");
+    let (success, stdout, stderr) = run(&labs, &["drill", "reboot-all", "--output", "json"]);
+    assert!(success, "{stdout}\n{stderr}");
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    let invariants = report["invariants"].as_object().unwrap();
+    assert_eq!(invariants["no request failed"], true, "{invariants:?}");
+    assert!(invariants.values().all(|holds| *holds == true), "{invariants:?}");
+    assert!(report["requests"]["total"].as_u64() > Some(1000), "{}", report["requests"]);
+}
+
+#[test]
 fn servers_die_and_what_must_hold_holds() {
     assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
     let dir = tempfile::Builder::new().prefix("seawall-drill-test-").tempdir_in("/var/lib").unwrap();

@@ -193,7 +193,7 @@ fn endpoint(service: &Service, pod: &Pod, zone: &impl Fn(&str) -> Option<String>
         addresses: vec![address],
         conditions: Some(EndpointConditions {
             ready: Some(published || (ready && !terminating)),
-            serving: Some(published || ready),
+            serving: Some(ready),
             terminating: Some(terminating),
         }),
         hostname,
@@ -405,10 +405,9 @@ mod tests {
         check(|p| p["status"]["phase"] = "Succeeded".into(), None);
         let early = service(json!({"selector": {"a": "1"}, "publishNotReadyAddresses": true, "ports": [{"port": 80}]}));
         let plan = plan(&early, &[pod(1, |p| p["status"]["conditions"][0]["status"] = "False".into())], &[], |_| None);
-        assert_eq!(
-            plan.create[0].endpoints.iter().flatten().next().unwrap().conditions.as_ref().unwrap().ready,
-            Some(true)
-        );
+        let conditions = plan.create[0].endpoints.iter().flatten().next().unwrap().conditions.clone().unwrap();
+        // Published all the same, and it says what it is.
+        assert_eq!((conditions.ready, conditions.serving), (Some(true), Some(false)));
         assert_eq!(plan.create[0].ports.as_ref().unwrap()[0].port, Some(80));
     }
 

@@ -1,5 +1,7 @@
 //! What runs in the pods of drills on nodes: it says who it is to everybody who connects, gives back every line and every
-//! datagram, and writes down that it runs.
+//! datagram, and writes down that it runs. When it is told to end it serves on for a moment, since new connections come
+//! until every proxy has heard of it, and takes leave of who is connected: with the next answer it says that this was the
+//! last one ([`LAST`]), as HTTP does with `Connection: close`.
 
 use std::{io::Write as _, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -10,6 +12,7 @@ use tokio::{
     net::{TcpListener, TcpStream, UdpSocket},
     signal::unix::{SignalKind, signal},
 };
+use tokio_util::sync::CancellationToken;
 
 /// The port for connections.
 pub const CONNECTIONS: u16 = 8080;
@@ -17,6 +20,8 @@ pub const CONNECTIONS: u16 = 8080;
 pub const DATAGRAMS: u16 = 8081;
 /// How often it writes down that it runs.
 const EVERY: Duration = Duration::from_millis(50);
+/// What follows the last answer on a connection.
+pub const LAST: &str = " close";
 /// How long it goes on after it was told to end.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -52,12 +57,13 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let mut tick = tokio::time::interval(EVERY);
     // New connections come until everybody knows that they should not.
     let mut over: Option<tokio::time::Instant> = None;
+    let ending = CancellationToken::new();
     loop {
         let until = over.unwrap_or_else(|| tokio::time::Instant::now() + Duration::from_secs(3600));
         tokio::select! {
             accepted = listener.accept() => {
                 if let Ok((stream, _)) = accepted {
-                    tokio::spawn(echo(stream, name.clone()));
+                    tokio::spawn(echo(stream, name.clone(), ending.clone()));
                 }
             }
             _ = tick.tick() => if let Some(log) = &mut log {
@@ -66,6 +72,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             },
             _ = end.recv() => {
                 over.get_or_insert(tokio::time::Instant::now() + GOODBYE);
+                ending.cancel();
             }
             () = tokio::time::sleep_until(until) => break,
         }
@@ -82,12 +89,16 @@ pub fn uptime() -> anyhow::Result<u128> {
     Ok(Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME)?).as_millis())
 }
 
-async fn echo(stream: TcpStream, name: Arc<str>) -> std::io::Result<()> {
+async fn echo(stream: TcpStream, name: Arc<str>, ending: CancellationToken) -> std::io::Result<()> {
     let _ = stream.set_nodelay(true);
     let (read, mut write) = stream.into_split();
     write.write_all(format!("{name}\n").as_bytes()).await?;
     let mut lines = BufReader::new(read).lines();
     while let Some(line) = lines.next_line().await? {
+        if ending.is_cancelled() {
+            write.write_all(format!("{line}{LAST}\n").as_bytes()).await?;
+            return write.shutdown().await;
+        }
         write.write_all(format!("{line}\n").as_bytes()).await?;
     }
     Ok(())

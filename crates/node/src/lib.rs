@@ -30,6 +30,7 @@ pub mod probe;
 pub mod sandbox;
 pub mod security;
 pub mod services;
+pub mod shutdown;
 pub mod traces;
 pub mod volume;
 pub mod worker;
@@ -118,6 +119,8 @@ pub struct NodeConfig {
     pub fence: fence::Config,
     /// What `/metrics` of the agent's own API shows.
     pub metrics: Option<Counted>,
+    /// Whether the machine goes down, and what becomes of pods then.
+    pub shutdown: Arc<shutdown::Handle>,
 }
 
 /// Says what was counted on this machine, as Prometheus reads it.
@@ -157,6 +160,7 @@ impl NodeConfig {
             lease_request: Duration::from_secs(10),
             fence: fence::Config::default(),
             metrics: None,
+            shutdown: shutdown::Handle::new(shutdown::Config::default()),
         }
     }
 
@@ -211,11 +215,14 @@ pub struct Agent {
     pub pulls: Semaphore,
     /// Network and services are there: pods may start.
     pub ready: watch::Sender<bool>,
+    /// The API has said which pods are here.
+    pub listed: watch::Sender<bool>,
     /// The pods that have a worker, by uid.
     pub pods: RwLock<HashMap<String, View>>,
 }
 
-/// Runs the agent until `shutdown`, or until a part of it fails for good. Pods are left running.
+/// Runs the agent until `shutdown`, or until a part of it fails for good. Pods are left running, unless the machine goes
+/// down ([`NodeConfig::shutdown`]).
 pub fn run(
     client: Client,
     config: NodeConfig,
@@ -257,6 +264,7 @@ async fn work(client: Client, config: NodeConfig, shutdown: CancellationToken) -
         memory: machine.memory,
         pulls: Semaphore::new(4),
         ready: watch::channel(false).0,
+        listed: watch::channel(false).0,
         pods: RwLock::default(),
         config,
         client: client.clone(),
@@ -283,6 +291,7 @@ async fn work(client: Client, config: NodeConfig, shutdown: CancellationToken) -
     tasks.spawn(part(node_loop::run(Arc::clone(&agent), machine, stop.clone())));
     tasks.spawn(part(node_loop::renew_lease(Arc::clone(&agent), stop.clone())));
     tasks.spawn(part(manager::run(Arc::clone(&agent), stop.clone())));
+    tasks.spawn(part(shutdown::run(Arc::clone(&agent), stop.clone())));
     tasks.spawn(part(log_rotation::run(Arc::clone(&agent), stop.clone())));
     tasks.spawn(api::run(Arc::clone(&agent), listener, stop.clone()));
 

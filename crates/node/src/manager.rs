@@ -50,7 +50,10 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
                     }
                     manager.apply(pod);
                 }
-                Ok(Some(watcher::Event::InitDone)) => manager.reconcile(&listed.take().unwrap_or_default()),
+                Ok(Some(watcher::Event::InitDone)) => {
+                    manager.reconcile(&listed.take().unwrap_or_default());
+                    manager.agent.listed.send_replace(true);
+                }
                 Ok(Some(watcher::Event::Apply(pod))) => manager.apply(pod),
                 Ok(Some(watcher::Event::Delete(pod))) => manager.gone(pod::uid(&pod)),
                 Ok(None) => break,

@@ -26,6 +26,7 @@ use crate::{
     events::Kind,
     fence,
     node_status::{self, Machine, NotReady, Pressure},
+    shutdown,
 };
 
 /// How often the status is looked at; it is written when it changed, or every [`HEARTBEAT`].
@@ -47,7 +48,14 @@ pub async fn run(agent: Arc<Agent>, machine: Machine, shutdown: CancellationToke
         let (said, mut hears) = watch::channel(Some(Arc::new(node.clone())));
         let following = tokio::spawn(follow(Arc::clone(&agent), said));
         let _ends = AbortOnDrop(following.abort_handle());
+        let mut leaving = agent.config.shutdown.changes();
+        let mut was_down = false;
         loop {
+            let down = agent.config.shutdown.is_down();
+            if std::mem::replace(&mut was_down, down) != down {
+                let what = if down { "shutdown" } else { "cancelled" };
+                agent.events.node(&node, Kind::Normal, "NodeShutdown", format!("Shutdown manager detected {what}"));
+            }
             let heard = hears.borrow_and_update().clone();
             match heard {
                 Some(fresh) if revision(&fresh) > revision(&node) => node = Node::clone(&fresh),
@@ -100,10 +108,11 @@ pub async fn run(agent: Arc<Agent>, machine: Machine, shutdown: CancellationToke
                 }
             }
             // What is missing comes soon; after that only others change anything.
-            let pause = if ready { LOOK } else { LOOK_SOON };
-            if let Ok(Err(_)) = tokio::time::timeout(pause, hears.changed()).await {
-                // Nobody follows any more: then it is looked at as often as without.
-                sleep(pause).await;
+            let pause = if ready || down { LOOK } else { LOOK_SOON };
+            tokio::select! {
+                Ok(()) = hears.changed() => {}
+                () = leaving.changed() => {}
+                () = sleep(pause) => {}
             }
         }
     };
@@ -175,6 +184,9 @@ async fn register(agent: &Agent, machine: &Machine) -> Node {
 
 /// The runtime's own conditions, as upstream words them in the Ready condition.
 async fn not_ready(agent: &Agent) -> NotReady {
+    if agent.config.shutdown.is_down() {
+        return Some(shutdown::NODE_MESSAGE.to_owned());
+    }
     match agent.cri.status().await {
         Err(status) => Some(format!("container runtime is down: {}", status.message())),
         Ok(conditions) => conditions.iter().find(|c| !c.status).map(|c| match c.r#type.as_str() {

@@ -3,6 +3,7 @@
 //! Everything that takes time runs beside it in [`Worker::ops`]; the worker itself never waits for one thing only.
 
 mod hold;
+mod leave;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -38,7 +39,7 @@ use crate::{
         observed::{Observed, State},
         status::{self, NodeFacts},
     },
-    probe, sandbox,
+    probe, sandbox, shutdown,
     volume::{self, Made, Volumes},
 };
 
@@ -99,6 +100,7 @@ pub struct Worker {
     write_after: Option<Timestamp>,
     stopping: CancellationToken,
     fence: Fencing,
+    leaving: shutdown::Changes,
 }
 
 /// A resource version as a number. It is opaque to clients in general; ours is a revision, which only grows.
@@ -136,6 +138,7 @@ impl Worker {
             write_after: None,
             stopping: CancellationToken::new(),
             fence: Fencing::new(&agent.fence),
+            leaving: agent.config.shutdown.changes(),
             agent,
             uid,
             pod,
@@ -155,6 +158,7 @@ impl Worker {
             let now = Timestamp::now();
             self.facts.node_ready = *self.node_ready.borrow_and_update()
                 || self.pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true)) && self.agent.services.synced();
+            self.obey(now);
             self.observe(now);
             self.hold(now);
             let plan = machine::plan(&self.pod, &self.observed, &self.facts, now);
@@ -168,6 +172,7 @@ impl Worker {
             }
             self.sync_probers(now);
             self.publish(now);
+            self.report();
             self.refresh_volumes(now, false);
             let times = [
                 wake.take(),
@@ -186,6 +191,7 @@ impl Worker {
                 Ok(()) = self.runtime.changed() => {}
                 Ok(()) = self.node_ready.changed() => {}
                 Ok(()) = self.fence.changes.changed() => {}
+                () = self.leaving.changed() => {}
                 Some(done) = self.ops.join_next() => match done {
                     Ok((op, done)) => self.finish(op, done, Timestamp::now()),
                     // A panic of an operation is a bug, but not a reason to leave the pod alone.
@@ -234,8 +240,7 @@ impl Worker {
     /// Takes over what the runtime says, and what follows from it without the state machine.
     fn observe(&mut self, now: Timestamp) {
         self.observed = Arc::clone(&self.runtime.borrow_and_update());
-        let ending = self.facts.gone
-            || self.pod.metadata.deletion_timestamp.is_some()
+        let ending = machine::is_ending(&self.pod, &self.facts)
             || machine::outcome(&self.pod, &self.observed, &self.facts).is_some();
         if ending && self.facts.stop_began.is_none() {
             self.facts.stop_began = Some(now);
@@ -666,6 +671,7 @@ impl Worker {
     /// The pod is gone: so are its logs and our traces of it.
     async fn leave(self) {
         self.agent.fence.forget(&self.uid);
+        self.agent.config.shutdown.report(&self.uid, true, true);
         self.agent.watches.subscribe(&self.uid, &self.changed, &Default::default());
         self.agent.pleg.unsubscribe(&self.uid);
         let logs =

@@ -112,6 +112,15 @@ pub struct Timing {
     pub relay_connect: Duration,
     /// `--relay-idle-timeout`: how long a relayed connection may be silent.
     pub relay_idle: Duration,
+    /// `--shutdown-grace-period`: how long pods have to end when their machine goes down. Zero: they are left alone.
+    pub shutdown_grace: Duration,
+    /// `--shutdown-grace-period-critical-pods`: the last part of it, for critical pods.
+    pub shutdown_grace_critical: Duration,
+    /// `--shutdown-settle-timeout`: how long a node that goes down waits until no Service leads to its pods, and when they
+    /// have ended until the API knows.
+    pub shutdown_settle: Duration,
+    /// `--shutdown-proxy-delay`: and how long after that until all proxies have heard of it.
+    pub shutdown_proxies: Duration,
 }
 
 const fn ms(n: u64) -> Duration {
@@ -154,6 +163,10 @@ impl Timing {
                 relay_attempt: ms(150),
                 relay_connect: ms(5000),
                 relay_idle: ms(86_400_000),
+                shutdown_grace: ms(30_000),
+                shutdown_grace_critical: ms(10_000),
+                shutdown_settle: ms(5000),
+                shutdown_proxies: ms(1000),
             },
             Profile::Kubernetes => Timing {
                 lease_duration: ms(15_000),
@@ -187,6 +200,10 @@ impl Timing {
                 relay_attempt: ms(150),
                 relay_connect: ms(10_000),
                 relay_idle: ms(432_000_000),
+                shutdown_grace: ms(0),
+                shutdown_grace_critical: ms(0),
+                shutdown_settle: ms(5000),
+                shutdown_proxies: ms(1000),
             },
             Profile::Wan => Timing {
                 lease_duration: ms(4000),
@@ -220,6 +237,10 @@ impl Timing {
                 relay_attempt: ms(500),
                 relay_connect: ms(10_000),
                 relay_idle: ms(86_400_000),
+                shutdown_grace: ms(30_000),
+                shutdown_grace_critical: ms(10_000),
+                shutdown_settle: ms(10_000),
+                shutdown_proxies: ms(3000),
             },
         }
     }
@@ -306,6 +327,22 @@ impl Timing {
             };
             longer(&wait, 1, &stopped, "a pod must have stopped before it is started elsewhere");
         }
+        let down = Flag::new("--shutdown-grace-period", self.shutdown_grace);
+        let critical = Flag::new("--shutdown-grace-period-critical-pods", self.shutdown_grace_critical);
+        longer(&down, 1, &critical, "critical pods have the last part of it: give more to all, or less to them");
+        for time in [&down, &critical] {
+            if !time.value.is_zero() {
+                longer(
+                    time,
+                    1,
+                    &Flag::new("a second", ms(1000)),
+                    "less is no time for a pod: give that, or 0s for none",
+                );
+            }
+        }
+        let proxies = Flag::new("--shutdown-proxy-delay", self.shutdown_proxies);
+        let settle = Flag::new("--shutdown-settle-timeout", self.shutdown_settle);
+        longer(&settle, 1, &proxies, "what the API is waited for must not be less than what follows from it");
         longer(&gossip_probe, 2, &gossip_timeout, "those who are asked to probe too need as much time again");
         longer(&gossip_suspicion, 3, &gossip_probe, "a machine that lives must be probed again before it is given up");
         let hung = Flag::new("--gossip-hung-timeout", self.gossip_hung);
@@ -441,6 +478,24 @@ mod tests {
         let upstream = Timing::of(Profile::Kubernetes);
         assert_eq!((upstream.node_lease_renew(), upstream.node_grace), (ms(10_000), ms(50_000)));
         assert!(upstream.fence_after.is_zero() && upstream.fence_wait.is_zero());
+    }
+
+    #[test]
+    fn critical_pods_have_a_part_of_the_whole() {
+        let fast = Timing::of(Profile::Fast);
+        let text = Timing { shutdown_grace: ms(5000), ..fast }.check().unwrap_err().to_string();
+        assert!(
+            text.contains(
+                "--shutdown-grace-period is 5s and must be at least 10s (--shutdown-grace-period-critical-pods): \
+                 critical pods have the last part of it: give more to all, or less to them"
+            ),
+            "{text}"
+        );
+        let text = Timing { shutdown_grace_critical: ms(300), ..fast }.check().unwrap_err().to_string();
+        assert!(text.contains("--shutdown-grace-period-critical-pods is 300ms and must be at least 1s"), "{text}");
+        assert_eq!(Timing { shutdown_grace_critical: ms(0), ..fast }.check(), Ok(()));
+        let upstream = Timing::of(Profile::Kubernetes);
+        assert!(upstream.shutdown_grace.is_zero() && upstream.shutdown_grace_critical.is_zero());
     }
 
     #[test]

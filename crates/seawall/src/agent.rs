@@ -13,7 +13,7 @@ use crate::{
     authorities::node::{Follower, all_hashes},
     csr,
     files::{AgentState, Files},
-    gossip, join, node,
+    gossip, join, leave, node,
     options::{Component, Machine, MachineOptions, TimingOptions},
     paths,
     server::{raise_open_files, wait_for_signal},
@@ -38,7 +38,7 @@ pub struct Args {
     timing: TimingOptions,
 }
 
-/// Runs a node until it is told to stop. Its pods go on.
+/// Runs a node until it is told to stop. Its pods go on, unless the machine goes down.
 ///
 /// # Errors
 /// What kept it from starting.
@@ -55,6 +55,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     };
     machine.fits(&state.cluster)?;
     let timing = timing.resolve(state.cluster.timing)?;
+    let leaving = leave::handle(&machine, &timing)?;
     let stop = CancellationToken::new();
     let client_pair = csr::read(&files.agent_client())?.context("the agent's certificate is gone: join again")?;
     let tls = Tls::new(&Credentials {
@@ -108,13 +109,15 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         &client,
         &identity,
         &gossip::verdicts(gossip.as_ref()),
+        &leaving,
         &stop,
     ));
     let (ca, path) = (follower.ca.subscribe(), files.agent_client());
     parts.push(follower.start(&client, &stop));
     parts.push(csr::keep_client(&machine.name, &path, client.clone(), ca, stop.clone(), move |_| follower.reconnect()));
     signal.await??;
-    tracing::info!("stopping; pods go on");
+    leave::leave(&machine, &leaving, gossip.as_ref()).await;
+    tracing::info!("stopping{}", if leaving.is_down() { "" } else { "; pods go on" });
     stop.cancel();
     for part in parts {
         let _ = part.await;

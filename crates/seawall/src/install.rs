@@ -101,7 +101,7 @@ fn unit(role: &str, program: &Path, environment: &Path, arguments: &[String]) ->
         "[Unit]\n\
          Description=Seawall {role}\n\
          Wants=network-online.target\n\
-         After=network-online.target\n\
+         After=network-online.target dbus.service systemd-logind.service\n\
          \n\
          [Service]\n\
          Type=exec\n\
@@ -115,7 +115,8 @@ fn unit(role: &str, program: &Path, environment: &Path, arguments: &[String]) ->
          LimitNOFILE=1048576\n\
          TasksMax=infinity\n\
          OOMScoreAdjust=-900\n\
-         TimeoutStopSec=30\n\
+         # At a shutdown that nobody held back, pods leave first: longer than they have for it.\n\
+         TimeoutStopSec=120\n\
          \n\
          [Install]\n\
          WantedBy=multi-user.target\n",

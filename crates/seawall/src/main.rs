@@ -10,6 +10,7 @@ mod gossip;
 mod install;
 mod join;
 mod kubeconfig;
+mod leave;
 mod machine;
 mod metrics;
 mod migrate;

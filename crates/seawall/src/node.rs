@@ -12,13 +12,14 @@ use seawall_network::{
     relay::{self, Relay},
     routes, verdict,
 };
-use seawall_node::{Counted, fence};
+use seawall_node::{Counted, fence, shutdown::Handle};
 use seawall_quorum::timing::Timing;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     files::Files,
+    leave,
     options::{Cluster, Component, Machine},
     supervise::component,
 };
@@ -31,6 +32,7 @@ pub struct Identity {
 }
 
 /// Starts the parts that talk to the API as this node.
+#[allow(clippy::too_many_arguments, reason = "everything that a node is told comes together here")]
 pub fn components(
     machine: &Arc<Machine>,
     cluster: &Cluster,
@@ -38,15 +40,19 @@ pub fn components(
     client: &Client,
     identity: &Identity,
     verdicts: &verdict::Receiver,
+    leaving: &Arc<Handle>,
     stop: &CancellationToken,
 ) -> Vec<JoinHandle<()>> {
     let mut parts = Vec::new();
     if machine.runs(Component::Agent) {
-        let (client, config) = (client.clone(), agent_config(machine, cluster, timing, identity));
+        let mut config = agent_config(machine, cluster, timing, identity);
+        config.shutdown = leaving.clone();
+        let client = client.clone();
         parts.push(component("agent", stop.clone(), move |stop| {
             seawall_node::run(client.clone(), config.clone(), stop)
         }));
     }
+    parts.extend(leave::hold_back(machine, leaving, stop));
     if machine.runs(Component::Proxy) {
         let link = machine.runs(Component::Relay).then(|| relay::link(machine.options.relay_default));
         let (for_proxy, for_relay) = link.unzip();

@@ -85,9 +85,31 @@ pub struct MachineOptions {
     /// Relay connections to all Services that do not say `seawall.dev/relay: "false"`, not only to those that say "true".
     #[arg(long)]
     pub relay_default: bool,
+    /// How long pods have to end when this machine goes down, by their priority, lowest first: PRIORITY=TIME, ..., e.g.
+    /// 0=20s,2000000000=10s. Instead of --shutdown-grace-period.
+    #[arg(long, value_name = "PRIORITY=TIME,...")]
+    pub shutdown_grace_period_by_pod_priority: Option<String>,
+    /// Whether SIGTERM and SIGINT mean that pods are to leave before this process ends. With auto they do if the machine
+    /// goes down (as logind, systemd or the run level says), and a process that is only started again leaves its pods
+    /// running. With always they leave each time; with never only when logind says so. A second signal ends the process
+    /// at once.
+    #[arg(long, value_enum, default_value_t)]
+    pub shutdown_on_sigterm: OnSigterm,
     /// Parts to leave out. May be repeated.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub disable: Vec<Component>,
+}
+
+/// What a signal to end means for pods.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnSigterm {
+    /// They leave if the machine goes down.
+    #[default]
+    Auto,
+    /// They leave.
+    Always,
+    /// They stay.
+    Never,
 }
 
 impl MachineOptions {
@@ -109,6 +131,8 @@ impl MachineOptions {
             gossip_port: seawall_network::gossip::PORT,
             relay_port: 6445,
             relay_default: false,
+            shutdown_grace_period_by_pod_priority: None,
+            shutdown_on_sigterm: OnSigterm::Auto,
             disable: Vec::new(),
         }
     }
@@ -214,6 +238,19 @@ pub struct TimingOptions {
     /// How long a relayed connection may be silent.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     relay_idle_timeout: Option<Duration>,
+    /// How long pods have to end when their machine goes down, all together [0s: they are left alone].
+    #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with = "shutdown_grace_period_by_pod_priority")]
+    shutdown_grace_period: Option<Duration>,
+    /// The last part of it, for critical pods: those with a priority from 2000000000 on.
+    #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with = "shutdown_grace_period_by_pod_priority")]
+    shutdown_grace_period_critical_pods: Option<Duration>,
+    /// How long a node that goes down waits until no Service leads to its pods, and when they have ended until the API
+    /// knows.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    shutdown_settle_timeout: Option<Duration>,
+    /// How long after that until all proxies have heard of it.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    shutdown_proxy_delay: Option<Duration>,
 }
 
 /// Reads a time such as `250ms`, `1.5s` or `1m`.
@@ -311,6 +348,14 @@ impl TimingOptions {
             (self.relay_attempt_delay, &mut timing.relay_attempt),
             (self.relay_connect_timeout, &mut timing.relay_connect),
             (self.relay_idle_timeout, &mut timing.relay_idle),
+            (self.shutdown_grace_period, &mut timing.shutdown_grace),
+            (
+                // Who wants none at all need not say so twice.
+                self.shutdown_grace_period_critical_pods.or(self.shutdown_grace_period.filter(|whole| whole.is_zero())),
+                &mut timing.shutdown_grace_critical,
+            ),
+            (self.shutdown_settle_timeout, &mut timing.shutdown_settle),
+            (self.shutdown_proxy_delay, &mut timing.shutdown_proxies),
         ] {
             if let Some(given) = given {
                 *place = given;
@@ -601,6 +646,16 @@ mod tests {
         assert!(error.contains("--leader-elect-lease-duration is 800ms and must be at least 1s"), "{error}");
         assert!(options.resolve(Profile::Kubernetes).is_err());
         assert_eq!(TimingOptions::default().resolve(Profile::Wan).unwrap(), Timing::of(Profile::Wan));
+    }
+
+    #[test]
+    fn pods_are_left_alone_when_all_have_no_time() {
+        let options = TimingOptions { shutdown_grace_period: Some(Duration::ZERO), ..Default::default() };
+        let timing = options.resolve(Profile::Fast).unwrap();
+        assert!(timing.shutdown_grace.is_zero() && timing.shutdown_grace_critical.is_zero());
+        let options = TimingOptions { shutdown_grace_period: Some(Duration::from_secs(5)), ..Default::default() };
+        let error = options.resolve(Profile::Fast).unwrap_err().to_string();
+        assert!(error.contains("--shutdown-grace-period is 5s and must be at least 10s"), "{error}");
     }
 
     #[test]

@@ -18,6 +18,7 @@ use seawall_client::{
     tls,
 };
 use seawall_network::{balancer, gossip::Gossip};
+use seawall_node::shutdown::Handle;
 use seawall_quorum::timing::Timing;
 use seawall_server::{
     Config, Server, StartError, Tolerations,
@@ -37,7 +38,7 @@ use crate::{
     certs::ServerCertificates,
     etcd::{members, process},
     files::{Files, ServerState, StoreKind},
-    gossip, join, node,
+    gossip, join, leave, node,
     options::{ClusterOptions, Component, EvictionOptions, Machine, MachineOptions, TimingOptions},
     paths::Joining,
     supervise::component,
@@ -271,6 +272,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     };
     machine.fits(&state.cluster)?;
     let timing = args.timing.resolve(state.cluster.timing)?;
+    let leaving = leave::handle(&machine, &timing)?;
     // Leaders end first, then the API, then etcd.
     let (leading, stop, last) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
     let certificates = ServerCertificates::make(&files, &machine, &state.cluster, &args.tls_san, args.url())?;
@@ -280,7 +282,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     if clustered {
         // The node does not wait for this machine's server: any server will do.
         let (member, port) = (gossip.as_ref(), args.port);
-        node_parts = clustered_node(&machine, &files, &state, &certificates, &timing, port, member, &leading).await?;
+        node_parts =
+            clustered_node(&machine, &files, &state, &certificates, &timing, port, member, &leaving, &leading).await?;
     }
     let opened = tokio::select! {
         opened = open_store(&args, &state, &files, &timing, &last) => opened?,
@@ -330,6 +333,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             &client,
             &identity,
             &gossip::verdicts(gossip.as_ref()),
+            &leaving,
             &leading,
         );
     }
@@ -355,6 +359,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         }));
     }
     signal.await??;
+    // While everything still works.
+    leave::leave(&machine, &leaving, gossip.as_ref()).await;
     tracing::info!("stopping");
     // Those who lead let go, so that others need not wait until they are missed.
     leading.cancel();
@@ -542,6 +548,7 @@ async fn clustered_node(
     timing: &Timing,
     port: u16,
     gossip: Option<&Gossip>,
+    leaving: &Arc<Handle>,
     stop: &CancellationToken,
 ) -> anyhow::Result<Vec<JoinHandle<()>>> {
     let client = tls::connect(node::balancer_address(machine), &certificates.node_client());
@@ -581,6 +588,7 @@ async fn clustered_node(
         &client,
         &identity,
         &gossip::verdicts(gossip),
+        leaving,
         stop,
     ));
     Ok(parts)

@@ -55,6 +55,12 @@ pub fn services(history: &History, victims: &[nodes::Victim], lossy: bool) -> Ve
     verdicts
 }
 
+/// Of what was planned nobody notices: no request of a user of a Service fails.
+pub fn nobody_noticed(history: &History) -> Verdict {
+    let (violations, looked_at) = nodes::no_request_failed(history);
+    Verdict { name: "no request failed", violations, looked_at }
+}
+
 /// Checks a history.
 pub fn check(history: &History) -> Vec<Verdict> {
     let verdict = |(name, check): &Invariant| {

@@ -60,6 +60,37 @@ pub fn living_connections_are_left_alone(history: &History, victims: &[Victim]) 
     (broken.collect(), open().count())
 }
 
+/// How long who sends datagrams sends one again until it is answered. Connections are as patient, and their kernel sends
+/// again by itself.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// No request of a user of a Service fails: no new connection with its first words, no line on a connection that stays
+/// open, no datagram that is sent again for a while. That a server takes leave of an open connection with an answer is no
+/// failure, and its clients connect anew.
+pub fn no_request_failed(history: &History) -> (Vec<String>, usize) {
+    let of = |class: Class| history.requests.iter().filter(move |r| r.class == class);
+    let connections = || of(Class::Connect).chain(of(Class::Open));
+    let mut failed: Vec<String> = connections()
+        .filter_map(|r| {
+            let error = r.error.as_ref()?;
+            Some(format!("{}, {}, {:.3} s: {error}", r.class.word(), r.client, r.start.as_secs_f64()))
+        })
+        .collect();
+    // Since when a client waits for an answer to a datagram.
+    let mut waits: BTreeMap<&str, At> = BTreeMap::new();
+    for r in of(Class::Datagram) {
+        let since = *waits.entry(&r.client).or_insert(r.start);
+        if r.error.is_none() {
+            waits.remove(&*r.client);
+        }
+        if r.end - since > PATIENCE {
+            failed.push(format!("datagram, {}, {:.3} s: not answered", r.client, since.as_secs_f64()));
+            waits.insert(&r.client, r.end);
+        }
+    }
+    (failed, connections().count() + of(Class::Datagram).count())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,7 +157,28 @@ mod tests {
             ],
             ..History::default()
         };
+        let (failed, looked_at) = no_request_failed(&history);
+        assert_eq!((failed.len(), looked_at), (5, 6));
+        expect(&failed[..1], &["new connection, a1, relay, 1.600 s: refused"]);
         expect(&no_relayed_connection_failed(&history).0, &["a1, relay, 1.600 s: refused"]);
         expect(&living_connections_are_left_alone(&history, &victims()).0, &["e-1: reset (on a1)"]);
+    }
+
+    #[test]
+    fn a_datagram_is_sent_again() {
+        let check = |lost: std::ops::Range<u64>, expect: &[&str]| {
+            let datagram = |n: u64| Request {
+                client: "a1".into(),
+                class: Class::Datagram,
+                start: ms(n * 450),
+                end: ms(n * 450 + 400),
+                error: lost.contains(&n).then(|| "lost".to_owned()),
+            };
+            let requests = (0..20).map(datagram).collect();
+            super::super::sample::expect(&no_request_failed(&History { requests, ..History::default() }).0, expect);
+        };
+        check(0..0, &[]);
+        check(3..8, &[]);
+        check(3..10, &["datagram, a1, 1.350 s: not answered"]);
     }
 }

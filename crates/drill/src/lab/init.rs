@@ -190,6 +190,10 @@ pub async fn run(place: &MachinePlace) -> Step {
         }
     }
     tracing::info!("shutting down");
+    // As any init does: whoever is told to end can see that the machine goes down.
+    if let Err(error) = fs::write("/run/utmp", run_level('6')) {
+        tracing::warn!(%error, "the run level is not noted");
+    }
     let stopped = Service { run: false, ..keeper.wanted.clone() };
     acts = keeper.want(Instant::now(), stopped);
     carry_out(&mut keeper, acts, &log);
@@ -213,6 +217,16 @@ pub async fn run(place: &MachinePlace) -> Step {
     }
     nix::unistd::sync();
     Ok(())
+}
+
+/// A record of utmp(5) that notes a run level, on a machine with 64 bits: its type, and in the lower byte of its pid the
+/// level. 6 is a reboot.
+fn run_level(level: char) -> Vec<u8> {
+    const RUN_LVL: i16 = 1;
+    let mut record = vec![0; 384];
+    record[..2].copy_from_slice(&RUN_LVL.to_ne_bytes());
+    record[4..8].copy_from_slice(&u32::from(level).to_ne_bytes());
+    record
 }
 
 fn read() -> Service {

@@ -64,6 +64,8 @@ pub enum Step {
     Heal,
     /// Shuts each machine down in order and boots it, one after the other, each when all is well again.
     RollingRestart(Who),
+    /// Does the same with machines that run pods: the next one follows when the pods of the last one are back.
+    RollingReboot(Who),
     /// Lets clients work for so many seconds.
     Stay(f64),
     /// Waits until every machine that has power serves and every node of them is Ready.
@@ -204,6 +206,14 @@ const OF_SERVERS: &[Scenario<'static>] = &[
         traffic: Traffic::Api,
     },
 ];
+
+impl Scenario<'_> {
+    /// Whether somebody has meant everything that happens: then nobody who uses a Service is to notice.
+    pub fn is_planned(&self) -> bool {
+        let planned = |step: &Step| matches!(step, Drain(_) | RollingReboot(_) | Stay(_) | Well);
+        self.traffic == Traffic::Services && self.steps.iter().all(planned)
+    }
+}
 
 /// All scenarios.
 pub fn all() -> impl Iterator<Item = &'static Scenario<'static>> {

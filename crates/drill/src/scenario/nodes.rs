@@ -101,6 +101,12 @@ pub const OF_NODES: &[Scenario<'static>] = &[
         NONE,
     ),
     of("drain-all", "every node is emptied in turn, as for an upgrade", &[Drain(Who::Workers), Well], NONE),
+    of(
+        "reboot-all",
+        "every node is rebooted in turn, its pods having left it",
+        &[RollingReboot(Who::Workers), Well],
+        NONE,
+    ),
     of("loss-5-percent", "one packet in twenty is lost, for a minute", &[Loss(5.0), Stay(60.0), Heal, Well], NONE),
     of("cpu-starved", "eight busy programs for each CPU, for half a minute", &[Starve(8, 30.0), Well], NONE),
 ];

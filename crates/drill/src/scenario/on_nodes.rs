@@ -51,18 +51,24 @@ pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Re
         host.spawn(observer::pods(outside, recorder.clone(), watching.clone())),
     ];
     let mut places = Places { clients: Vec::new(), sites: vec![host.clone()], recorder: recorder.clone(), busy };
-    places.host(&format!("host {}", near.name()), Some(near.network()), &services, true)?;
-    // Where all nodes are emptied, a client in a pod would be sent away itself.
-    if !scenario.steps.iter().any(|s| matches!(s, Step::Drain(_))) {
+    // Where all nodes are emptied, a client in a pod would be sent away itself; where they are rebooted, so would all on them.
+    let drains = scenario.steps.iter().any(|s| matches!(s, Step::Drain(_)));
+    let reboots = scenario.steps.iter().any(|s| matches!(s, Step::RollingReboot(_)));
+    if !reboots {
+        places.host(&format!("host {}", near.name()), Some(near.network()), &services, true)?;
+    }
+    if !drains && !reboots {
         places.inside(near, &services)?;
     }
     if !scenario.steps.iter().any(|s| matches!(s, Step::PowerOff(Who::AllServers)))
         && let Some(server) = lab.servers().first()
     {
-        places.host(&format!("host {}", server.name()), Some(server.network()), &services, false)?;
+        places.host(&format!("host {}", server.name()), Some(server.network()), &services, reboots)?;
     }
+    let stays = lab.servers().into_iter().next().filter(|_| reboots);
+    let entrance = stays.as_ref().unwrap_or(near);
     for service in &services {
-        let address = std::net::SocketAddr::from((near.address(), service.node_port));
+        let address = std::net::SocketAddr::from((entrance.address(), service.node_port));
         places.connect(&host, name("outside", &format!("{}, node port", service.name)), address);
     }
     tokio::time::sleep(BEFORE).await;
@@ -106,6 +112,9 @@ fn report(
         &stage.victims,
         scenario.steps.iter().any(|s| matches!(s, Step::Loss(_) | Step::Freeze(_))),
     );
+    if scenario.is_planned() {
+        verdicts.push(check::nobody_noticed(history));
+    }
     verdicts.push(recovered(history, undone));
     verdicts.push(looked(&verdicts));
     let times = Times { fault, end, marks: stage.marks };

@@ -228,6 +228,17 @@ impl<'a> Stage<'a> {
                     self.well().await?;
                 }
             }
+            Step::RollingReboot(who) => {
+                for machine in self.find(who).await? {
+                    self.harm(std::slice::from_ref(&machine));
+                    self.mark(format!("reboot {}", machine.name()));
+                    machine.reboot().await?;
+                    self.mark(format!("{} has booted", machine.name()));
+                    self.well().await?;
+                    services::ready(&mut Client::new(self.targets.clone(), PATIENT)).await?;
+                    self.mark("all pods are ready".into());
+                }
+            }
             Step::Stay(seconds) => tokio::time::sleep(Duration::from_secs_f64(seconds)).await,
             Step::Well => self.well().await?,
             Step::WithoutQuorum => self.quorum = Some((self.recorder.now(), self.recorder.now())),

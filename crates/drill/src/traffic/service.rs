@@ -13,7 +13,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::Recorder;
-use crate::history::Class;
+use crate::{history::Class, serve::LAST};
 
 /// How often a new connection is made.
 const RATE: Duration = Duration::from_millis(25);
@@ -84,14 +84,13 @@ async fn one_open(name: Arc<str>, recorder: Recorder, address: SocketAddr, stop:
         while !stop.is_cancelled() {
             number += 1;
             let start = recorder.now();
-            let error = match timeout(PERSISTENT, say(&mut stream, number)).await {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(format!("{error:#}")),
-                Err(_) => Some(format!("no answer in {} s", PERSISTENT.as_secs())),
+            let (error, goes_on) = match timeout(PERSISTENT, say(&mut stream, number)).await {
+                Ok(Ok(goes_on)) => (None, goes_on),
+                Ok(Err(error)) => (Some(format!("{error:#}")), false),
+                Err(_) => (Some(format!("no answer in {} s", PERSISTENT.as_secs())), false),
             };
-            let failed = error.is_some();
             recorder.request(&name, Class::Open, start, error.map(|e| format!("{server}: {e}")));
-            if failed {
+            if !goes_on {
                 break;
             }
             tokio::time::sleep(PACE).await;
@@ -99,12 +98,17 @@ async fn one_open(name: Arc<str>, recorder: Recorder, address: SocketAddr, stop:
     }
 }
 
-async fn say(stream: &mut BufReader<TcpStream>, number: u64) -> anyhow::Result<()> {
+/// A line, there and back. Whether there may be another one: a server that ends answers and takes leave, which is no failure.
+async fn say(stream: &mut BufReader<TcpStream>, number: u64) -> anyhow::Result<bool> {
     stream.write_all(format!("{number}\n").as_bytes()).await.context("send")?;
     let mut line = String::new();
     ensure!(stream.read_line(&mut line).await.context("receive")? > 0, "closed");
-    ensure!(line.trim() == number.to_string(), "{} came back for {number}", line.trim());
-    Ok(())
+    let (answer, last) = match line.trim_end().strip_suffix(LAST) {
+        Some(answer) => (answer, true),
+        None => (line.trim_end(), false),
+    };
+    ensure!(answer == number.to_string(), "{answer} came back for {number}");
+    Ok(!last)
 }
 
 /// Sends datagrams from one socket, until `stop`.

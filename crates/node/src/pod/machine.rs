@@ -80,6 +80,10 @@ pub struct Facts {
     pub node_ready: bool,
     /// The pod must not run twice, and others may run it now: nothing of it is started.
     pub held: bool,
+    /// The machine goes down: the pod is not ready whatever it says, and nothing of it is started.
+    pub leaving: bool,
+    /// It ends because of that: from when on, and within which time at most.
+    pub leave_within: Option<(Timestamp, Duration)>,
     /// Under way.
     pub busy: BTreeSet<Op>,
     /// Kills under way, by container id, with the time at which they turn to SIGKILL.
@@ -264,12 +268,24 @@ pub fn started(container: &Container, observed: &ContainerObs, facts: &Facts) ->
         && (container.startup_probe.is_none() || health.startup == Some(true))
 }
 
+/// Whether the pod was deleted and ends for that. While the machine goes down, deleted pods too wait for their turn, unless
+/// they had begun before: those that are evicted early must not end before those that should end first.
+pub fn is_ending(pod: &Pod, facts: &Facts) -> bool {
+    let waits = facts.leaving && facts.leave_within.is_none() && facts.stop_began.is_none();
+    facts.gone || pod.metadata.deletion_timestamp.is_some() && !waits
+}
+
 /// When the pod's grace period ends, given when it began.
 fn stop_deadline(pod: &Pod, facts: &Facts, now: Timestamp) -> Timestamp {
     let spec_grace = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds).unwrap_or(30);
     let grace = pod.metadata.deletion_grace_period_seconds.unwrap_or(spec_grace);
     // As upstream: even a forced deletion gives the runtime a second.
-    facts.stop_began.unwrap_or(now) + Duration::from_secs(grace.max(1).unsigned_abs())
+    let least = Duration::from_secs(1);
+    let own = facts.stop_began.unwrap_or(now) + Duration::from_secs(grace.max(0).unsigned_abs()).max(least);
+    match facts.leave_within {
+        Some((from, limit)) => own.min(from + limit.max(least)),
+        None => own,
+    }
 }
 
 fn left(deadline: Timestamp, now: Timestamp) -> Duration {
@@ -280,8 +296,7 @@ fn left(deadline: Timestamp, now: Timestamp) -> Duration {
 pub fn plan(pod: &Pod, observed: &Observed, facts: &Facts, now: Timestamp) -> Plan {
     let mut plan = Plan::default();
     let Some(spec) = &pod.spec else { return plan };
-    let deleting = facts.gone || pod.metadata.deletion_timestamp.is_some();
-    if deleting || outcome(pod, observed, facts).is_some() {
+    if is_ending(pod, facts) || outcome(pod, observed, facts).is_some() {
         stop(pod, spec, observed, facts, now, &mut plan);
         return plan;
     }
@@ -294,7 +309,7 @@ pub fn plan(pod: &Pod, observed: &Observed, facts: &Facts, now: Timestamp) -> Pl
         }
         plan.wake_at(deadline);
     }
-    if !facts.node_ready || facts.held {
+    if !facts.node_ready || facts.held || facts.leaving {
         return plan;
     }
     if !facts.prepared {

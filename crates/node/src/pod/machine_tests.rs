@@ -282,3 +282,40 @@ mod invariants {
         }
     }
 }
+
+#[test]
+fn a_pod_that_leaves_waits_for_its_turn() {
+    let alive = pod(json!({"terminationGracePeriodSeconds": 60, "containers": [{"name": "a"}]}));
+    let evicted = deleted(alive.clone(), 60);
+    let o = observed(vec![container("a", State::Running, 0)]);
+    let kill = |grace| Action::Kill {
+        name: "a".into(),
+        id: "a-0".into(),
+        grace: Duration::from_secs(grace),
+        message: String::new(),
+    };
+    let waits = Facts { leaving: true, ..facts() };
+    check(&alive, &o, &waits, 5, &[]);
+    check(&evicted, &o, &waits, 5, &[]);
+    // What ended by itself meanwhile is not started again.
+    check(&alive, &observed(vec![container("a", State::Exited, 1)]), &waits, 5, &[]);
+    let began = Facts { stop_began: Some(at(3)), ..waits.clone() };
+    check(&evicted, &o, &began, 5, &[kill(58)]);
+    let gone = Facts { gone: true, stop_began: Some(at(5)), ..waits.clone() };
+    check(&evicted, &o, &gone, 5, &[kill(60)]);
+    let turn = |limit| Facts {
+        leave_within: Some((at(5), Duration::from_secs(limit))),
+        rejected: Some(("Terminated".into(), String::new())),
+        stop_began: Some(at(5)),
+        ..waits.clone()
+    };
+    check(&alive, &o, &turn(20), 5, &[kill(20)]);
+    check(&evicted, &o, &turn(20), 5, &[kill(20)]);
+    check(&alive, &o, &turn(600), 5, &[kill(60)]);
+    check(&alive, &o, &turn(0), 5, &[kill(1)]);
+    // It had begun to end before, with more time than there is now.
+    let mut under_way = Facts { stop_began: Some(at(0)), ..turn(20) };
+    under_way.busy.insert(Op::Container("a".into()));
+    under_way.killing.insert("a-0".into(), at(60));
+    check(&evicted, &o, &under_way, 5, &[Action::Hasten { id: "a-0".into(), grace: Duration::from_secs(20) }]);
+}

@@ -17,6 +17,7 @@ use super::{
     machine::{Facts, Outcome, outcome, should_restart, started},
     observed::{ContainerObs, Observed, State},
 };
+use crate::shutdown;
 
 /// What the status says about the node.
 #[derive(Clone, Debug, Default)]
@@ -321,7 +322,8 @@ fn conditions(
         .filter(|s| !s.ready)
         .map(|s| s.name.as_str())
         .collect();
-    let containers_why = ended.clone().or_else(|| {
+    let leaving = || facts.leaving.then(|| ("NodeShutdown", shutdown::NODE_MESSAGE.to_owned()));
+    let containers_why = ended.clone().or_else(leaving).or_else(|| {
         (!unready.is_empty())
             .then(|| ("ContainersNotReady", format!("containers with unready status: [{}]", unready.join(" "))))
     });
@@ -365,9 +367,30 @@ fn conditions(
             last_probe_time: None,
         });
     }
-    let _ = facts;
-    result.extend(old.into_iter().filter(|c| !OWN_CONDITIONS.contains(&c.type_.as_str())));
+    if facts.leave_within.is_some() {
+        let before = old.iter().find(|c| is_disruption(c));
+        result.push(PodCondition {
+            type_: DISRUPTION.to_owned(),
+            status: "True".to_owned(),
+            reason: Some(DISRUPTED.to_owned()),
+            message: Some(shutdown::MESSAGE.to_owned()),
+            last_transition_time: before.and_then(|c| c.last_transition_time.clone()).or(Some(Time(now))),
+            observed_generation: pod.metadata.generation,
+            last_probe_time: None,
+        });
+    }
+    let ours: Vec<String> = result.iter().map(|c| c.type_.clone()).collect();
+    result.extend(old.into_iter().filter(|c| !ours.contains(&c.type_)));
     result
+}
+
+/// Why a pod that was well ended (<https://kubernetes.io/docs/concepts/workloads/pods/disruptions/#pod-disruption-conditions>),
+/// and what the agent gives as the reason.
+const DISRUPTION: &str = "DisruptionTarget";
+const DISRUPTED: &str = "TerminationByKubelet";
+
+fn is_disruption(condition: &PodCondition) -> bool {
+    condition.type_ == DISRUPTION && condition.reason.as_deref() == Some(DISRUPTED)
 }
 
 /// The conditions that the agent writes.
@@ -408,7 +431,7 @@ pub fn patch(uid: &str, old: Option<&PodStatus>, new: &PodStatus) -> Option<Valu
                 let had: Vec<&Value> = before.and_then(Value::as_array).into_iter().flatten().collect();
                 let changed: Vec<Value> = conditions
                     .iter()
-                    .filter(|c| c["type"].as_str().is_some_and(|t| OWN_CONDITIONS.contains(&t)) && !had.contains(c))
+                    .filter(|c| is_own(c) && !had.contains(c))
                     .map(|c| cleared(c, had.iter().find(|h| h["type"] == c["type"]).copied()))
                     .collect();
                 if changed.is_empty() {
@@ -427,6 +450,11 @@ pub fn patch(uid: &str, old: Option<&PodStatus>, new: &PodStatus) -> Option<Valu
         patch.insert(field.to_owned(), value);
     }
     (!patch.is_empty()).then(|| json!({"metadata": {"uid": uid}, "status": patch}))
+}
+
+fn is_own(condition: &Value) -> bool {
+    let kind = condition["type"].as_str().unwrap_or_default();
+    OWN_CONDITIONS.contains(&kind) || kind == DISRUPTION && condition["reason"] == DISRUPTED
 }
 
 /// A condition that merges over its old self: what it no longer has becomes null.

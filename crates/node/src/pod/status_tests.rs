@@ -169,3 +169,35 @@ fn last_words_are_kept() {
     let later = status(&pod, &observed(vec![container("a", "1", State::Exited, 1)]), &healthy(&[]), &node(), at(9));
     assert_eq!(patch("u", pod.status.as_ref(), &later), None);
 }
+
+#[test]
+fn the_machine_goes_down() {
+    let pod = pod(json!({"containers": [{"name": "a"}]}));
+    let running = observed(vec![container("a", "1", State::Running, 0)]);
+    let mut f = Facts { leaving: true, ..healthy(&["1"]) };
+    let s = status(&pod, &running, &f, &node(), at(5));
+    let why = ("False".to_owned(), Some("NodeShutdown".to_owned()), Some("node is shutting down".to_owned()));
+    assert_eq!((condition(&s, "Ready"), condition(&s, "ContainersReady")), (why.clone(), why));
+    assert_eq!(s.phase.as_deref(), Some("Running"));
+    assert!(s.conditions.iter().flatten().all(|c| c.type_ != "DisruptionTarget"));
+
+    let mut known = pod.clone();
+    known.status = Some(s);
+    // Somebody else has said so already.
+    let other = json!({"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"});
+    known.status.as_mut().unwrap().conditions.as_mut().unwrap().push(serde_json::from_value(other).unwrap());
+    f.leave_within = Some((at(6), std::time::Duration::from_secs(5)));
+    f.rejected = Some(("Terminated".into(), shutdown::MESSAGE.into()));
+    let s = status(&known, &running, &f, &node(), at(6));
+    assert_eq!((s.phase.as_deref(), s.reason.as_deref()), (Some("Running"), Some("Terminated")));
+    let expect = ("True".to_owned(), Some("TerminationByKubelet".to_owned()), Some(shutdown::MESSAGE.to_owned()));
+    assert_eq!(condition(&s, "DisruptionTarget"), expect);
+    assert_eq!(s.conditions.iter().flatten().filter(|c| c.type_ == "DisruptionTarget").count(), 1);
+    let patch = patch("u", known.status.as_ref(), &s).unwrap();
+    let written: Vec<&str> =
+        patch["status"]["conditions"].as_array().unwrap().iter().filter_map(|c| c["type"].as_str()).collect();
+    assert_eq!(written, ["DisruptionTarget"]);
+    let s = status(&known, &observed(vec![container("a", "1", State::Exited, 0)]), &f, &node(), at(7));
+    assert_eq!((s.phase.as_deref(), s.message.as_deref()), (Some("Failed"), Some(shutdown::MESSAGE)));
+    assert_eq!(condition(&s, "Ready").1.as_deref(), Some("PodFailed"));
+}
