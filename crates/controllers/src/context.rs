@@ -14,6 +14,7 @@ use k8s_openapi::{
         },
         discovery::v1::EndpointSlice,
         policy::v1::PodDisruptionBudget,
+        rbac::v1::ClusterRole,
     },
 };
 use kube::{
@@ -90,6 +91,8 @@ caches! {
     budgets: PodDisruptionBudget = streaming(),
     /// Requests for certificates.
     signing_requests: CertificateSigningRequest = streaming(),
+    /// Roles of the cluster.
+    cluster_roles: ClusterRole = streaming(),
     /// Secrets that are bootstrap tokens.
     bootstrap_tokens: Secret = streaming().fields("type=bootstrap.kubernetes.io/token"),
 }

@@ -24,6 +24,7 @@ pub mod node;
 pub mod node_lifecycle;
 pub mod pod_gc;
 pub mod replica_set;
+pub mod role_aggregation;
 pub mod runtime;
 pub mod stateful_set;
 pub mod taint_eviction;
@@ -97,6 +98,7 @@ const CONTROLLERS: &[(&str, Make)] = &[
     ("disruption", disruption::Budgets::start),
     ("certificates", certificates::Certificates::start),
     ("bootstraptoken", bootstrap_token::Tokens::start),
+    ("clusterroleaggregation", role_aggregation::Aggregation::start),
 ];
 
 /// Runs the controllers until `shutdown`.

@@ -5,6 +5,10 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use k8s_openapi::api::rbac::v1::{ClusterRole, PolicyRule};
+use kube::{
+    Api,
+    api::{Patch, PatchParams},
+};
 use serde_json::json;
 
 use crate::{
@@ -68,7 +72,8 @@ impl Controller for Aggregation {
         if let Some(rules) = plan(&role, &cache.all()) {
             let version = role.metadata.resource_version.as_deref();
             let patch = json!({"metadata": {"resourceVersion": version}, "rules": rules});
-            self.context.patch(cache, &*role, patch).await?;
+            let api: Api<ClusterRole> = Api::all(self.context.client.clone());
+            cache.note(api.patch(name(&*role), &PatchParams::default(), &Patch::Merge(patch)).await?);
         }
         Ok(None)
     }
@@ -106,7 +111,8 @@ mod tests {
             let expect: Option<Vec<String>> = expect.map(|names| names.iter().map(|n| (*n).to_owned()).collect());
             assert_eq!(found.map(names), expect, "{had:?}");
         };
-        let (a, b, other) = (role("a", "into", &["pods"]), role("b", "into", &["nodes", "pods"]), role("c", "x", &["secrets"]));
+        let (a, b, other) =
+            (role("a", "into", &["pods"]), role("b", "into", &["nodes", "pods"]), role("c", "x", &["secrets"]));
         // In the order of their names, each rule once.
         check(&[], &[b.clone(), a.clone(), other.clone()], Some(&["pods", "nodes"]));
         check(&["pods", "nodes"], &[a.clone(), b], None);
