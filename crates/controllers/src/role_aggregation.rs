@@ -118,7 +118,7 @@ mod tests {
         check(&["pods", "nodes"], &[a.clone(), b], None);
         // What nobody has any more goes.
         check(&["pods", "nodes"], &[a], Some(&["pods"]));
-        check(&["pods"], &[other.clone()], Some(&[]));
+        check(&["pods"], std::slice::from_ref(&other), Some(&[]));
         assert_eq!(plan(&other, std::slice::from_ref(&other)), None);
     }
 }
