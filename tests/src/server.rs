@@ -155,6 +155,11 @@ impl Server {
         Started { ready }
     }
 
+    /// Where the API is.
+    pub fn url(&self) -> String {
+        format!("https://127.0.0.1:{}", self.port)
+    }
+
     /// The server's process.
     pub fn pid(&self) -> i32 {
         self.process.as_ref().expect("the server runs").pid

@@ -223,6 +223,8 @@ pub struct NodeSeen {
     pub node: Arc<str>,
     /// Whether its Ready condition was True.
     pub ready: bool,
+    /// Whether it was Unknown: what others say of it. Of itself a node says False, for example while it boots.
+    pub accused: bool,
 }
 
 /// A pod of the drill, as a watch saw it.

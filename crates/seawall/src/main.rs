@@ -4,6 +4,7 @@ mod agent;
 mod authorities;
 mod certs;
 mod csr;
+mod encryption;
 mod etcd;
 mod files;
 mod gossip;

@@ -36,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     VERSION,
     certs::ServerCertificates,
+    encryption,
     etcd::{members, process},
     files::{Files, ServerState, StoreKind},
     gossip, join, leave, node,
@@ -63,6 +64,10 @@ pub struct Args {
     /// What `seawall token create --role server` printed.
     #[arg(long, env = "SEAWALL_TOKEN", hide_env_values = true)]
     token: Option<String>,
+    /// Encrypt objects in the store as this file says (upstream's EncryptionConfiguration). With several servers, the same
+    /// file on all of them.
+    #[arg(long, value_name = "FILE")]
+    encryption_provider_config: Option<PathBuf>,
     /// Keep the objects in this etcd, e.g. https://192.0.2.9:2379. May be repeated.
     #[arg(long, value_name = "URL", value_delimiter = ',')]
     etcd_servers: Vec<String>,
@@ -262,6 +267,7 @@ async fn connect(options: seawall_store::etcd::Options) -> anyhow::Result<Etcd> 
 pub async fn run(args: Args) -> anyhow::Result<()> {
     let machine = Arc::new(Machine::new(args.machine.clone())?);
     machine.may_run_pods()?;
+    let rules = args.encryption_provider_config.as_deref().map(encryption::read).transpose()?;
     // As many connections and watches as the machine allows.
     raise_open_files();
     let mut signal = tokio::spawn(wait_for_signal());
@@ -306,9 +312,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("cannot listen on {address} (--bind-address, --port): is another server running?"))?;
     let this: Arc<OnceLock<Weak<Server>>> = Arc::default();
+    let (store, sealed) = encryption::wrap(&opened.store, rules);
     let config = server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this)?;
     let server = tokio::select! {
-        server = start(config, &opened.store, &stop) => server?,
+        server = start(config, &store, &stop) => server?,
         _ = &mut signal => {
             for token in [&leading, &stop, &last] { token.cancel() }
             return Ok(());
@@ -338,6 +345,12 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         );
     }
     let mut leaders = leaders(&args, &machine, &state, &timing, &server, &certificates, gossip.as_ref(), &leading)?;
+    if let Some(sealed) = sealed {
+        let leading = leading.clone();
+        leaders.push(tokio::spawn(async move {
+            leading.run_until_cancelled(encryption::reseal(sealed)).await;
+        }));
+    }
     if let Some(member) = &gossip {
         let client = in_process(&server, "system:seawall", &[]);
         leaders.push(gossip::keep_key(member, &client, &leading));

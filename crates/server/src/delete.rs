@@ -149,6 +149,7 @@ impl Server {
             };
             match written {
                 Ok(revision) => {
+                    self.in_force(row, revision).await;
                     self.after_write(row, &old, (!finished).then_some(&new)).await;
                     return Ok((new, revision, finished));
                 }

@@ -98,6 +98,13 @@ pub fn value(status: StatusCode, value: &Value, yaml: bool) -> Response<Body> {
     response
 }
 
+/// An answer in a kind of JSON that has a name of its own.
+pub fn json_as(kind: &'static str, body: &Value) -> Response<Body> {
+    let mut response = value(StatusCode::OK, body, false);
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    response
+}
+
 /// An answer with bytes of JSON.
 pub fn json_bytes(status: StatusCode, bytes: Bytes) -> Response<Body> {
     let mut response = Response::new(full(bytes));

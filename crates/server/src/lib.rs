@@ -456,7 +456,8 @@ impl Server {
         match trimmed {
             "/version" => Ok(encode::value(StatusCode::OK, &self.version(), false)),
             "/metrics" => Ok(self.metrics_text()),
-            "/openid/v1/jwks" | "/.well-known/openid-configuration" => Err(ApiError::no_route()),
+            "/openid/v1/jwks" => Ok(encode::json_as("application/jwk-set+json", &self.tokens.jwks())),
+            "/.well-known/openid-configuration" => Ok(encode::json_as("application/json", &self.openid())),
             _ if trimmed.starts_with("/healthz") || trimmed.starts_with("/livez") || trimmed.starts_with("/readyz") => {
                 self.health(trimmed, query).await
             }
@@ -464,6 +465,15 @@ impl Server {
             _ if trimmed.is_empty() || trimmed.starts_with("/api") => self.discovery(trimmed, headers),
             _ => Err(ApiError::no_route()),
         }
+    }
+
+    /// How others check tokens of service accounts
+    /// (<https://kubernetes.io/docs/tasks/configure-pod-container/configure-service-account/#service-account-issuer-discovery>).
+    fn openid(&self) -> serde_json::Value {
+        let (address, port) = self.config.advertise;
+        let keys = format!("https://{}/openid/v1/jwks", std::net::SocketAddr::new(address, port));
+        serde_json::json!({"issuer": self.config.issuer, "jwks_uri": keys, "response_types_supported": ["id_token"],
+            "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["ES256"]})
     }
 
     fn version(&self) -> serde_json::Value {

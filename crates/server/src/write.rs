@@ -287,7 +287,10 @@ impl Server {
             return if taken { Err(ApiError::already_exists(row, &name)) } else { Ok((object, Revision(0))) };
         }
         match self.store.put(&key, encode(&object), Expect::Absent, context.fence.as_ref()).await {
-            Ok(revision) => Ok((object, revision)),
+            Ok(revision) => {
+                self.in_force(row, revision).await;
+                Ok((object, revision))
+            }
             Err(error) => {
                 self.release(claimed).await;
                 Err(match error {
@@ -507,6 +510,7 @@ impl Server {
         };
         match written {
             Ok(revision) => {
+                self.in_force(row, revision).await;
                 self.after_write(row, &old, (!finished).then_some(&new)).await;
                 Ok((new, revision))
             }

@@ -15,6 +15,7 @@ pub mod contract;
 pub mod embedded;
 pub mod etcd;
 pub mod migrate;
+pub mod sealed;
 
 /// The number of a change. Every write of the store gets its own, larger than all before; a crash never takes one back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]

@@ -1,9 +1,6 @@
 //! The table of resources. What a resource needs beyond a schema stands in its own file.
 
-use crate::{
-    names,
-    row::{Row, Subresource, col, row},
-};
+use crate::row::{Row, Subresource, col, row};
 
 mod autoscaling;
 mod certificate_signing_request;
@@ -20,6 +17,7 @@ mod node;
 mod pod;
 pub mod pod_spec;
 mod policy;
+mod rbac;
 mod replicaset;
 mod service;
 mod statefulset;
@@ -70,13 +68,14 @@ pub fn all() -> Vec<Row> {
         api::{
             admissionregistration::v1 as admission, apps::v1::ControllerRevision, authentication::v1 as authentication,
             authorization::v1 as authorization, certificates::v1 as certificates, core::v1 as core,
-            flowcontrol::v1 as flow, networking::v1 as networking, node::v1::RuntimeClass, rbac::v1 as rbac,
-            resource::v1 as resource, scheduling::v1::PriorityClass,
+            flowcontrol::v1 as flow, networking::v1 as networking, node::v1::RuntimeClass, resource::v1 as resource,
+            scheduling::v1::PriorityClass,
         },
         apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
         kube_aggregator::pkg::apis::apiregistration::v1::APIService,
     };
     let review = |row: Row| Row { stored: false, ..row };
+    let [cluster_role_binding, cluster_role, role, role_binding] = rbac::rows();
     vec![
         pod::row(),
         service::row(),
@@ -164,30 +163,10 @@ pub fn all() -> Vec<Row> {
             },
             ..with_status(row::<networking::ServiceCIDR>())
         },
-        Row {
-            name: names::path_segment,
-            columns: const { &[col("Role", "string"), col("Age", "date")] },
-            cells: role_binding,
-            ..row::<rbac::ClusterRoleBinding>()
-        },
-        Row {
-            name: names::path_segment,
-            columns: const { &[col("Created At", "date")] },
-            cells: |o, _| vec![o["metadata"]["creationTimestamp"].clone()],
-            ..row::<rbac::ClusterRole>()
-        },
-        Row {
-            name: names::path_segment,
-            columns: const { &[col("Created At", "date")] },
-            cells: |o, _| vec![o["metadata"]["creationTimestamp"].clone()],
-            ..row::<rbac::Role>()
-        },
-        Row {
-            name: names::path_segment,
-            columns: const { &[col("Role", "string"), col("Age", "date")] },
-            cells: role_binding,
-            ..row::<rbac::RoleBinding>()
-        },
+        cluster_role_binding,
+        cluster_role,
+        role,
+        role_binding,
         storage::class(),
         row::<k8s_openapi::api::storage::v1::CSIDriver>(),
         row::<k8s_openapi::api::storage::v1::CSINode>(),
@@ -250,10 +229,4 @@ pub fn all() -> Vec<Row> {
         review(row::<authorization::SelfSubjectRulesReview>()),
         review(row::<authorization::SubjectAccessReview>()),
     ]
-}
-
-fn role_binding(o: &serde_json::Value, now: jiff::Timestamp) -> Vec<serde_json::Value> {
-    let role = &o["roleRef"];
-    let name = format!("{}/{}", role["kind"].as_str().unwrap_or_default(), role["name"].as_str().unwrap_or_default());
-    vec![name.into(), crate::cell::age(o, now)]
 }

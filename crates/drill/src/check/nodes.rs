@@ -23,11 +23,11 @@ impl Victim {
 
 /// No node is called dead to which nothing was done.
 pub fn no_false_verdict(history: &History, victims: &[Victim]) -> (Vec<String>, usize) {
-    let mut ready: BTreeMap<&str, bool> = BTreeMap::new();
+    let mut well: BTreeMap<&str, bool> = BTreeMap::new();
     let mut found = Vec::new();
-    for NodeSeen { at, node, ready: now } in &history.nodes {
-        let before = ready.insert(node, *now);
-        if before == Some(true) && !now && !victims.iter().any(|v| v.covers(node, *at)) {
+    for NodeSeen { at, node, accused, .. } in &history.nodes {
+        let before = well.insert(node, !accused);
+        if before == Some(true) && *accused && !victims.iter().any(|v| v.covers(node, *at)) {
             found.push(format!("{node} was called not ready at {:.3} s", at.as_secs_f64()));
         }
     }
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn who_was_accused() {
-        let seen = |at, node: &str, ready| NodeSeen { at: ms(at), node: node.into(), ready };
+        let seen = |at, node: &str, ready: bool| NodeSeen { at: ms(at), node: node.into(), ready, accused: !ready };
         let nodes = vec![
             seen(0, "a1", true),
             seen(0, "a2", true),

@@ -89,12 +89,17 @@ pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Re
     for observer in observers {
         observer.await.context("an observer panicked")?;
     }
-    let lives = services::lives(lab, recorder.now())?;
+    let thaws: Vec<At> = stage.marks.iter().filter(|(_, what)| what.starts_with("thaw")).map(|(at, _)| *at).collect();
+    let (lives, woke) = services::lives(lab, recorder.now(), &thaws)?;
     traffic::clear(&patient).await?;
 
     let mut history = std::mem::take(&mut *recorder.history());
     history.lives = lives;
-    Ok(report(scenario, worker, &history, stage, undone, end))
+    let mut report = report(scenario, worker, &history, stage, undone, end);
+    if !thaws.is_empty() {
+        report.window("the stateful pod wrote on after the thaw", woke, Some(services::WAKING.as_secs_f64()));
+    }
+    Ok(report)
 }
 
 fn report(
@@ -265,8 +270,8 @@ mod tests {
                 request(Class::Datagram, 1200, 1600, Some("lost")),
             ],
             nodes: vec![
-                NodeSeen { at: ms(500), node: "a2".into(), ready: true },
-                NodeSeen { at: ms(1900), node: "a2".into(), ready: false },
+                NodeSeen { at: ms(500), node: "a2".into(), ready: true, accused: false },
+                NodeSeen { at: ms(1900), node: "a2".into(), ready: false, accused: true },
             ],
             pods: vec![
                 pod(100, "e-1", "a1", true),

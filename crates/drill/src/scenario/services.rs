@@ -185,21 +185,38 @@ async fn cordon(client: &mut Client, node: &str, closed: bool) -> anyhow::Result
     anyhow::bail!("{node} could not be {}", if closed { "cordoned" } else { "uncordoned" })
 }
 
-/// What the stateful pod wrote: each life, on the recording's clock, of which `now` is the present.
-pub fn lives(lab: &Lab, now: At) -> anyhow::Result<Vec<Life>> {
+/// What the processes of a pod may do when their machine thaws, before the watchdog has had its turn: software on the
+/// machine itself cannot do better than to be quick (`crates/node/src/fence.rs`).
+pub const WAKING: Duration = Duration::from_millis(100);
+
+/// What the stateful pod wrote: each life, on the recording's clock, of which `now` is the present; and how long a life
+/// that should have ended went on after a thaw of its machine, if no longer than [`WAKING`].
+pub fn lives(lab: &Lab, now: At, thaws: &[At]) -> anyhow::Result<(Vec<Life>, Duration)> {
     let path = lab.shared().join(LOG);
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let epoch = i128::try_from(serve::uptime()?)? - i128::try_from(now.as_millis())?;
-    Ok(parse(&text, epoch))
+    Ok(parse(&text, epoch, thaws))
 }
 
-fn parse(text: &str, epoch: i128) -> Vec<Life> {
+fn parse(text: &str, epoch: i128, thaws: &[At]) -> (Vec<Life>, Duration) {
     let mut lives: BTreeMap<(&str, &str), (At, At)> = BTreeMap::new();
+    // When a life first wrote after a thaw, and last, shortly after that.
+    type Span = (At, At);
+    let mut awake: BTreeMap<((&str, &str), At), Span> = BTreeMap::new();
     for line in text.lines() {
         let mut words = line.split(' ');
         let (Some(name), Some(uid), Some(at)) = (words.next(), words.next(), words.next()) else { continue };
         let Ok(at) = at.parse::<i128>() else { continue };
         let at = Duration::from_millis(u64::try_from(at - epoch).unwrap_or(0));
+        if let Some(thaw) = thaws.iter().rfind(|thaw| **thaw <= at)
+            && lives.get(&(name, uid)).is_some_and(|(first, _)| first < thaw)
+        {
+            let woke = awake.entry(((name, uid), *thaw)).or_insert((at, at));
+            if at - woke.0 <= WAKING {
+                woke.1 = at;
+                continue;
+            }
+        }
         let life = lives.entry((name, uid)).or_insert((at, at));
         *life = (life.0.min(at), life.1.max(at));
     }
@@ -209,7 +226,10 @@ fn parse(text: &str, epoch: i128) -> Vec<Life> {
         first,
         last,
     };
-    lives.into_iter().map(life).collect()
+    // Of those that ended with it; others may write as long as they like.
+    let ended = awake.iter().filter(|((of, thaw), _)| lives.get(of).is_some_and(|(_, last)| last < thaw));
+    let woke = ended.map(|(_, (first, last))| *last - *first).max().unwrap_or_default();
+    (lives.into_iter().map(life).collect(), woke)
 }
 
 /// The name of a client, for reports.
@@ -223,8 +243,19 @@ mod tests {
 
     #[test]
     fn lives_from_a_log() {
-        let lives = parse("w-0 a 1000\nw-0 a 1050\nw-0 b 3000\nw-0 a 1100\ntorn li", 900);
+        let (lives, _) = parse("w-0 a 1000\nw-0 a 1050\nw-0 b 3000\nw-0 a 1100\ntorn li", 900, &[]);
         let times: Vec<_> = lives.iter().map(|l| (&*l.uid, l.first.as_millis(), l.last.as_millis())).collect();
         assert_eq!(times, [("a", 100, 200), ("b", 2100, 2100)]);
+    }
+
+    #[test]
+    fn a_life_that_wakes_up() {
+        let last = |text: &str| {
+            let (lives, woke) = parse(text, 0, &[Duration::from_millis(5000)]);
+            (lives[0].last.as_millis(), woke.as_millis())
+        };
+        // Frozen at 1000, awake at 5010, and killed at once; or not killed.
+        assert_eq!(last("w-0 a 900\nw-0 a 1000\nw-0 a 5010\nw-0 a 5012"), (1000, 2));
+        assert_eq!(last("w-0 a 1000\nw-0 a 5010\nw-0 a 5060\nw-0 a 5120"), (5120, 0));
     }
 }

@@ -13,7 +13,9 @@ use crate::history::{NodeSeen, PodSeen};
 pub async fn nodes(way: Way, recorder: Recorder, stop: CancellationToken) {
     observe(way, "/api/v1/nodes", stop, |_, object| {
         let Some(node) = object["metadata"]["name"].as_str() else { return };
-        let seen = NodeSeen { at: recorder.now(), node: node.into(), ready: is(object, "Ready") };
+        let ready = condition(object, "Ready");
+        let (ready, accused) = (ready == Some("True"), ready == Some("Unknown"));
+        let seen = NodeSeen { at: recorder.now(), node: node.into(), ready, accused };
         recorder.history().nodes.push(seen);
     })
     .await;
@@ -38,9 +40,14 @@ pub async fn pods(way: Way, recorder: Recorder, stop: CancellationToken) {
     .await;
 }
 
-fn is(object: &Value, condition: &str) -> bool {
+fn is(object: &Value, ty: &str) -> bool {
+    condition(object, ty) == Some("True")
+}
+
+/// The status of a condition.
+fn condition<'a>(object: &'a Value, ty: &str) -> Option<&'a str> {
     let mut conditions = object["status"]["conditions"].as_array().into_iter().flatten();
-    conditions.any(|c| c["type"] == condition && c["status"] == "True")
+    conditions.find(|c| c["type"] == ty)?["status"].as_str()
 }
 
 async fn observe(way: Way, path: &str, stop: CancellationToken, mut see: impl FnMut(&str, &Value)) {

@@ -7,7 +7,8 @@ mod rbac;
 
 use std::sync::Arc;
 
-use seawall_api::Scope;
+use seawall_api::{Row, Scope};
+use seawall_store::Revision;
 use serde_json::{Value, json};
 
 use crate::{
@@ -79,6 +80,15 @@ impl Server {
                 Ok(())
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Waits until what was written counts for whoever asks this server next, if it says who may do what.
+    pub(crate) async fn in_force(&self, row: &Row, revision: Revision) {
+        let decides = matches!(row.group, "rbac.authorization.k8s.io" | "scheduling.k8s.io");
+        // It is stored: that it will be seen a little later is no reason to say otherwise.
+        if decides && let Err(error) = self.cache.at_least(revision).await {
+            tracing::debug!(error = error.message, "the cache is behind");
         }
     }
 

@@ -1,8 +1,11 @@
 //! Tokens of service accounts
 //! (<https://kubernetes.io/docs/reference/access-authn-authz/service-accounts-admin/#bound-service-account-tokens>).
 
-use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, errors::ErrorKind};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use x509_parser::{prelude::FromDer, x509::SubjectPublicKeyInfo};
 
 use super::UserInfo;
 
@@ -60,6 +63,8 @@ pub struct Tokens {
     issuer: String,
     encoding: EncodingKey,
     decoding: DecodingKey,
+    /// The public key as others check tokens by (RFC 7517).
+    jwk: Value,
 }
 
 /// A key that is not an EC P-256 key in PEM, or a token that does not verify.
@@ -75,7 +80,9 @@ impl Tokens {
     /// Reads the key pair.
     pub fn new(issuer: &str, private_pem: &str, public_pem: &str) -> Result<Tokens, TokenError> {
         let bad = |source| TokenError { what: "the service account key is not an EC P-256 key in PEM", source };
+        let jwk = jwk(public_pem).ok_or_else(|| bad(ErrorKind::InvalidEcdsaKey.into()))?;
         Ok(Tokens {
+            jwk,
             issuer: issuer.to_owned(),
             encoding: EncodingKey::from_ec_pem(private_pem.as_bytes()).map_err(bad)?,
             decoding: DecodingKey::from_ec_pem(public_pem.as_bytes()).map_err(bad)?,
@@ -87,9 +94,16 @@ impl Tokens {
         &self.issuer
     }
 
+    /// The keys by which others check tokens.
+    pub fn jwks(&self) -> Value {
+        json!({"keys": [self.jwk]})
+    }
+
     /// Makes a token.
     pub fn sign(&self, claims: &Claims) -> Result<String, TokenError> {
-        jsonwebtoken::encode(&Header::new(Algorithm::ES256), claims, &self.encoding)
+        let mut header = Header::new(Algorithm::ES256);
+        header.kid = self.jwk["kid"].as_str().map(str::to_owned);
+        jsonwebtoken::encode(&header, claims, &self.encoding)
             .map_err(|source| TokenError { what: "the token cannot be signed", source })
     }
 
@@ -104,6 +118,20 @@ impl Tokens {
             .map(|data| data.claims)
             .map_err(|source| TokenError { what: "the token is not valid", source })
     }
+}
+
+/// An EC P-256 key in PEM as a JSON Web Key. Its id is the hash of the key in DER, as upstream's.
+fn jwk(public_pem: &str) -> Option<Value> {
+    let (_, pem) = x509_parser::pem::parse_x509_pem(public_pem.as_bytes()).ok()?;
+    let (_, key) = SubjectPublicKeyInfo::from_der(&pem.contents).ok()?;
+    // An uncompressed point: 4, then the two coordinates.
+    let [4, point @ ..] = &*key.subject_public_key.data else { return None };
+    let (x, y) = point.split_at_checked(32).filter(|(_, y)| y.len() == 32)?;
+    let id = ring::digest::digest(&ring::digest::SHA256, &pem.contents);
+    let text = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+    Some(
+        json!({"use": "sig", "kty": "EC", "kid": text(id.as_ref()), "crv": "P-256", "alg": "ES256", "x": text(x), "y": text(y)}),
+    )
 }
 
 impl Claims {

@@ -171,3 +171,24 @@ async fn acting_as_somebody_else() {
     let answer = api.raw(Method::GET, PODS, &[("impersonate-group", "devs")], "").await;
     assert_eq!(answer.status(), StatusCode::BAD_REQUEST);
 }
+
+#[tokio::test]
+async fn others_can_check_tokens() {
+    let api = Api::new().await;
+    let path = "/api/v1/namespaces/default/serviceaccounts/default/token";
+    let made = api.create(path, json!({"spec": {"audiences": ["vault"]}})).await;
+    let token = made["status"]["token"].as_str().unwrap();
+    // As a stranger does: the document, the key by its id, the signature.
+    let account = api.with_user(Some(UserInfo::new("system:serviceaccount:a:b", &["system:serviceaccounts"])));
+    let document = account.get("/.well-known/openid-configuration").await;
+    assert!(document["jwks_uri"].as_str().unwrap().ends_with("/openid/v1/jwks"), "{document}");
+    let keys: jsonwebtoken::jwk::JwkSet = serde_json::from_value(account.get("/openid/v1/jwks").await).unwrap();
+    let key = keys.find(&jsonwebtoken::decode_header(token).unwrap().kid.unwrap()).unwrap();
+    let mut validation = jsonwebtoken::Validation::new(jsonwebtoken::Algorithm::ES256);
+    validation.set_issuer(&[document["issuer"].as_str().unwrap()]);
+    validation.set_audience(&["vault"]);
+    let decoded = jsonwebtoken::decode::<Value>(token, &jsonwebtoken::DecodingKey::from_jwk(key).unwrap(), &validation);
+    assert_eq!(decoded.unwrap().claims["sub"], "system:serviceaccount:default:default");
+    let someone = api.with_user(Some(UserInfo::new("someone", &[])));
+    assert_eq!(someone.fails(Method::GET, "/openid/v1/jwks", Value::Null).await.0, 403);
+}
