@@ -152,6 +152,19 @@ impl Sealed {
         Ok(entry)
     }
 
+    /// Opens a value of the past, unless nobody can read it and it does not hold any more: a provider that was removed
+    /// since is no reason to fail at what it wrote before everything was written anew.
+    async fn open_past(&self, entry: Entry) -> Result<Option<Entry>> {
+        let (key, revision) = (entry.key.clone(), entry.revision);
+        match self.open(entry) {
+            Ok(entry) => Ok(Some(entry)),
+            Err(error) => match self.inner.get(&key).await? {
+                (Some(current), _) if current.revision == revision => Err(error),
+                _ => Ok(None),
+            },
+        }
+    }
+
     /// Writes anew, under its own revision, whatever was not written by the first provider of its rule. Tells how many
     /// those were. What somebody else changes in between is written by them.
     ///
@@ -197,7 +210,11 @@ impl Store for Sealed {
 
     async fn list(&self, prefix: &str, options: ListOptions) -> Result<Listing> {
         let mut listing = self.inner.list(prefix, options).await?;
-        listing.entries = listing.entries.into_iter().map(|entry| self.open(entry)).collect::<Result<_>>()?;
+        let entries = std::mem::take(&mut listing.entries);
+        listing.entries.reserve(entries.len());
+        for entry in entries {
+            listing.entries.extend(self.open_past(entry).await?);
+        }
         Ok(listing)
     }
 
@@ -214,14 +231,20 @@ impl Store for Sealed {
     async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch> {
         let (watch, store) = (self.inner.watch(prefix, after).await?, self.clone());
         let open = move |progress: Result<Progress>| {
-            let Progress { events, revision } = progress?;
-            let open = |event| match event {
-                Event::Put(entry) => store.open(entry).map(Event::Put),
-                gone => Ok(gone),
-            };
-            Ok(Progress { events: events.into_iter().map(open).collect::<Result<_>>()?, revision })
+            let store = store.clone();
+            async move {
+                let Progress { events, revision } = progress?;
+                let mut opened = Vec::with_capacity(events.len());
+                for event in events {
+                    match event {
+                        Event::Put(entry) => opened.extend(store.open_past(entry).await?.map(Event::Put)),
+                        gone => opened.push(gone),
+                    }
+                }
+                Ok(Progress { events: opened, revision })
+            }
         };
-        Ok(watch.map(open).boxed())
+        Ok(watch.then(open).boxed())
     }
 
     async fn revision(&self) -> Result<Revision> {
@@ -293,6 +316,18 @@ mod tests {
         assert_eq!(second.reseal().await.unwrap(), 1);
         let third = sealed(&inner, vec![aes("two", 2)]);
         assert_eq!(read(&third).await.unwrap(), "plain");
+        // What the old one wrote and nobody can read any more is left out of what was; what holds is there.
+        let mut watch = third.watch("/registry/", Revision(0)).await.unwrap();
+        let progress = tokio::time::timeout(std::time::Duration::from_secs(30), async {
+            loop {
+                let progress = watch.next().await.unwrap().unwrap();
+                if !progress.events.is_empty() {
+                    return progress;
+                }
+            }
+        });
+        let Event::Put(entry) = &progress.await.unwrap().events[0] else { panic!("nothing was deleted") };
+        assert_eq!(entry.value, "plain");
         // And back to none.
         let plain = sealed(&inner, vec![Provider::Identity, aes("two", 2)]);
         assert_eq!(plain.reseal().await.unwrap(), 1);
