@@ -2,14 +2,14 @@
 //! (<https://kubernetes.io/docs/reference/access-authn-authz/rbac/#privilege-escalation-prevention-and-bootstrapping>).
 
 use k8s_openapi::api::rbac::v1::{PolicyRule, RoleRef};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::{
     Context, Server,
     auth::{
         MASTERS,
         authorize::Attributes,
-        rbac::{GROUP, not_held, role_key},
+        rbac::{GROUP, everything, not_held, role_key},
     },
     error::{ApiError, Result},
 };
@@ -22,14 +22,13 @@ impl Server {
         let changed = |field: &str| old.is_none_or(|old| old[field] != new[field]);
         match context.row.plural {
             "roles" | "clusterroles" if changed("rules") || changed("aggregationRule") => {
-                let mut rules: Vec<PolicyRule> = serde_json::from_value(new["rules"].clone()).unwrap_or_default();
+                // What cannot be read cannot be compared with what somebody holds: then nobody gets it.
+                let rules: Option<Vec<PolicyRule>> = serde_json::from_value(new["rules"].clone())
+                    .map_err(|e| ApiError::bad_request(format!("rules: Invalid value: {e}")))?;
+                let mut rules = rules.unwrap_or_default();
                 if !new["aggregationRule"].is_null() && changed("aggregationRule") {
                     // It may come to hold anything.
-                    let all: Vec<PolicyRule> = serde_json::from_value(json!([
-                        {"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]},
-                        {"nonResourceURLs": ["*"], "verbs": ["*"]}]))
-                    .unwrap_or_default();
-                    rules.extend(all);
+                    rules.extend(everything());
                 }
                 match self.may(context, "escalate", context.row.plural, new["metadata"]["name"].as_str()) {
                     true => Ok(()),
@@ -37,7 +36,8 @@ impl Server {
                 }
             }
             "rolebindings" | "clusterrolebindings" if changed("subjects") || changed("roleRef") => {
-                let Ok(role) = serde_json::from_value::<RoleRef>(new["roleRef"].clone()) else { return Ok(()) };
+                let role: RoleRef = serde_json::from_value(new["roleRef"].clone())
+                    .map_err(|e| ApiError::bad_request(format!("roleRef: Invalid value: {e}")))?;
                 let plural = if role.kind == "Role" { "roles" } else { "clusterroles" };
                 if self.may(context, "bind", plural, Some(&role.name)) {
                     return Ok(());

@@ -105,12 +105,11 @@ impl<R: Knowledge> Authorizer for BuiltIn<R> {
             Some("") => Err(format!("unknown node for user {:?}", user.username)),
             Some(name) => node::authorize(name, a, &self.0),
         };
-        match (node, self.0.rbac().authorize(user, a)) {
-            (Ok(()), _) => Ok(String::new()),
-            (_, Ok(why)) => Ok(why),
-            (Err(node), Err(rbac)) if node.is_empty() || rbac.is_empty() => Err(node + &rbac),
-            (Err(node), Err(rbac)) => Err(format!("{node}, {rbac}")),
-        }
+        let Err(node) = node else { return Ok(String::new()) };
+        self.0.rbac().authorize(user, a).map_err(|rbac| match (&*node, &*rbac) {
+            ("", _) | (_, "") => node + &rbac,
+            _ => format!("{node}, {rbac}"),
+        })
     }
 }
 
