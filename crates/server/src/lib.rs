@@ -19,6 +19,7 @@ mod kubelet;
 mod metrics;
 mod object;
 mod openapi;
+mod patch;
 pub mod paths;
 pub mod pki;
 pub mod presence;

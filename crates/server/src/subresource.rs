@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use http::{Method, Response, StatusCode, header};
+use http::{Method, Response, StatusCode};
 use jiff::{SignedDuration, Timestamp};
-use seawall_api::{Row, Subresource, patch, schema::check::conform, selector::LabelSelector};
+use seawall_api::{Row, Subresource, schema::check::conform, selector::LabelSelector};
 use seawall_store::{self as store, Expect, Revision};
 use serde_json::{Value, json};
 
@@ -82,58 +82,17 @@ impl Server {
             let object = object.ok_or_else(|| ApiError::not_found(&context.row, name))?;
             return Ok(value(StatusCode::OK, &form(object.value(), object.revision), context.form.yaml));
         }
-        let kind =
-            context.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
-        let ty = self.type_named("io.k8s.api.autoscaling.v1.Scale")?;
-        let body = match *method {
-            Method::PUT => context.body(self, ty)?.0,
-            _ if kind.starts_with(APPLY) => serde_yaml_ng::from_slice(&context.body)
-                .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}")))?,
-            _ => context.patch_body()?,
-        };
-        let make = |current: Value, revision: Revision| -> Result<(i64, Option<Revision>)> {
-            let mut scale = match *method {
-                Method::PUT => body.clone(),
-                _ => form(current, revision),
-            };
-            match (method, kind.as_str()) {
-                (&Method::PUT, _) => {}
-                (_, "application/json-patch+json") => {
-                    let patch: json_patch::Patch = serde_json::from_value(body.clone())
-                        .map_err(|e| ApiError::bad_request(format!("error decoding patch: {e}")))?;
-                    json_patch::patch(&mut scale, &patch).map_err(|e| ApiError::bad_request(e.to_string()))?;
-                }
-                (_, "application/merge-patch+json") => json_patch::merge(&mut scale, &body),
-                (_, "application/strategic-merge-patch+json") => {
-                    patch::strategic(&self.registry.schemas, ty, &mut scale, body.clone())
-                        .map_err(|e| ApiError::bad_request(e.to_string()))?
-                }
-                (_, other) => {
-                    return Err(ApiError::unsupported_media_type(
-                        other,
-                        &[
-                            "application/json-patch+json",
-                            "application/merge-patch+json",
-                            "application/strategic-merge-patch+json",
-                        ],
-                    ));
-                }
-            }
-            conform(&self.registry.schemas, ty, &mut scale).map_err(|e| {
-                ApiError::bad_request(format!("Scale in version \"v1\" cannot be handled as a Scale: {e}"))
-            })?;
-            let replicas = scale["spec"]["replicas"].as_i64().unwrap_or_default();
-            let version = scale["metadata"]["resourceVersion"].as_str().and_then(|v| v.parse().ok()).map(Revision);
-            Ok((replicas, version))
-        };
         if *method != Method::PUT && *method != Method::PATCH {
             return Err(ApiError::method_not_allowed());
         }
+        let ty = self.type_named("io.k8s.api.autoscaling.v1.Scale")?;
         // From here on it is an update of the object itself.
         let mut plain = context.clone();
         plain.path.subresource = None;
         plain.recording = Recording::As("scale");
-        if *method == Method::PATCH && kind.split(';').next() == Some(APPLY) {
+        if *method == Method::PATCH && context.content_type() == APPLY {
+            let body: Value = serde_yaml_ng::from_slice(&context.body)
+                .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}")))?;
             let replicas = body["spec"]["replicas"].as_i64().ok_or_else(|| {
                 ApiError::bad_request("spec.replicas: Required value: a number is what a Scale is about")
             })?;
@@ -142,6 +101,22 @@ impl Server {
             let (object, revision, status) = self.apply_config(&plain, &config).await?;
             return Ok(value(status, &form(object, revision), context.form.yaml));
         }
+        let (put, patch) = match *method {
+            Method::PUT => (Some(context.body(self, ty)?.0), None),
+            _ => (None, Some(self.patcher(context, ty)?)),
+        };
+        let make = |current: Value, revision: Revision| -> Result<(i64, Option<Revision>)> {
+            let mut scale = put.clone().unwrap_or_else(|| form(current, revision));
+            if let Some(patch) = &patch {
+                patch(&mut scale)?;
+            }
+            conform(&self.registry.schemas, ty, &mut scale).map_err(|e| {
+                ApiError::bad_request(format!("Scale in version \"v1\" cannot be handled as a Scale: {e}"))
+            })?;
+            let replicas = scale["spec"]["replicas"].as_i64().unwrap_or_default();
+            let version = scale["metadata"]["resourceVersion"].as_str().and_then(|v| v.parse().ok()).map(Revision);
+            Ok((replicas, version))
+        };
         let (object, revision) = self
             .change(&plain, None, |current| {
                 let mut object = current.value();
@@ -469,14 +444,6 @@ impl Server {
         let secret = self.find("", "secrets", bootstrap_token::NAMESPACE, &token.name()).await;
         let secret = secret.map_err(|e| refused(&e))?.ok_or_else(|| refused(&"there is no such Secret"))?;
         token.user(&secret.value(), Timestamp::now()).map_err(|why| refused(&why))
-    }
-}
-
-impl Context<'_> {
-    /// The body of a patch, whatever its kind.
-    fn patch_body(&self) -> Result<Value> {
-        serde_json::from_slice(&self.body)
-            .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}")))
     }
 }
 

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use http::{Response, StatusCode, header};
+use http::{Response, StatusCode};
 use jiff::Timestamp;
 use rand::Rng;
 use seawall_api::{
     Row, Scope, Subresource,
     field::Errors,
     managed::Managed,
-    patch, proto,
+    proto,
     resources::validate_metadata,
     row::Validation,
     schema::{
@@ -56,9 +56,6 @@ impl From<Value> for Change {
     }
 }
 
-/// Applies a patch to an object.
-type Apply = Box<dyn Fn(&mut Value) -> Result<()> + Send + Sync>;
-
 /// How strict decoding is (<https://kubernetes.io/docs/reference/using-api/api-concepts/#field-validation>).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FieldValidation {
@@ -94,8 +91,7 @@ impl Context<'_> {
     ///
     /// A protobuf message is decoded as one of type `ty`.
     pub fn body(&self, server: &Server, ty: TypeId) -> Result<(Value, Vec<String>)> {
-        let kind = self.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("application/json");
-        match kind.split(';').next().unwrap_or_default().trim() {
+        match self.content_type() {
             "application/json" | "" | "*/*" => parse(&self.body)
                 .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}"))),
             "application/yaml" | "application/x-yaml" => serde_yaml_ng::from_slice(&self.body)
@@ -352,66 +348,16 @@ impl Server {
 
     /// PATCH of an object or of one of its parts.
     pub(crate) async fn patch(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
-        let kind = context.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let kind = kind.split(';').next().unwrap_or_default().trim();
-        let malformed = |e: &dyn std::fmt::Display| ApiError::bad_request(format!("error decoding patch: {e}"));
-        let apply: Apply = match kind {
-            apply::APPLY => return self.apply(context).await,
-            "application/json-patch+json" => {
-                let patch: json_patch::Patch = serde_json::from_slice(&context.body).map_err(|e| malformed(&e))?;
-                if patch.0.len() > 10_000 {
-                    return Err(ApiError::too_large(10_000));
-                }
-                let (row, name) = (context.row.clone(), context.path.name.clone().unwrap_or_default());
-                Box::new(move |object| {
-                    json_patch::patch(object, &patch).map_err(|e| {
-                        let mut error = ApiError::invalid(&row, &name, &Errors::default());
-                        error.message = format!("the server rejected our request due to an error in our request: {e}");
-                        // kubectl leaves the message out of what it prints when an object is named.
-                        error.details = json!({});
-                        error
-                    })
-                })
-            }
-            "application/merge-patch+json" => {
-                let (patch, _) = parse(&context.body).map_err(|e| malformed(&e))?;
-                if !patch.is_object() {
-                    return Err(malformed(&"a merge patch is an object"));
-                }
-                Box::new(move |object| {
-                    json_patch::merge(object, &patch);
-                    Ok(())
-                })
-            }
-            "application/strategic-merge-patch+json" => {
-                let (patch, _) = parse(&context.body).map_err(|e| malformed(&e))?;
-                if !patch.is_object() {
-                    return Err(malformed(&"a strategic merge patch is an object"));
-                }
-                let (server, ty) = (self.clone(), context.served.ty);
-                Box::new(move |object| {
-                    patch::strategic(&server.registry.schemas, ty, object, patch.clone())
-                        .map_err(|e| ApiError::bad_request(e.to_string()))
-                })
-            }
-            other => {
-                return Err(ApiError::unsupported_media_type(
-                    other,
-                    &[
-                        "application/json-patch+json",
-                        "application/merge-patch+json",
-                        "application/strategic-merge-patch+json",
-                        apply::APPLY,
-                    ],
-                ));
-            }
-        };
+        if context.content_type() == apply::APPLY {
+            return self.apply(context).await;
+        }
+        let patch = self.patcher(context, context.served.ty)?;
         let encoder = context.encoder()?;
         let (object, revision) = self
             .change(context, None, |current| {
                 // A patch is written against the version in the URL and sees the resource version.
                 let mut object = encoder.convert(current.value());
-                apply(&mut object)?;
+                patch(&mut object)?;
                 if let Some(version) = object["metadata"]["resourceVersion"].as_str()
                     && version != current.revision.to_string()
                 {
