@@ -89,6 +89,11 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
+            let servers = self.lab.machines().into_iter().map(|m| m.name().to_owned());
+            let served = |name: &String| self.machine(name).on_disk("/var/lib/seawall/admin.kubeconfig").exists();
+            if let Some(server) = servers.into_iter().find(served) {
+                self.kubectl(&server).post_mortem();
+            }
             for machine in self.lab.machines() {
                 let text = fs::read_to_string(machine.log()).unwrap_or_default();
                 let lines: Vec<&str> = text.lines().collect();

@@ -123,6 +123,25 @@ impl Kubectl {
         self.run(&format!("get {what} --ignore-not-found -o jsonpath={path}")).await.ok()
     }
 
+    /// Prints what a cluster looks like after a test has failed: where pods are, why they wait, what was seen last.
+    pub fn post_mortem(&self) {
+        let looks = [
+            "get nodes,pods,deployments,statefulsets -A -o wide --request-timeout=5s",
+            "describe nodes --request-timeout=5s",
+            "get events -A --sort-by=.metadata.creationTimestamp --request-timeout=5s",
+        ];
+        for words in looks {
+            let mut command = std::process::Command::new(Self::program());
+            command.args(words.split(' ')).env("KUBECONFIG", &self.kubeconfig).env("HOME", &self.home);
+            let said = match command.stdin(Stdio::null()).output() {
+                Ok(output) => String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned(),
+                Err(error) => error.to_string(),
+            };
+            let lines: Vec<&str> = said.lines().collect();
+            eprintln!("--- kubectl {words}\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+        }
+    }
+
     /// Waits until a JSONPath gives this.
     ///
     /// # Panics

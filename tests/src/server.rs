@@ -308,6 +308,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if std::thread::panicking() && self.directory.is_some() {
+            self.kubectl.post_mortem();
             eprintln!("--- the end of the server's log\n{}\n---", self.log_tail());
         }
         if let Some(process) = &self.process {
