@@ -63,6 +63,8 @@ pub enum Reason {
     TooMany,
     /// The field refers to something that does not exist.
     NotFound,
+    /// The value is of another type than the schema says.
+    TypeInvalid,
 }
 
 impl Reason {
@@ -77,6 +79,7 @@ impl Reason {
             Reason::TooLong => "FieldValueTooLong",
             Reason::TooMany => "FieldValueTooMany",
             Reason::NotFound => "FieldValueNotFound",
+            Reason::TypeInvalid => "FieldValueTypeInvalid",
         }
     }
 }
@@ -143,6 +146,22 @@ impl Errors {
     /// `Too long: may not be more than MAX bytes`.
     pub fn too_long(&mut self, path: Path<'_>, max: usize) {
         self.push(Reason::TooLong, path, format!("Too long: may not be more than {max} bytes"));
+    }
+
+    /// `Invalid value: VALUE: DETAIL`, of a value whose type is wrong.
+    pub fn type_invalid(&mut self, path: Path<'_>, value: impl Into<Value>, detail: impl fmt::Display) {
+        self.push(Reason::TypeInvalid, path, format!("Invalid value: {}: {detail}", show(&value.into())));
+    }
+
+    /// `Too many: COUNT: must have at most MAX items`.
+    pub fn too_many(&mut self, path: Path<'_>, count: u64, max: u64) {
+        let unit = if max == 1 { "item" } else { "items" };
+        self.push(Reason::TooMany, path, format!("Too many: {count}: must have at most {max} {unit}"));
+    }
+
+    /// Something is wrong with an object that upstream blames on no field.
+    pub fn whole(&mut self, detail: impl fmt::Display) {
+        self.push(Reason::Invalid, Path::Root.at("<nil>"), format!("Invalid value: \"\": {detail}"));
     }
 
     /// `Not found: VALUE`.

@@ -2,6 +2,7 @@
 
 pub mod cell;
 pub mod certificate_request;
+pub mod custom;
 pub mod field;
 pub mod managed;
 pub mod names;

@@ -1,12 +1,17 @@
 //! What a resource is: a row. Routes, discovery, OpenAPI, storage keys, watches, tables and tests follow from it.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use jiff::Timestamp;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::Value;
 
 use crate::{
+    custom::{self, validate::NoRules},
     field::Errors,
     names,
     schema::{Schemas, TypeId},
@@ -196,6 +201,8 @@ pub struct Row {
     pub prepare_update: fn(&mut Value, &Value),
     /// Whether a change of `spec` raises `metadata.generation`.
     pub generation: bool,
+    /// Set for a custom resource: what its schema says takes the place of the hooks above.
+    pub custom: Option<Arc<custom::Version>>,
 }
 
 impl Row {
@@ -214,13 +221,51 @@ impl Row {
         format!("/registry/{}/", self.storage_name())
     }
 
-    /// Upstream stores some resources under a historic name.
-    fn storage_name(&self) -> &'static str {
+    /// Upstream stores some resources under a historic name, and custom ones under their group as well.
+    fn storage_name(&self) -> Cow<'static, str> {
         match (self.group, self.plural) {
-            ("", "services") => "services/specs",
-            ("", "endpoints") => "services/endpoints",
-            ("", "nodes") => "minions",
-            (_, plural) => plural,
+            ("", "services") => "services/specs".into(),
+            ("", "endpoints") => "services/endpoints".into(),
+            ("", "nodes") => "minions".into(),
+            (group, plural) if self.custom.is_some() => format!("{group}/{plural}").into(),
+            (_, plural) => plural.into(),
+        }
+    }
+
+    /// Whether it is this resource of the core group.
+    pub fn is_core(&self, plural: &str) -> bool {
+        self.group.is_empty() && self.plural == plural
+    }
+
+    /// The kind of its lists.
+    pub fn list_kind(&self) -> String {
+        match &self.custom {
+            Some(custom) => custom.definition.list_kind.to_owned(),
+            None => format!("{}List", self.kind),
+        }
+    }
+
+    /// Fills in what was left out.
+    pub fn fill_in(&self, object: &mut Value) {
+        match &self.custom {
+            Some(custom) => custom.default(object),
+            None => (self.defaults)(object),
+        }
+    }
+
+    /// Says everything that is wrong, beyond the metadata.
+    pub fn check(&self, validation: &Validation<'_>, errors: &mut Errors) {
+        match &self.custom {
+            Some(custom) => custom.validate(validation.new, validation.old, &NoRules, errors),
+            None => (self.validate)(validation, errors),
+        }
+    }
+
+    /// The cells of an object after the first one.
+    pub fn row_cells(&self, object: &Value, now: Timestamp) -> Vec<Value> {
+        match &self.custom {
+            Some(custom) => custom.cells(object, now),
+            None => (self.cells)(object, now),
         }
     }
 
@@ -311,5 +356,85 @@ where
         prepare_create: nothing,
         prepare_update: unchanged,
         generation: false,
+        custom: None,
+    }
+}
+
+/// Names of custom resources live as long as the process, like those of built-in ones: each is kept once, however often
+/// definitions come, change and go.
+pub fn intern(text: &str) -> &'static str {
+    static NAMES: Mutex<Option<HashSet<&'static str>>> = Mutex::new(None);
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    let names = names.get_or_insert_default();
+    match names.get(text) {
+        Some(known) => known,
+        None => {
+            let kept: &'static str = text.to_owned().leak();
+            names.insert(kept);
+            kept
+        }
+    }
+}
+
+/// The same for lists of names.
+pub fn intern_list<'a>(texts: impl Iterator<Item = &'a str>) -> &'static [&'static str] {
+    static LISTS: Mutex<Option<HashSet<&'static [&'static str]>>> = Mutex::new(None);
+    let list: Vec<&'static str> = texts.map(intern).collect();
+    let mut lists = LISTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let lists = lists.get_or_insert_default();
+    match lists.get(&*list) {
+        Some(known) => known,
+        None => {
+            let kept: &'static [&'static str] = list.leak();
+            lists.insert(kept);
+            kept
+        }
+    }
+}
+
+fn drop_status(row: &Row, object: &mut Value) {
+    if row.has(Subresource::Status)
+        && let Some(object) = object.as_object_mut()
+    {
+        object.remove("status");
+    }
+}
+
+impl Row {
+    /// Resets what a client may not set on create.
+    pub fn prepare_new(&self, object: &mut Value) {
+        match &self.custom {
+            Some(_) => drop_status(self, object),
+            None => (self.prepare_create)(object),
+        }
+    }
+}
+
+/// A row without anything of its own, to be filled in by a definition.
+pub(crate) fn minimal() -> Row {
+    Row {
+        group: "",
+        version: "",
+        kind: "",
+        plural: "",
+        singular: "",
+        short_names: &[],
+        categories: &[],
+        scope: Scope::Namespaced,
+        subresources: &[],
+        aliases: &[],
+        stored: true,
+        type_name: "",
+        schema: |_| {},
+        name: names::dns_subdomain,
+        columns: &[],
+        cells: |_, _| Vec::new(),
+        defaults: nothing,
+        validate: valid,
+        selectable: &[],
+        prepare_create: nothing,
+        prepare_update: unchanged,
+        generation: false,
+        custom: None,
     }
 }

@@ -43,7 +43,7 @@ pub(crate) enum Recording {
 /// What a write of this part of an object leaves alone.
 fn untouched(row: &Row, subresource: &str) -> &'static [&'static [&'static str]] {
     match subresource {
-        "status" if matches!(row.plural, "pods" | "nodes") => {
+        "status" if row.is_core("pods") || row.is_core("nodes") => {
             &[&["spec"], &["metadata", "ownerReferences"], &["metadata", "finalizers"]]
         }
         "status" | "approval" => &[&["spec"], &["metadata"]],
@@ -53,10 +53,15 @@ fn untouched(row: &Row, subresource: &str) -> &'static [&'static [&'static str]]
 }
 
 impl Registry {
-    /// The types by which fields of a resource are told apart. Records name the stored version, whatever was written.
-    fn types(&self, row: &Row, subresource: &str) -> Result<Types<'_>> {
-        let served = self.find(row.group, row.version, row.plural).ok_or_else(ApiError::no_route)?;
-        Ok(Types { schemas: &self.schemas, ty: served.ty, without: untouched(row, subresource) })
+    /// The types by which fields of a resource are told apart. Records of a built-in kind name the stored version, whatever
+    /// was written; those of a custom one the version that was written.
+    fn types<'a>(&'a self, row: &'a Row, subresource: &str) -> Result<Types<'a>> {
+        let without = untouched(row, subresource);
+        if let Some(version) = &row.custom {
+            return Ok(Types { schemas: &version.schemas, ty: version.ty, without });
+        }
+        let ty = row.ty(&self.schemas).ok_or_else(ApiError::no_route)?;
+        Ok(Types { schemas: &self.schemas, ty, without })
     }
 }
 
@@ -157,7 +162,12 @@ impl Server {
         if !config["metadata"]["managedFields"].is_null() {
             return Err(ApiError::bad_request("metadata.managedFields must be nil"));
         }
-        let unknown = conform(&self.registry.schemas, context.served.ty, &mut config.clone())
+        let mut looked_at = config.clone();
+        let unknown = match &context.row.custom {
+            Some(version) => version.conform(&mut looked_at),
+            None => conform(&self.registry.schemas, context.served.ty, &mut looked_at),
+        };
+        let unknown = unknown
             .map_err(|e| ApiError::bad_request(format!("failed to create typed patch object {about}: {e}")))?;
         // What is not declared cannot be merged: nobody knows what it consists of.
         if let Some(path) = unknown.first() {

@@ -144,7 +144,7 @@ impl Server {
                 ..Default::default()
             },
             row: row.clone(),
-            served,
+            served: &served,
             query: Query::default(),
             headers: HeaderMap::new(),
             body: bytes::Bytes::new(),

@@ -7,7 +7,7 @@
 use std::{
     collections::VecDeque,
     ops::Bound,
-    sync::{Arc, OnceLock},
+    sync::{Arc, LazyLock, OnceLock},
     time::Duration,
 };
 
@@ -15,15 +15,17 @@ use arc_swap::ArcSwap;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::StreamExt;
 use imbl::OrdMap;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
+use seawall_api::Row;
 use seawall_store::{Entry, Event, ListOptions, Revision, Store};
+use serde_json::Value;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     error::{ApiError, Result, future},
     object::Object,
-    registry::{Registry, ResourceId},
+    registry::{Changed, Registry, ResourceId},
 };
 
 /// All keys of objects start with this.
@@ -53,14 +55,15 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The objects of a resource.
+    /// The objects of a resource; none if this state is older than the resource.
     pub fn of(&self, id: ResourceId) -> &Objects {
-        &self.maps[id.0]
+        static NOTHING: LazyLock<Objects> = LazyLock::new(OrdMap::new);
+        self.maps.get(id.0).unwrap_or(&NOTHING)
     }
 
     /// One object.
     pub fn get(&self, id: ResourceId, key: &str) -> Option<&Arc<Object>> {
-        self.maps[id.0].get(key)
+        self.of(id).get(key)
     }
 
     /// The objects whose key starts with `prefix` and comes after `after`, in order.
@@ -70,7 +73,7 @@ impl Snapshot {
         prefix: &'a str,
         after: Option<&str>,
     ) -> impl Iterator<Item = &'a Arc<Object>> {
-        range(&self.maps[id.0], prefix, after)
+        range(self.of(id), prefix, after)
     }
 }
 
@@ -168,8 +171,13 @@ struct Changes {
 /// The cache.
 pub struct Cache {
     registry: Arc<Registry>,
+    /// The number of CustomResourceDefinitions.
+    definitions: Option<ResourceId>,
     snapshot: ArcSwap<Snapshot>,
-    logs: Vec<Log>,
+    /// One a resource; more are added when there are more, none goes.
+    logs: ArcSwap<Vec<Arc<Log>>>,
+    /// What no resource claims: objects of a definition that is not there yet, or not any more. The writer's alone.
+    strays: Mutex<OrdMap<Arc<str>, Entry>>,
     revision: watch::Sender<Revision>,
 }
 
@@ -177,15 +185,14 @@ impl Cache {
     /// Reads everything from the store and keeps following it until `stop`.
     pub async fn start(registry: Arc<Registry>, store: Arc<dyn Store>, stop: CancellationToken) -> Result<Arc<Cache>> {
         let newest = store.revision().await.map_err(ApiError::store)?;
-        let (revision, maps) = load_history(&registry, &*store, newest).await?;
-        let log = || Log {
-            changes: RwLock::new(Changes { ring: VecDeque::new(), bytes: 0, complete_after: revision }),
-            wake: watch::Sender::new(revision),
-        };
+        let definitions = registry.by_name("apiextensions.k8s.io", "customresourcedefinitions").map(|(id, _)| id);
+        let (revision, Loaded { maps, strays }) = load_history(&registry, &*store, newest).await?;
         let cache = Arc::new(Cache {
-            logs: (0..registry.len()).map(|_| log()).collect(),
+            logs: ArcSwap::from_pointee((0..registry.len()).map(|_| Arc::new(Log::new(revision))).collect()),
             registry,
+            definitions,
             snapshot: ArcSwap::from_pointee(Snapshot { revision, maps }),
+            strays: Mutex::new(strays),
             revision: watch::Sender::new(revision),
         });
         let writer = cache.clone();
@@ -217,12 +224,31 @@ impl Cache {
 
     /// Follows a resource from a revision on.
     pub fn subscribe(self: &Arc<Self>, id: ResourceId, after: Revision) -> Subscription {
-        Subscription { cache: self.clone(), id, after, wake: self.logs[id.0].wake.subscribe() }
+        let log = self.log_of(id);
+        Subscription { cache: self.clone(), after, wake: log.wake.subscribe(), log }
+    }
+
+    fn log_of(&self, id: ResourceId) -> Arc<Log> {
+        if let Some(log) = self.logs.load().get(id.0) {
+            return log.clone();
+        }
+        // Somebody knows of a new resource before the writer has come to make place for it.
+        self.more_logs(id.0 + 1, self.snapshot.load().revision);
+        self.logs.load()[id.0].clone()
+    }
+
+    fn more_logs(&self, count: usize, revision: Revision) {
+        self.logs.rcu(|logs| {
+            let mut logs = Vec::clone(logs);
+            let count = count.max(logs.len());
+            logs.resize_with(count, || Arc::new(Log::new(revision)));
+            logs
+        });
     }
 
     /// The oldest revision from which a watch of this resource is complete.
     pub fn oldest(&self, id: ResourceId) -> Revision {
-        self.logs[id.0].changes.read().complete_after
+        self.log_of(id).changes.read().complete_after
     }
 
     async fn follow(&self, store: Arc<dyn Store>) {
@@ -232,7 +258,7 @@ impl Cache {
                 // Usually it goes on where it broke. Only if that is forgotten, what was missed is found by a fresh list.
                 if matches!(error, seawall_store::Error::Compacted { .. } | seawall_store::Error::Future { .. }) {
                     match load(&self.registry, &*store).await {
-                        Ok((revision, maps)) => self.catch_up(revision, maps),
+                        Ok((revision, loaded)) => self.catch_up(revision, loaded),
                         Err(error) => tracing::warn!(%error, "cannot list the store"),
                     }
                 }
@@ -255,11 +281,15 @@ impl Cache {
         let mut next = Snapshot::clone(&self.snapshot.load());
         let mut touched: Vec<ResourceId> = Vec::new();
         for event in events {
-            let Some(id) = self.registry.by_key(event.key()) else { continue };
+            let found = self.registry.by_key(event.key()).and_then(|id| Some((id, self.registry.row(id)?)));
+            let Some((id, row)) = found else {
+                self.stray(event);
+                continue;
+            };
             let revision = event.revision();
             let map = &mut next.maps[id.0];
             let (old, new) = match event {
-                Event::Put(entry) => match Object::read(self.registry.row(id), &entry) {
+                Event::Put(entry) => match Object::read(&row, &entry) {
                     Ok(object) => {
                         let object = Arc::new(object);
                         (map.insert(object.key.clone(), object.clone()), Some(object))
@@ -274,6 +304,10 @@ impl Cache {
                     None => continue,
                 },
             };
+            if Some(id) == self.definitions {
+                // Before the events of its objects.
+                self.define(new.as_deref().or(old.as_deref()), new.is_some(), &mut next, revision);
+            }
             self.log(id, Change { revision, old, new, encoded: Default::default() });
             if !touched.contains(&id) {
                 touched.push(id);
@@ -282,8 +316,68 @@ impl Cache {
         self.publish(next, revision, touched);
     }
 
+    /// Keeps what belongs to nobody: names of groups have a dot, which tells custom resources from other keys.
+    fn stray(&self, event: Event) {
+        match event {
+            Event::Put(entry) if may_be_custom(&entry.key) => {
+                self.strays.lock().insert(entry.key.clone(), entry);
+            }
+            Event::Put(_) => {}
+            Event::Delete { key, .. } => {
+                self.strays.lock().remove(&*key);
+            }
+        }
+    }
+
+    /// Changes the table of resources as a definition says.
+    fn define(&self, definition: Option<&Object>, there: bool, next: &mut Snapshot, revision: Revision) {
+        let Some(definition) = definition else { return };
+        let value = there.then(|| definition.value());
+        for change in self.registry.define([(definition.name(), value.as_ref())]) {
+            match change {
+                Changed::Nothing => {}
+                Changed::Gone(id) => {
+                    let mut strays = self.strays.lock();
+                    for (key, object) in std::mem::take(&mut next.maps[id.0]) {
+                        strays.insert(key, object.entry());
+                    }
+                    self.forget(id, revision);
+                }
+                Changed::New(id) | Changed::Row(id) => {
+                    let Some(row) = self.registry.row(id) else { continue };
+                    self.grow(next, revision);
+                    // Selectable fields and defaults may be others now.
+                    let map = std::mem::take(&mut next.maps[id.0]);
+                    let mut entries: Vec<Entry> = map.values().map(|object| object.entry()).collect();
+                    entries.extend(take_strays(&mut self.strays.lock(), &row.prefix()));
+                    next.maps[id.0] = entries.iter().filter_map(|entry| read(&row, entry)).collect();
+                    if change == Changed::New(id) {
+                        self.forget(id, revision);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whoever is behind in a resource that has changed as a whole lists it again.
+    fn forget(&self, id: ResourceId, revision: Revision) {
+        let log = self.log_of(id);
+        log.changes.write().clear(revision);
+        log.wake.send_replace(revision);
+    }
+
+    /// Makes place for resources that have been added.
+    fn grow(&self, next: &mut Snapshot, revision: Revision) {
+        let count = self.registry.len();
+        next.maps.resize_with(count.max(next.maps.len()), OrdMap::new);
+        if self.logs.load().len() < count {
+            self.more_logs(count, revision);
+        }
+    }
+
     fn log(&self, id: ResourceId, change: Change) {
-        let mut changes = self.logs[id.0].changes.write();
+        let log = self.log_of(id);
+        let mut changes = log.changes.write();
         changes.bytes += change.size();
         changes.ring.push_back(Arc::new(change));
         while changes.ring.len() > LOG_EVENTS || changes.bytes > LOG_BYTES {
@@ -304,36 +398,86 @@ impl Cache {
         self.snapshot.store(Arc::new(next));
         self.revision.send_replace(revision);
         for id in touched {
-            self.logs[id.0].wake.send_replace(revision);
+            self.log_of(id).wake.send_replace(revision);
         }
     }
 
     /// Brings the cache to a freshly listed state after the watch broke. The order of what happened in between is
     /// lost, so watchers that are behind are told to list again.
-    fn catch_up(&self, revision: Revision, maps: Vec<Objects>) {
+    fn catch_up(&self, revision: Revision, loaded: Loaded) {
         if revision <= self.snapshot.load().revision {
             return;
         }
-        let next = Snapshot { revision, maps };
-        for log in &self.logs {
-            let mut changes = log.changes.write();
-            changes.ring.clear();
-            changes.bytes = 0;
-            changes.complete_after = revision;
+        let mut next = Snapshot { revision, maps: loaded.maps };
+        *self.strays.lock() = loaded.strays;
+        self.grow(&mut next, revision);
+        let logs = self.logs.load();
+        for log in logs.iter() {
+            log.changes.write().clear(revision);
         }
-        let all = (0..self.logs.len()).map(ResourceId).collect();
+        let all = (0..logs.len()).map(ResourceId).collect();
         self.publish(next, revision, all);
     }
 }
 
+impl Log {
+    fn new(revision: Revision) -> Log {
+        Log {
+            changes: RwLock::new(Changes { ring: VecDeque::new(), bytes: 0, complete_after: revision }),
+            wake: watch::Sender::new(revision),
+        }
+    }
+}
+
+impl Changes {
+    fn clear(&mut self, revision: Revision) {
+        self.ring.clear();
+        self.bytes = 0;
+        self.complete_after = revision;
+    }
+}
+
+fn may_be_custom(key: &str) -> bool {
+    key.strip_prefix(PREFIX).and_then(|rest| rest.split('/').next()).is_some_and(|group| group.contains('.'))
+}
+
+fn take_strays(strays: &mut OrdMap<Arc<str>, Entry>, prefix: &str) -> Vec<Entry> {
+    let start: Bound<Arc<str>> = Bound::Included(prefix.into());
+    let own: Vec<Entry> = strays
+        .range((start, Bound::Unbounded))
+        .take_while(|(key, _)| key.starts_with(prefix))
+        .map(|(_, entry)| entry.clone())
+        .collect();
+    for entry in &own {
+        strays.remove(&entry.key);
+    }
+    own
+}
+
+fn read(row: &Row, entry: &Entry) -> Option<(Arc<str>, Arc<Object>)> {
+    match Object::read(row, entry) {
+        Ok(object) => Some((object.key.clone(), Arc::new(object))),
+        Err(error) => {
+            tracing::error!(%error, "ignored");
+            None
+        }
+    }
+}
+
+/// What a list of the store holds.
+struct Loaded {
+    maps: Vec<Objects>,
+    strays: OrdMap<Arc<str>, Entry>,
+}
+
 /// The state some time ago, so that the watch from there fills the logs.
-async fn load_history(registry: &Registry, store: &dyn Store, newest: Revision) -> Result<(Revision, Vec<Objects>)> {
+async fn load_history(registry: &Registry, store: &dyn Store, newest: Revision) -> Result<(Revision, Loaded)> {
     let mut at = Revision(newest.0.saturating_sub(HISTORY).max(1).min(newest.0));
     // Once more with the oldest revision that there is.
     for _ in 0..2 {
         match store.list(PREFIX, ListOptions { at: Some(at), ..Default::default() }).await {
             Ok(_) if at.0 == 0 => break,
-            Ok(listing) => return Ok((at, maps(registry, &listing.entries))),
+            Ok(listing) => return Ok((at, loaded(registry, &listing.entries))),
             Err(seawall_store::Error::Compacted { oldest, .. }) if oldest > at => at = oldest,
             Err(error) => {
                 tracing::debug!(%error, "the history is not read");
@@ -344,29 +488,45 @@ async fn load_history(registry: &Registry, store: &dyn Store, newest: Revision) 
     load(registry, store).await
 }
 
-async fn load(registry: &Registry, store: &dyn Store) -> Result<(Revision, Vec<Objects>)> {
+async fn load(registry: &Registry, store: &dyn Store) -> Result<(Revision, Loaded)> {
     let listing = store.list(PREFIX, ListOptions::default()).await.map_err(ApiError::store)?;
-    Ok((listing.revision, maps(registry, &listing.entries)))
+    Ok((listing.revision, loaded(registry, &listing.entries)))
 }
 
-fn maps(registry: &Registry, entries: &[Entry]) -> Vec<Objects> {
-    let mut maps: Vec<Objects> = (0..registry.len()).map(|_| OrdMap::new()).collect();
-    for entry in entries {
-        let Some(id) = registry.by_key(&entry.key) else { continue };
-        match Object::read(registry.row(id), entry) {
-            Ok(object) => {
-                maps[id.0].insert(object.key.clone(), Arc::new(object));
-            }
-            Err(error) => tracing::error!(%error, "ignored"),
+fn loaded(registry: &Registry, entries: &[Entry]) -> Loaded {
+    // Definitions first, since they say what the other keys are.
+    let mut values: Vec<(String, Option<Value>)> = Vec::new();
+    if let Some((_, row)) = registry.by_name("apiextensions.k8s.io", "customresourcedefinitions") {
+        let prefix = row.prefix();
+        let own = entries.iter().filter_map(|e| Some((e.key.strip_prefix(&*prefix)?, e)));
+        values.extend(own.map(|(name, e)| (name.to_owned(), serde_json::from_slice(&e.value).ok())));
+    }
+    for (_, row) in registry.all_rows() {
+        if let Some(version) = &row.custom
+            && !values.iter().any(|(name, _)| **name == *version.definition.name)
+        {
+            values.push((version.definition.name.to_string(), None));
         }
     }
-    maps
+    registry.define(values.iter().map(|(name, value)| (&**name, value.as_ref())));
+    let mut loaded =
+        Loaded { maps: (0..registry.len()).map(|_| OrdMap::new()).collect(), strays: OrdMap::new() };
+    for entry in entries {
+        match registry.by_key(&entry.key).and_then(|id| Some((id, registry.row(id)?))) {
+            Some((id, row)) => loaded.maps[id.0].extend(read(&row, entry)),
+            None if may_be_custom(&entry.key) => {
+                loaded.strays.insert(entry.key.clone(), entry.clone());
+            }
+            None => {}
+        }
+    }
+    loaded
 }
 
 /// A place in the log of a resource.
 pub struct Subscription {
     cache: Arc<Cache>,
-    id: ResourceId,
+    log: Arc<Log>,
     after: Revision,
     wake: watch::Receiver<Revision>,
 }
@@ -384,7 +544,7 @@ impl Subscription {
     pub fn take(&mut self, limit: usize) -> Result<Vec<Arc<Change>>> {
         // Read before the log: everything up to here is in the log.
         let newest = self.cache.snapshot.load().revision;
-        let changes = self.cache.logs[self.id.0].changes.read();
+        let changes = self.log.changes.read();
         if self.after < changes.complete_after {
             return Err(ApiError::expired(format!(
                 "too old resource version: {} ({})",

@@ -10,7 +10,7 @@ use seawall_store::{self as store, Expect, Revision};
 use serde_json::{Value, json};
 
 use crate::{
-    Context, Server,
+    Context, Server, definitions,
     encode::Body,
     error::{ApiError, Result},
     object::{Object, encode},
@@ -27,12 +27,13 @@ impl Server {
         let options = self.delete_options(context)?;
         let (object, revision, gone) = self.delete_object(context, context.name()?, &options).await?;
         // What is gone is answered with a Status, what is still going with the object.
-        if gone && context.row.plural != "pods" && context.row.plural != "namespaces" {
+        if gone && !context.row.is_core("pods") && !context.row.is_core("namespaces") {
             let details = json!({"name": name_of(&object), "group": context.row.group, "kind": context.row.plural, "uid": object["metadata"]["uid"]});
             let status =
                 json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
             return Ok(crate::encode::value(StatusCode::OK, &status, context.form.yaml));
         }
+        let object = self.presented(&context.row, object).await?;
         self.answer(context, object, revision, StatusCode::OK)
     }
 
@@ -59,6 +60,7 @@ impl Server {
                 Err(error) => return Err(error),
             }
         }
+        let picked = self.in_version(row, picked).await?;
         Ok(context.encoder()?.list(picked, json!({"resourceVersion": revision.to_string()})))
     }
 
@@ -192,7 +194,7 @@ pub(crate) fn is_finished(row: &Row, object: &Value) -> bool {
 /// Marks an object as being deleted. Says whether it can go at once.
 fn begin_deletion(row: &Row, mut object: Value, options: &DeleteOptions, now: Timestamp) -> (Value, bool) {
     meta(&mut object).remove("resourceVersion");
-    let pod = row.plural == "pods";
+    let pod = row.is_core("pods");
     let grace = match pod {
         false => 0,
         true => {
@@ -230,6 +232,9 @@ fn begin_deletion(row: &Row, mut object: Value, options: &DeleteOptions, now: Ti
             let generation = meta.get("generation").and_then(Value::as_i64).unwrap_or_default() + 1;
             meta.insert("generation".into(), generation.into());
         }
+    }
+    if !deleting && row.plural == "customresourcedefinitions" && row.group == "apiextensions.k8s.io" {
+        definitions::begin_deletion(&mut object, now);
     }
     if row.plural == "namespaces" && row.group.is_empty() {
         object["status"]["phase"] = "Terminating".into();

@@ -1,7 +1,7 @@
 //! Discovery: what is served, in the old form (a document a group) and the aggregated one (KEP-3352).
 
 use http::{HeaderMap, Response, StatusCode, header};
-use seawall_api::{Row, Scope};
+use seawall_api::{Row, Scope, custom::names};
 use serde_json::{Value, json};
 
 use crate::{
@@ -59,7 +59,7 @@ impl Server {
         let mut versions: Vec<&'static str> =
             self.registry.group_versions().into_iter().filter(|(g, _)| *g == group).map(|(_, v)| v).collect();
         // Newer stable versions are preferred.
-        versions.sort_by_key(|v| std::cmp::Reverse(*v));
+        versions.sort_by_key(|v| std::cmp::Reverse(names::priority(v)));
         versions
     }
 
@@ -78,7 +78,8 @@ impl Server {
             return Err(ApiError::no_route());
         }
         let mut resources = Vec::new();
-        for (served, row) in served {
+        for served in &served {
+            let row = &served.row;
             let namespaced = row.scope == Scope::Namespaced;
             let mut entry = json!({"name": row.plural, "singularName": row.singular, "namespaced": namespaced,
                 "kind": row.kind, "verbs": verbs(row)});
@@ -116,7 +117,7 @@ impl Server {
                 .iter()
                 .map(|version| {
                     let resources: Vec<Value> =
-                        self.registry.served_in(name, version).into_iter().map(|(s, row)| aggregated(row, s)).collect();
+                        self.registry.served_in(name, version).iter().map(|s| aggregated(&s.row, s)).collect();
                     json!({"version": version, "freshness": "Current", "resources": resources})
                 })
                 .collect();

@@ -192,7 +192,7 @@ impl Encoder<'_> {
             Shape::Full if !self.form.yaml && self.served.alias.is_none() => self.stream(objects, &meta),
             Shape::Full => {
                 let items: Vec<Value> = objects.iter().map(|o| self.convert(o.value())).collect();
-                let list = json!({"kind": format!("{}List", self.row.kind), "apiVersion": self.served.api_version(), "metadata": meta, "items": items});
+                let list = json!({"kind": self.row.list_kind(), "apiVersion": self.served.api_version(), "metadata": meta, "items": items});
                 value(StatusCode::OK, &list, self.form.yaml)
             }
             Shape::Metadata => {
@@ -210,10 +210,16 @@ impl Encoder<'_> {
     fn stream(&self, objects: Vec<Arc<Object>>, meta: &Value) -> Response<Body> {
         const SLICE: usize = 128 << 10;
         let mut out = BytesMut::with_capacity(SLICE + (8 << 10));
-        let kind = self.row.kind;
+        let kind = self.row.list_kind();
+        // Lists of custom resources, unlike others, say of each item what it is.
+        let custom = self.row.custom.is_some();
+        let put = move |object: &Object, out: &mut BytesMut| match custom {
+            true => object.write(object.revision, out),
+            false => object.write_item(out),
+        };
         out.put_slice(
             format!(
-                "{{\"kind\":\"{kind}List\",\"apiVersion\":\"{}\",\"metadata\":{meta},\"items\":[",
+                "{{\"kind\":\"{kind}\",\"apiVersion\":\"{}\",\"metadata\":{meta},\"items\":[",
                 self.served.api_version()
             )
             .as_bytes(),
@@ -224,7 +230,7 @@ impl Encoder<'_> {
                 if index > 0 {
                     out.put_u8(b',');
                 }
-                object.write_item(&mut out);
+                put(object, &mut out);
             }
             out.put_slice(b"]}\n");
             return json_bytes(StatusCode::OK, out.freeze());
@@ -240,7 +246,7 @@ impl Encoder<'_> {
                     if next > 0 {
                         out.put_u8(b',');
                     }
-                    objects[next].write_item(&mut out);
+                    put(&objects[next], &mut out);
                     next += 1;
                 }
                 if next == objects.len() {
@@ -317,6 +323,17 @@ impl Encoder<'_> {
         let name = self.named_first().then(|| {
             json!({"name": "Name", "type": "string", "format": "name", "priority": 0, "description": "The name, unique within a namespace."})
         });
+        if let Some(version) = &self.row.custom {
+            let own = version.columns.iter().map(|c| {
+                let (ty, format) = if c.ty == "date" { ("string", "") } else { (&*c.ty, &*c.format) };
+                let description = match &*c.description {
+                    "" => format!("Custom resource definition column (in JSONPath format): {}", c.source),
+                    text => text.to_owned(),
+                };
+                json!({"name": c.name, "type": ty, "format": format, "priority": c.priority, "description": description})
+            });
+            return name.into_iter().chain(own).collect();
+        }
         let rest = self.row.columns.iter().map(|c| {
             // An age is computed here, so that it is a text and not a date.
             let ty = if c.ty == "date" { "string" } else { c.ty };
@@ -333,7 +350,7 @@ impl Encoder<'_> {
     fn table_row(&self, object: Value) -> Value {
         let mut cells: Vec<Value> =
             self.named_first().then(|| object["metadata"]["name"].clone()).into_iter().collect();
-        cells.extend((self.row.cells)(&object, self.now));
+        cells.extend(self.row.row_cells(&object, self.now));
         let carried = match self.include {
             Include::Nothing => Value::Null,
             Include::Metadata => metadata(&object),

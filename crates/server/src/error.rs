@@ -185,6 +185,11 @@ impl ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", format!("Internal error occurred: {what}"))
     }
 
+    /// 500, with a reason that the client is told: it is about what the client has set up.
+    pub fn internal_to_client(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", message)
+    }
+
     /// 502: what the server asked on the client's behalf did not answer.
     pub fn bad_gateway(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::BAD_GATEWAY, "ServiceUnavailable", message)

@@ -10,6 +10,8 @@ pub mod auth;
 mod bootstrap;
 mod cache;
 mod consistent;
+mod convert;
+mod definitions;
 mod delete;
 mod discovery;
 mod encode;
@@ -31,6 +33,7 @@ pub mod serve;
 mod subresource;
 pub mod tls;
 mod watch;
+mod webhook;
 mod write;
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
@@ -237,6 +240,7 @@ impl Server {
             .map_err(|e| StartError::Store { what: "the first objects cannot be written", message: e.message })?;
         tokio::spawn(expire::events(server.clone()));
         tokio::spawn(presence::keep(server.clone()));
+        tokio::spawn(definitions::keep(server.clone()));
         let repair = server.clone();
         tokio::spawn(async move {
             if let Err(error) = repair.repair_allocations(REQUEST_TIMEOUT + REQUEST_TIMEOUT / 6).await {
@@ -330,9 +334,8 @@ impl Server {
         if let Err(why) = self.authorizer.authorize(&user, &attributes) {
             return Err(denied(&user, &attributes, &why));
         }
-        let served =
-            self.registry.find(&target.group, &target.version, &target.resource).ok_or_else(ApiError::no_route)?;
-        let row = self.registry.row(served.id).clone();
+        let served = self.served(&target).await?;
+        let row = served.row.clone();
         if let Some(sub) = &target.subresource
             && row.has(seawall_api::Subresource::Exec)
             && matches!(sub.as_str(), "exec" | "attach" | "portforward")
@@ -345,7 +348,7 @@ impl Server {
             user,
             path: target,
             row,
-            served,
+            served: &served,
             query,
             headers: std::mem::take(&mut parts.headers),
             body,
@@ -357,6 +360,9 @@ impl Server {
         let fence = self.fence(&context.headers)?;
         let form = encode::negotiate(&context.headers)?;
         let context = Context { form, fence, ..context };
+        if let Some(warning) = context.row.custom.as_ref().and_then(|version| version.deprecation.clone()) {
+            context.warn(vec![warning]);
+        }
         let answer = self.dispatch(&context, verb, &parts.method);
         let mut response = match verb == "watch" || context.path.subresource.as_deref() == Some("log") {
             true => answer.await?,
@@ -371,6 +377,18 @@ impl Server {
             }
         }
         Ok(response)
+    }
+
+    /// The resource that a path names. One that another server has made known a moment ago is known here as well.
+    async fn served(&self, path: &ResourcePath) -> Result<Arc<Served>> {
+        let find = || self.registry.find(&path.group, &path.version, &path.resource);
+        if let Some(served) = find() {
+            return Ok(served);
+        }
+        if self.config.shared_store && path.group.contains('.') {
+            self.consistent().await?;
+        }
+        find().ok_or_else(ApiError::no_route)
     }
 
     async fn dispatch(self: &Arc<Self>, context: &Context<'_>, verb: &str, method: &Method) -> Result<Response<Body>> {

@@ -173,7 +173,7 @@ impl Server {
     /// `/metrics`.
     pub(crate) fn metrics_text(&self) -> Response<Body> {
         let snapshot = self.cache.snapshot();
-        for (id, row) in self.registry.rows().filter(|(_, row)| row.stored) {
+        for (id, row) in self.registry.all_rows().into_iter().filter(|(_, row)| row.stored) {
             let labels = ObjectLabels { resource: row.qualified() };
             self.metrics.objects.get_or_create(&labels).set(snapshot.of(id).len() as i64);
         }

@@ -22,6 +22,8 @@ pub struct Object {
     pub key: Arc<str>,
     /// The JSON without `resourceVersion`.
     pub bytes: Bytes,
+    /// What the store holds. It differs where a custom resource has got defaults since the object was written.
+    stored: Bytes,
     /// The revision of the last write.
     pub revision: Revision,
     /// Where `"metadata"` starts.
@@ -87,28 +89,65 @@ impl Object {
     /// Reads what the store holds.
     pub fn read(row: &Row, entry: &Entry) -> Result<Object, Malformed> {
         let malformed = |reason: String| Malformed { key: entry.key.clone(), reason };
-        let (labels, fields) = if row.selectable.is_empty() {
+        let mut bytes = entry.value.clone();
+        let custom = row.custom.as_ref().filter(|version| version.has_defaults());
+        let (labels, fields) = if row.selectable.is_empty() && custom.is_none() {
             let partial: Partial = serde_json::from_slice(&entry.value).map_err(|e| malformed(e.to_string()))?;
             (partial.metadata.labels.into_iter().collect(), Box::default())
         } else {
-            let value: Value = serde_json::from_slice(&entry.value).map_err(|e| malformed(e.to_string()))?;
+            let mut value: Value = serde_json::from_slice(&entry.value).map_err(|e| malformed(e.to_string()))?;
+            if let Some(custom) = custom
+                && value["apiVersion"] == row.api_version()
+            {
+                // https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#defaulting
+                let before = value.clone();
+                custom.default(&mut value);
+                if value != before {
+                    bytes = encode(&value);
+                }
+            }
             let labels = value["metadata"]["labels"].as_object().into_iter().flatten();
             let labels = labels.map(|(k, v)| (k.as_str().into(), v.as_str().unwrap_or_default().into())).collect();
             (labels, row.selectable.iter().map(|path| field_text(&value, path)).collect())
         };
         let mark = b"\"metadata\":{";
         // The two fields before hold no quotes or braces, so the first match is the metadata.
-        let window = &entry.value[..entry.value.len().min(512)];
+        let window = &bytes[..bytes.len().min(512)];
         let meta = window.windows(mark.len()).position(|w| w == mark).ok_or_else(|| malformed("no metadata".into()))?;
         Ok(Object {
             key: entry.key.clone(),
-            bytes: entry.value.clone(),
+            bytes,
+            stored: entry.value.clone(),
             revision: entry.revision,
             meta: meta as u32,
             head: (meta + mark.len()) as u32,
             labels,
             fields,
         })
+    }
+
+    /// The bytes in the store.
+    pub fn stored(&self) -> &Bytes {
+        &self.stored
+    }
+
+    /// As the store has it.
+    pub fn entry(&self) -> Entry {
+        Entry { key: self.key.clone(), value: self.stored.clone(), revision: self.revision, created: self.revision }
+    }
+
+    /// The same object in another form.
+    pub fn with(&self, row: &Row, value: &Value) -> Result<Object, Malformed> {
+        let entry = Entry { value: encode(value), ..self.entry() };
+        Ok(Object { stored: self.stored.clone(), ..Object::read(row, &entry)? })
+    }
+
+    /// `apiVersion`, which stands first.
+    pub fn api_version(&self) -> &str {
+        const START: &[u8] = b"{\"apiVersion\":\"";
+        let rest = self.bytes.strip_prefix(START).unwrap_or_default();
+        let end = rest.iter().position(|b| *b == b'"').unwrap_or_default();
+        std::str::from_utf8(&rest[..end]).unwrap_or_default()
     }
 
     /// The last part of the key.

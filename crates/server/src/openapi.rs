@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use parking_lot::Mutex;
-use seawall_api::{Row, Scope, row::api_version, schema::definitions};
+use seawall_api::{Row, Scope, custom::arena, row::api_version, schema::definitions};
 use serde_json::{Map, Value, json};
+use sha2::Digest as _;
 
 use crate::{
     Server,
@@ -15,9 +16,27 @@ use crate::{
     registry::{Served, roots},
 };
 
-/// Documents that have been asked for; they do not change while the process runs.
+/// Documents that have been asked for; they change with the custom resources.
 #[derive(Default)]
-pub struct Documents(Mutex<HashMap<String, Bytes>>);
+pub struct Documents(Mutex<(u64, HashMap<String, Bytes>)>);
+
+impl Documents {
+    /// A document of this state of the table.
+    fn find(&self, generation: u64, path: &str) -> Option<Bytes> {
+        let documents = self.0.lock();
+        if documents.0 == generation { documents.1.get(path).cloned() } else { None }
+    }
+
+    fn keep(&self, generation: u64, path: &str, bytes: Bytes) {
+        let mut documents = self.0.lock();
+        if documents.0 < generation {
+            *documents = (generation, HashMap::new());
+        }
+        if documents.0 == generation {
+            documents.1.insert(path.to_owned(), bytes);
+        }
+    }
+}
 
 impl Server {
     /// `/openapi/v2`, `/openapi/v3` and what is below.
@@ -26,8 +45,9 @@ impl Server {
         if path == "/openapi/v2" && accept.contains("proto-openapi") && !accept.contains("json") {
             return Ok(self.version_2_protobuf());
         }
-        if let Some(bytes) = self.openapi.0.lock().get(path) {
-            return Ok(json_bytes(StatusCode::OK, bytes.clone()));
+        let generation = self.registry.custom().generation;
+        if let Some(bytes) = self.openapi.find(generation, path) {
+            return Ok(json_bytes(StatusCode::OK, bytes));
         }
         let document = match path.trim_start_matches("/openapi/") {
             "v2" => {
@@ -42,7 +62,7 @@ impl Server {
                         "" => format!("api/{version}"),
                         _ => format!("apis/{group}/{version}"),
                     };
-                    let url = format!("/openapi/v3/{name}?hash={}", self.config.version);
+                    let url = format!("/openapi/v3/{name}?hash={}", self.hash(group, version));
                     (name, json!({"serverRelativeURL": url}))
                 };
                 let paths: Map<String, Value> = self.registry.group_versions().into_iter().map(entry).collect();
@@ -58,7 +78,7 @@ impl Server {
             }
         };
         let bytes = Bytes::from(document.to_string());
-        self.openapi.0.lock().insert(path.to_owned(), bytes.clone());
+        self.openapi.keep(generation, path, bytes.clone());
         let mut response = json_bytes(StatusCode::OK, bytes);
         response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public"));
         Ok(response)
@@ -68,14 +88,43 @@ impl Server {
         let rows: Vec<_> = self.registry.rows().map(|(_, row)| row.clone()).collect();
         let mut all = definitions(roots(&rows), prefix);
         for (group, version) in self.registry.group_versions() {
-            for (served, row) in self.registry.served_in(group, version) {
-                let name = &self.registry.schemas.get(served.ty).name;
-                if let Some(schema) = all.get_mut(&**name) {
-                    schema["x-kubernetes-group-version-kind"] = json!([gvk(row, served)]);
+            for served in self.registry.served_in(group, version) {
+                let row = &served.row;
+                if let Some(custom) = &row.custom {
+                    all.insert(row.type_name.to_owned(), arena::openapi(&custom.source, prefix));
+                    all.insert(list_name(row), list_of(row, prefix));
+                }
+                if let Some(schema) = all.get_mut(&*self.type_name(&served)) {
+                    schema["x-kubernetes-group-version-kind"] = json!([gvk(row, &served)]);
                 }
             }
         }
         all
+    }
+
+    fn type_name(&self, served: &Served) -> String {
+        match &served.row.custom {
+            Some(_) => served.row.type_name.to_owned(),
+            None => self.registry.schemas.get(served.ty).name.to_string(),
+        }
+    }
+
+    /// Stands in the address of a document, so that nobody keeps one that has changed.
+    fn hash(&self, group: &str, version: &str) -> String {
+        let mut digest = sha2::Sha256::new();
+        digest.update(&self.config.version);
+        let mut custom = false;
+        for served in self.registry.served_in(group, version) {
+            if let Some(version) = &served.row.custom {
+                custom = true;
+                digest.update(served.row.plural);
+                digest.update(version.definition.source.to_string());
+            }
+        }
+        if !custom {
+            return self.config.version.clone();
+        }
+        digest.finalize().iter().map(|byte| format!("{byte:02X}")).collect()
     }
 
     fn version_3(&self, group: &str, version: &str) -> Result<Value> {
@@ -86,14 +135,17 @@ impl Server {
         let all = self.definitions("#/components/schemas/");
         let mut paths = Map::new();
         let mut needed: Vec<String> = Vec::new();
-        for (served, row) in &served {
-            let name = self.registry.schemas.get(served.ty).name.to_string();
-            describe(row, served, &name, &mut paths);
+        for served in &served {
+            let name = self.type_name(served);
+            describe(&served.row, served, &name, &mut paths);
             needed.push(name);
+            if served.row.custom.is_some() {
+                needed.push(list_name(&served.row));
+            }
         }
         needed.push("io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions".into());
         needed.push("io.k8s.apimachinery.pkg.apis.meta.v1.Status".into());
-        if served.iter().any(|(_, row)| row.has(seawall_api::Subresource::Scale)) {
+        if served.iter().any(|served| served.row.has(seawall_api::Subresource::Scale)) {
             needed.push("io.k8s.api.autoscaling.v1.Scale".into());
         }
         // Only what this group and version refers to.
@@ -130,7 +182,8 @@ impl Server {
     fn version_2(&self) -> Value {
         let mut paths = Map::new();
         for (group, version) in self.registry.group_versions() {
-            for (served, row) in self.registry.served_in(group, version) {
+            for served in self.registry.served_in(group, version) {
+                let (row, served) = (&served.row, &served);
                 let kind = gvk(row, served);
                 let operation = |action: &str| json!({"operationId": format!("{action}{}{}", row.kind, served.version), "x-kubernetes-action": action, "x-kubernetes-group-version-kind": kind, "responses": {"200": {"description": "OK"}}});
                 paths.insert(url(row, served, true), json!({"get": operation("get"), "patch": operation("patch")}));
@@ -139,6 +192,19 @@ impl Server {
         json!({"swagger": "2.0", "info": {"title": "Kubernetes", "version": self.config.version},
             "paths": paths, "definitions": self.definitions("#/definitions/")})
     }
+}
+
+fn list_name(row: &Row) -> String {
+    let base = row.type_name.rsplit_once('.').map_or("", |(base, _)| base);
+    format!("{base}.{}", row.list_kind())
+}
+
+fn list_of(row: &Row, prefix: &str) -> Value {
+    json!({"type": "object", "description": format!("{} is a list of {}", row.list_kind(), row.kind), "required": ["items"],
+        "properties": {"apiVersion": {"type": "string"}, "kind": {"type": "string"},
+            "metadata": {"$ref": format!("{prefix}io.k8s.apimachinery.pkg.apis.meta.v1.ListMeta")},
+            "items": {"type": "array", "items": {"$ref": format!("{prefix}{}", row.type_name)}}},
+        "x-kubernetes-group-version-kind": [{"group": row.group, "version": row.version, "kind": row.list_kind()}]})
 }
 
 fn gvk(row: &Row, served: &Served) -> Value {
@@ -187,7 +253,11 @@ fn describe(row: &Row, served: &Served, ty: &str, paths: &mut Map<String, Value>
             "x-kubernetes-action": action, "x-kubernetes-group-version-kind": kind, "responses": answer});
         if matches!(action, "post" | "put" | "patch") {
             out["parameters"] = write.clone();
-            let media = if action == "patch" { "application/strategic-merge-patch+json" } else { "application/json" };
+            let media = match action {
+                "patch" if row.custom.is_some() => "application/merge-patch+json",
+                "patch" => "application/strategic-merge-patch+json",
+                _ => "application/json",
+            };
             out["requestBody"] = json!({"content": {media: {"schema": schema}}});
         }
         out

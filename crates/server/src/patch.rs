@@ -66,12 +66,15 @@ impl Server {
                     Ok(())
                 }))
             }
-            STRATEGIC => {
+            STRATEGIC if context.row.custom.is_none() => {
                 let (patch, server) = (object("strategic merge")?, self.clone());
                 Ok(Box::new(move |object| {
                     patch::strategic(&server.registry.schemas, ty, object, patch.clone())
                         .map_err(|e| ApiError::bad_request(e.to_string()))
                 }))
+            }
+            other if context.row.custom.is_some() => {
+                Err(ApiError::unsupported_media_type(other, &[JSON, MERGE, apply::APPLY]))
             }
             other => Err(ApiError::unsupported_media_type(other, &[JSON, MERGE, STRATEGIC, apply::APPLY])),
         }

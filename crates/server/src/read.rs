@@ -120,8 +120,10 @@ impl Server {
             None => self.consistent().await?,
         };
         let object = snapshot.get(context.served.id, &row.key(context.namespace(), name));
-        let object = object.ok_or_else(|| ApiError::not_found(row, name))?;
-        Ok(context.encoder()?.object(object, StatusCode::OK))
+        let object = object.ok_or_else(|| ApiError::not_found(row, name))?.clone();
+        drop(snapshot);
+        let object = self.one_in_version(row, object).await?;
+        Ok(context.encoder()?.object(&object, StatusCode::OK))
     }
 
     /// LIST (<https://kubernetes.io/docs/reference/using-api/api-concepts/#semantics-for-get-and-list>).
@@ -197,6 +199,7 @@ impl Server {
                 meta["remainingItemCount"] = left.into();
             }
         }
+        let found = self.in_version(row, found).await?;
         Ok(context.encoder()?.list(found, meta))
     }
 

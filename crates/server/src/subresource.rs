@@ -29,6 +29,37 @@ const TOKEN_MAX: i64 = 48 * 3600;
 /// The shortest (upstream's `--service-account-max-token-expiration` lower bound).
 const TOKEN_MIN: i64 = 600;
 
+/// The value at a path of fields.
+fn value_at<'v>(value: &'v Value, path: &[String]) -> &'v Value {
+    path.iter().fold(value, |value, field| &value[field])
+}
+
+fn set_at(value: &mut Value, path: &[String], new: Value) {
+    let mut at = value;
+    for field in path {
+        if !at.is_object() {
+            *at = json!({});
+        }
+        at = &mut at[field];
+    }
+    *at = new;
+}
+
+/// A custom resource as a Scale
+/// (<https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#scale-subresource>).
+fn scale_of(scale: &seawall_api::custom::Scale, object: &Value, revision: Revision) -> Value {
+    let number = |path: &[String]| value_at(object, path).as_i64().unwrap_or_default();
+    let meta = &object["metadata"];
+    let mut status = json!({"replicas": number(&scale.status)});
+    if let Some(selector) = scale.selector.as_ref().and_then(|path| value_at(object, path).as_str()) {
+        status["selector"] = selector.into();
+    }
+    json!({"kind": "Scale", "apiVersion": "autoscaling/v1",
+        "metadata": {"name": meta["name"], "namespace": meta["namespace"], "uid": meta["uid"],
+            "resourceVersion": revision.to_string(), "creationTimestamp": meta["creationTimestamp"]},
+        "spec": {"replicas": number(&scale.spec)}, "status": status})
+}
+
 impl Server {
     /// Routes to a special verb.
     pub(crate) async fn subresource(
@@ -63,7 +94,12 @@ impl Server {
 
     /// `/scale` as an `autoscaling/v1` Scale.
     async fn scale(self: &Arc<Self>, context: &Context<'_>, method: &Method) -> Result<Response<Body>> {
+        let custom = context.row.custom.as_ref().and_then(|version| version.scale.clone());
+        let replicas_at = custom.as_ref().map_or_else(|| vec!["spec".into(), "replicas".into()], |scale| scale.spec.clone());
         let form = |object: Value, revision: Revision| -> Value {
+            if let Some(scale) = &custom {
+                return scale_of(scale, &object, revision);
+            }
             let selector = match &object["spec"]["selector"] {
                 s if s["matchLabels"].is_object() || s["matchExpressions"].is_array() => seawall_api::cell::selector(s),
                 s => seawall_api::cell::labels(s),
@@ -79,7 +115,8 @@ impl Server {
             let snapshot = self.consistent().await?;
             let name = context.name()?;
             let object = snapshot.get(context.served.id, &context.row.key(context.namespace(), name));
-            let object = object.ok_or_else(|| ApiError::not_found(&context.row, name))?;
+            let object = object.ok_or_else(|| ApiError::not_found(&context.row, name))?.clone();
+            let object = self.one_in_version(&context.row, object).await?;
             return Ok(value(StatusCode::OK, &form(object.value(), object.revision), context.form.yaml));
         }
         if *method != Method::PUT && *method != Method::PATCH {
@@ -96,8 +133,9 @@ impl Server {
             let replicas = body["spec"]["replicas"].as_i64().ok_or_else(|| {
                 ApiError::bad_request("spec.replicas: Required value: a number is what a Scale is about")
             })?;
-            let config = json!({"apiVersion": context.row.api_version(), "kind": context.row.kind,
-                "metadata": {"name": context.name()?}, "spec": {"replicas": replicas}});
+            let mut config = json!({"apiVersion": context.row.api_version(), "kind": context.row.kind,
+                "metadata": {"name": context.name()?}});
+            set_at(&mut config, &replicas_at, replicas.into());
             let (object, revision, status) = self.apply_config(&plain, &config).await?;
             return Ok(value(status, &form(object, revision), context.form.yaml));
         }
@@ -124,7 +162,7 @@ impl Server {
                 if version.is_some_and(|v| v.0 > 0 && v != current.revision) {
                     return Err(ApiError::modified(&context.row, current.name()));
                 }
-                object["spec"]["replicas"] = replicas.into();
+                set_at(&mut object, &replicas_at, replicas.into());
                 Ok(object.into())
             })
             .await?;

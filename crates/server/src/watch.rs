@@ -48,6 +48,8 @@ struct Watcher {
     /// The first event of a table names the columns.
     first: bool,
     over: bool,
+    /// Tells when there are other resources than before.
+    table: tokio::sync::watch::Receiver<u64>,
     server: Arc<Server>,
 }
 
@@ -107,6 +109,10 @@ impl Server {
             // Spread, so that watchers do not all come back at the same time.
             _ => Duration::from_secs(rand::rng().random_range(1800..3600)),
         };
+        let initial = match initial.is_empty() {
+            true => initial,
+            false => self.in_version(&row, initial.into()).await?.into(),
+        };
         let now = Instant::now();
         let watcher = Watcher {
             subscription: self.cache.subscribe(id, after),
@@ -123,6 +129,7 @@ impl Server {
             until: now + timeout,
             first: true,
             over: false,
+            table: self.registry.changes(),
             server: self.clone(),
         };
         let pieces = futures::stream::unfold(watcher, |mut watcher| async move {
@@ -153,6 +160,10 @@ impl Watcher {
             return Some(self.initial_piece());
         }
         loop {
+            // Whose definition has gone or changed is asked for anew, and then told what there is.
+            if self.row.custom.is_some() && !self.is_current() {
+                return None;
+            }
             let changes = match self.subscription.take(BATCH) {
                 Ok(changes) => changes,
                 Err(error) => {
@@ -165,7 +176,16 @@ impl Watcher {
             for change in &changes {
                 let Some(ty) = self.event_type(change) else { continue };
                 let mut first = self.first;
-                let event = self.encoder().change(ty, change, &mut first);
+                let event = match change.object(ty).filter(|object| self.server.is_foreign(&self.row, object)) {
+                    None => self.encoder().change(ty, change, &mut first),
+                    Some(object) => match self.server.one_in_version(&self.row, object.clone()).await {
+                        Ok(object) => self.encoder().event(ty, &object, change.revision, &mut first),
+                        Err(error) => {
+                            self.over = true;
+                            error_line(&error)
+                        }
+                    },
+                };
                 self.first = first;
                 // One event, the usual case, is passed on without copying.
                 match single.take() {
@@ -189,6 +209,8 @@ impl Watcher {
             let stop = self.server.stop.clone();
             tokio::select! {
                 () = self.subscription.changed() => {}
+                // The sender lives as long as the server, which `self` keeps alive.
+                _ = self.table.changed(), if self.row.custom.is_some() => {}
                 () = tokio::time::sleep_until(self.next_bookmark), if self.bookmarks => {
                     self.next_bookmark = Instant::now() + BOOKMARK;
                     return Some(self.encoder().bookmark(self.subscription.revision(), false));
@@ -197,6 +219,12 @@ impl Watcher {
                 () = stop.cancelled() => return None,
             }
         }
+    }
+
+    fn is_current(&self) -> bool {
+        let table = self.server.registry.custom();
+        let now = table.version(self.row.group, self.row.version, self.row.plural);
+        now.is_some_and(|row| Arc::ptr_eq(row, &self.row))
     }
 
     fn initial_piece(&mut self) -> Bytes {

@@ -25,7 +25,7 @@ use crate::{
     delete::is_finished,
     encode::Body,
     error::{ApiError, Result},
-    object::{Object, encode},
+    object::Object,
 };
 
 /// How often a change is tried again when somebody else was faster.
@@ -97,12 +97,13 @@ impl Context<'_> {
             "application/yaml" | "application/x-yaml" => serde_yaml_ng::from_slice(&self.body)
                 .map(|v| (v, Vec::new()))
                 .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; yaml parse error: {e}"))),
-            "application/vnd.kubernetes.protobuf" => proto::decode(&server.registry.schemas, ty, &self.body)
+            "application/vnd.kubernetes.protobuf" if self.row.custom.is_none() => proto::decode(&server.registry.schemas, ty, &self.body)
                 .map(|v| (v, Vec::new()))
                 .map_err(|e| ApiError::bad_request(e.to_string())),
             other => {
                 let known = ["application/json", "application/yaml", "application/vnd.kubernetes.protobuf"];
-                Err(ApiError::unsupported_media_type(other, &known))
+                let known = if self.row.custom.is_some() { &known[..2] } else { &known };
+                Err(ApiError::unsupported_media_type(other, known))
             }
         }
     }
@@ -122,7 +123,11 @@ impl Context<'_> {
                 "{found_kind} in version {found_version:?} cannot be handled as a {kind}: the API version and kind in the data ({found_version}, Kind={found_kind}) do not match the expected ones ({version}, Kind={kind})"
             )));
         }
-        let unknown = conform(&server.registry.schemas, self.served.ty, &mut value).map_err(|e| {
+        let unknown = match &self.row.custom {
+            Some(version) => version.conform(&mut value),
+            None => conform(&server.registry.schemas, self.served.ty, &mut value),
+        };
+        let unknown = unknown.map_err(|e| {
             ApiError::bad_request(format!(
                 "{kind} in version {:?} cannot be handled as a {kind}: {e}",
                 self.served.version
@@ -258,18 +263,18 @@ impl Server {
                 false => meta.remove("generation"),
             };
         }
-        (row.defaults)(&mut object);
+        row.fill_in(&mut object);
         match managed {
             Some(managed) => apply::write(&mut object, &managed),
             None => self.record(context, &mut object, None, sent.as_ref())?,
         }
         self.admit(context, Operation::Create, &mut object, None).await?;
-        (row.defaults)(&mut object);
-        (row.prepare_create)(&mut object);
+        row.fill_in(&mut object);
+        row.prepare_new(&mut object);
         let name = name_of(&object).to_owned();
         let mut errors = Errors::default();
         validate_metadata(row, &object, None, &mut errors);
-        (row.validate)(&Validation { new: &object, old: None, subresource: "" }, &mut errors);
+        row.check(&Validation { new: &object, old: None, subresource: "" }, &mut errors);
         if !errors.is_empty() {
             let shown =
                 if name.is_empty() { object["metadata"]["generateName"].as_str().unwrap_or_default() } else { &name };
@@ -282,7 +287,8 @@ impl Server {
             let taken = self.consistent().await?.get(context.served.id, &key).is_some();
             return if taken { Err(ApiError::already_exists(row, &name)) } else { Ok((object, Revision(0))) };
         }
-        match self.store.put(&key, encode(&object), Expect::Absent, context.fence.as_ref()).await {
+        let bytes = self.stored_form(row, &object).await?;
+        match self.store.put(&key, bytes, Expect::Absent, context.fence.as_ref()).await {
             Ok(revision) => {
                 self.in_force(row, revision).await;
                 Ok((object, revision))
@@ -387,6 +393,7 @@ impl Server {
             if expected.is_some_and(|e| e != current.revision) {
                 return Err(ApiError::modified(row, name));
             }
+            let current = self.one_in_version(row, current).await?;
             let new = make(&current)?;
             match self.replace(context, &key, &current, new).await {
                 Err(Replace::Raced) if expected.is_some() => return Err(ApiError::modified(row, name)),
@@ -420,7 +427,7 @@ impl Server {
         }
         let sent = meta(&mut new).remove("managedFields");
         carry_over(row, sub, &mut new, &old);
-        (row.defaults)(&mut new);
+        row.fill_in(&mut new);
         if sub.is_empty() {
             (row.prepare_update)(&mut new, &old);
         }
@@ -429,20 +436,20 @@ impl Server {
             None => self.record(context, &mut new, Some(&old), sent.as_ref())?,
         }
         self.admit(context, Operation::Update, &mut new, Some(&old)).await?;
-        if row.generation && sub.is_empty() && without_meta_and_status(&new) != without_meta_and_status(&old) {
+        if row.generation && sub.is_empty() && content(row, &new) != content(row, &old) {
             let generation = old["metadata"]["generation"].as_i64().unwrap_or_default() + 1;
             new["metadata"]["generation"] = generation.into();
         }
         let mut errors = Errors::default();
         validate_metadata(row, &new, Some(&old), &mut errors);
-        (row.validate)(&Validation { new: &new, old: Some(&old), subresource: sub }, &mut errors);
+        row.check(&Validation { new: &new, old: Some(&old), subresource: sub }, &mut errors);
         if !errors.is_empty() {
             return Err(ApiError::invalid(row, current.name(), &errors).into());
         }
         let dry = context.dry_run()?;
         let claimed = self.allocate(row, &mut new, Some(&old), dry).await?;
-        let bytes = encode(&new);
-        if bytes == current.bytes {
+        let bytes = self.stored_form(row, &new).await?;
+        if bytes == *current.stored() {
             return Ok((new, current.revision));
         }
         if dry {
@@ -516,7 +523,7 @@ fn carry_over(row: &Row, sub: &str, new: &mut Value, old: &Value) {
                 None => new["status"] = status,
             }
             // Agents mark their own objects when they write a status; elsewhere metadata is not part of it.
-            if matches!(row.plural, "pods" | "nodes") {
+            if row.is_core("pods") || row.is_core("nodes") {
                 for key in ["labels", "annotations"] {
                     if !meta[key].is_null() {
                         new["metadata"][key] = meta[key].clone();
@@ -578,11 +585,15 @@ fn drop_empty(meta: &mut Map<String, Value>) {
     }
 }
 
-fn without_meta_and_status(object: &Value) -> Value {
+/// What raises the generation when it changes: of a custom resource without `/status` everything but the metadata
+/// (<https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#status-subresource>).
+fn content(row: &Row, object: &Value) -> Value {
     let mut object = object.clone();
     if let Some(object) = object.as_object_mut() {
         object.remove("metadata");
-        object.remove("status");
+        if row.custom.is_none() || row.has(Subresource::Status) {
+            object.remove("status");
+        }
     }
     object
 }

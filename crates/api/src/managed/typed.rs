@@ -58,20 +58,12 @@ enum Form<'a> {
     Object(&'a HashMap<Box<str>, Field>),
     Map(TypeId),
     Set,
-    List(TypeId, &'a [Box<str>]),
+    List(TypeId, &'a Field),
 }
 
 /// Types to walk by.
 #[derive(Clone, Copy)]
 pub(super) struct Typed<'a>(pub(super) &'a Schemas);
-
-/// What the fields are that identify an item, where they may be left out.
-fn key_default(key: &str) -> Option<Value> {
-    match key {
-        "protocol" => Some("TCP".into()),
-        _ => None,
-    }
-}
 
 fn is_empty(value: Option<&Value>) -> bool {
     match value {
@@ -96,9 +88,10 @@ impl<'a> Typed<'a> {
             Shape::Map(item) => Form::Map(*item),
             Shape::Array(item) => match at.field {
                 Some(Field { list: ListType::Set, .. }) => Form::Set,
-                Some(Field { list: ListType::Map, keys, .. }) => Form::List(*item, keys),
+                Some(field @ Field { list: ListType::Map, .. }) => Form::List(*item, field),
                 _ => Form::Leaf,
             },
+            Shape::Free => Form::Map(at.ty),
             _ => Form::Leaf,
         }
     }
@@ -113,11 +106,11 @@ impl<'a> Typed<'a> {
     }
 
     fn element(form: &Form<'a>, index: usize, item: &Value, path: &str) -> Result<Element, TypedError> {
-        let Form::List(_, keys) = form else { return Ok(Element::value(item)) };
-        let defaults: Vec<Option<Value>> = keys.iter().map(|key| key_default(key)).collect();
+        let Form::List(_, Field { keys, key_defaults, .. }) = form else { return Ok(Element::value(item)) };
         let mut found = BTreeMap::new();
-        for (key, default) in keys.iter().zip(&defaults) {
-            match item.get(&**key).filter(|value| !value.is_null()).or(default.as_ref()) {
+        for key in keys {
+            let default = || key_defaults.iter().find(|(of, _)| of == key).map(|(_, value)| value);
+            match item.get(&**key).filter(|value| !value.is_null()).or_else(default) {
                 Some(value) => found.insert(&**key, value),
                 // One of several keys may be missing; an item without any has no name.
                 None if keys.len() > 1 => None,

@@ -6,6 +6,7 @@ mod autoscaling;
 mod certificate_signing_request;
 mod config;
 mod coordination;
+mod custom_resource_definition;
 mod daemonset;
 mod deployment;
 mod discovery;
@@ -71,7 +72,6 @@ pub fn all() -> Vec<Row> {
             flowcontrol::v1 as flow, networking::v1 as networking, node::v1::RuntimeClass, resource::v1 as resource,
             scheduling::v1::PriorityClass,
         },
-        apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
         kube_aggregator::pkg::apis::apiregistration::v1::APIService,
     };
     let review = |row: Row| Row { stored: false, ..row };
@@ -216,11 +216,7 @@ pub fn all() -> Vec<Row> {
         row::<resource::DeviceClass>(),
         with_status(row::<resource::DeviceTaintRule>()),
         with_status(row::<k8s_openapi::api::storagemigration::v1::StorageVersionMigration>()),
-        Row {
-            short_names: &["crd", "crds"],
-            categories: &["api-extensions"],
-            ..with_status(row::<CustomResourceDefinition>())
-        },
+        custom_resource_definition::row(),
         Row { categories: &["api-extensions"], ..with_status(row::<APIService>()) },
         review(row::<authentication::SelfSubjectReview>()),
         review(row::<authentication::TokenReview>()),

@@ -74,7 +74,7 @@ impl<'a> Checker<'a> {
         let schemas = self.schemas;
         let ty = schemas.get(ty);
         match (&ty.shape, &mut *value) {
-            (Shape::Any, _) | (Shape::String, Value::String(_)) | (Shape::Boolean, Value::Bool(_)) => Ok(()),
+            (Shape::Any | Shape::Free, _) | (Shape::String, Value::String(_)) | (Shape::Boolean, Value::Bool(_)) => Ok(()),
             (Shape::Object(fields), Value::Object(object)) => {
                 let owner = self.owner;
                 if !ty.name.is_empty() {
@@ -213,7 +213,7 @@ impl<'a> Checker<'a> {
             Shape::Boolean => "bool".into(),
             Shape::IntOrString => "intstr.IntOrString".into(),
             Shape::Quantity => "resource.Quantity".into(),
-            Shape::Any => "interface {}".into(),
+            Shape::Any | Shape::Free => "interface {}".into(),
         }
     }
 

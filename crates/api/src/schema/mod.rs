@@ -3,7 +3,7 @@
 //! Shapes are taken from `k8s-openapi`'s JSON Schemas once at start and kept in a compact arena. What those lack, list
 //! types, map keys and patch keys, is in `facts.txt` (facts of upstream's OpenAPI document, one line a field).
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use schemars::SchemaGenerator;
 use serde_json::{Map, Value};
@@ -46,6 +46,8 @@ pub enum Shape {
     Quantity,
     /// Anything (raw extensions, JSON schemas).
     Any,
+    /// Anything, whose objects are still told apart key by key (parts of custom resources that nobody described).
+    Free,
 }
 
 /// How a list is merged (<https://kubernetes.io/docs/reference/using-api/server-side-apply/#merge-strategy>).
@@ -78,6 +80,8 @@ pub struct Field {
     pub list: ListType,
     /// The keys that identify an item of a list of type map.
     pub keys: Vec<Box<str>>,
+    /// What those keys are where they may be left out.
+    pub key_defaults: Vec<(Box<str>, Value)>,
     /// How its object is merged, where that differs from what its type says.
     pub map: Option<MapType>,
     /// Strategic merge patch: lists are merged instead of replaced.
@@ -109,6 +113,8 @@ impl Type {
 /// All types, by number and by name.
 #[derive(Clone, Debug, Default)]
 pub struct Schemas {
+    /// Those that these add to; their numbers come first.
+    base: Option<Arc<Schemas>>,
     types: Vec<Type>,
     names: HashMap<Box<str>, TypeId>,
 }
@@ -134,14 +140,44 @@ impl Schemas {
         schemas
     }
 
+    /// Nothing of its own yet, beside what `base` has.
+    pub fn over(base: Arc<Schemas>) -> Schemas {
+        Schemas { base: Some(base), ..Default::default() }
+    }
+
+    fn len(&self) -> usize {
+        self.types.len() + self.base.as_ref().map_or(0, |base| base.len())
+    }
+
+    /// Adds a type; an empty name is none.
+    pub fn add(&mut self, name: &str, atomic: bool, shape: Shape) -> TypeId {
+        let first = self.base.as_ref().map_or(0, |base| base.len());
+        let plain = name.is_empty() && !atomic && !matches!(shape, Shape::Object(_) | Shape::Map(_) | Shape::Array(_));
+        // Scalars are shared.
+        if plain && let Some(at) = self.types.iter().position(|t| t.name.is_empty() && !t.atomic && t.shape == shape) {
+            return TypeId((first + at) as u32);
+        }
+        let id = TypeId(self.len() as u32);
+        self.types.push(Type { name: name.into(), atomic, shape });
+        if !name.is_empty() {
+            self.names.insert(name.into(), id);
+        }
+        id
+    }
+
     /// The type with this full name.
     pub fn by_name(&self, name: &str) -> Option<TypeId> {
-        self.names.get(name).copied()
+        self.names.get(name).copied().or_else(|| self.base.as_ref()?.by_name(name))
     }
 
     /// A type by number.
     pub fn get(&self, id: TypeId) -> &Type {
-        &self.types[id.0 as usize]
+        let at = id.0 as usize;
+        match &self.base {
+            Some(base) if at < base.len() => base.get(id),
+            Some(base) => &self.types[at - base.len()],
+            None => &self.types[at],
+        }
     }
 
     fn read(&mut self, name: &str, schema: &Value, facts: &Facts) -> Shape {
@@ -165,6 +201,7 @@ impl Schemas {
                     ty,
                     list: ListType::Atomic,
                     keys: vec![],
+                    key_defaults: vec![],
                     map: None,
                     merge: false,
                     retain_keys: false,
@@ -232,7 +269,12 @@ impl Fact<'_> {
                 "list" if *value == "set" => field.list = ListType::Set,
                 "map" if *value == "atomic" => field.map = Some(MapType::Atomic),
                 "map" => field.map = Some(MapType::Granular),
-                "keys" => field.keys = value.split(',').map(Into::into).collect(),
+                "keys" => {
+                    field.keys = value.split(',').map(Into::into).collect();
+                    if field.keys.iter().any(|key| &**key == "protocol") {
+                        field.key_defaults = vec![("protocol".into(), "TCP".into())];
+                    }
+                }
                 "patch" => {
                     field.merge = value.split(',').any(|s| s == "merge");
                     field.retain_keys = value.split(',').any(|s| s == "retainKeys");

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::{
     Context, Server, Tolerations,
     cache::Snapshot,
+    definitions,
     error::{ApiError, Result},
     object::Object,
     write::Operation,
@@ -34,12 +35,17 @@ impl Server {
         old: Option<&Value>,
     ) -> Result<()> {
         self.restrict_node(context, operation, object, old)?;
-        if context.row.plural == "certificatesigningrequests" {
+        if context.row.plural == "certificatesigningrequests" && context.row.custom.is_none() {
             self.admit_signing_request(context, object, old)?;
         }
         self.guard_roles(context, object, old)?;
+        definitions::rules_are_not_evaluated(context, object);
         if operation != Operation::Create {
             return Ok(());
+        }
+        if context.row.custom.as_ref().is_some_and(|version| version.definition.terminating()) {
+            // As upstream: nothing new while everything is being deleted.
+            return Err(ApiError::method_not_allowed());
         }
         self.not_enforced(context, object)?;
         if context.row.scope == Scope::Namespaced {
@@ -69,7 +75,7 @@ impl Server {
                     "admission webhooks and policies are not called by this version of Seawall; without it nothing would be checked",
                 ))
             }
-            ("apiextensions.k8s.io" | "apiregistration.k8s.io" | "flowcontrol.apiserver.k8s.io", _)
+            ("apiregistration.k8s.io" | "flowcontrol.apiserver.k8s.io", _)
             | ("", "resourcequotas" | "limitranges")
             | ("networking.k8s.io", "networkpolicies" | "ingresses")
             | ("autoscaling", _) => {
@@ -85,7 +91,7 @@ impl Server {
 
     /// Waits until what was written counts for whoever asks this server next, if it says who may do what.
     pub(crate) async fn in_force(&self, row: &Row, revision: Revision) {
-        let decides = matches!(row.group, "rbac.authorization.k8s.io" | "scheduling.k8s.io");
+        let decides = matches!(row.group, "rbac.authorization.k8s.io" | "scheduling.k8s.io" | "apiextensions.k8s.io");
         // It is stored: that it will be seen a little later is no reason to say otherwise.
         if decides && let Err(error) = self.cache.at_least(revision).await {
             tracing::debug!(error = error.message, "the cache is behind");

@@ -124,6 +124,21 @@ impl Watch {
         tokio::time::timeout(Duration::from_secs(10), wait).await.expect("an event")
     }
 
+    /// The next event, or nothing at the end of the watch.
+    pub(crate) async fn end(&mut self) -> Option<Value> {
+        let wait = async {
+            loop {
+                if let Some(end) = self.rest.iter().position(|b| *b == b'\n') {
+                    let line: Vec<u8> = self.rest.drain(..=end).collect();
+                    return Some(serde_json::from_slice(&line).unwrap());
+                }
+                let frame = self.body.frame().await?.unwrap();
+                self.rest.extend_from_slice(&frame.into_data().unwrap());
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), wait).await.expect("an event or the end")
+    }
+
     /// Type and name of the next event.
     pub(crate) async fn pair(&mut self) -> (String, String) {
         let event = self.next().await;
