@@ -26,7 +26,7 @@ use crate::{
     Context, Server, apply,
     auth::{MASTERS, UserInfo},
     delete::DeleteOptions,
-    encode::{Form, Shape},
+    encode::{Form, Media, Shape},
     error::{ApiError, Result},
     object::{Object, encode},
     registry::ResourceId,
@@ -183,7 +183,13 @@ impl Server {
             let left = self.delete_instances(name).await?;
             done = left == 0;
             if left > 0 {
-                terminating(&mut next, "True", "InstanceDeletionInProgress", "CustomResource deletion is in progress", now);
+                terminating(
+                    &mut next,
+                    "True",
+                    "InstanceDeletionInProgress",
+                    "CustomResource deletion is in progress",
+                    now,
+                );
             } else {
                 terminating(&mut next, "False", "InstanceDeletionCompleted", "removed all instances", now);
                 if let Some(list) = next["metadata"]["finalizers"].as_array_mut() {
@@ -246,10 +252,11 @@ impl Server {
                 },
                 row: served.row.clone(),
                 served: &served,
+                schemas: &self.registry.schemas,
                 query: Query::default(),
                 headers: HeaderMap::new(),
                 body: bytes::Bytes::new(),
-                form: Form { shape: Shape::Full, yaml: false },
+                form: Form { shape: Shape::Full, media: Media::Json },
                 fence: None,
                 recording: apply::Recording::OfPath,
                 warnings: Arc::default(),

@@ -93,6 +93,13 @@ pub fn event(ty: &str, object: &[u8]) -> Vec<u8> {
     out
 }
 
+/// A field that holds a message.
+pub fn field(number: u32, message: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(message.len() + 6);
+    bytes(number, message, &mut out);
+    out
+}
+
 fn varint(mut value: u64, out: &mut Vec<u8>) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
