@@ -298,7 +298,7 @@ async fn several_versions() {
     let stored = |entry: Option<seawall_store::Entry>| {
         serde_json::from_slice::<Value>(&entry.unwrap().value).unwrap()["apiVersion"].as_str().unwrap().to_owned()
     };
-    assert_eq!(stored(api.store.get(key).await.unwrap().entry), "stable.example.com/v1");
+    assert_eq!(stored(api.store.get(key).await.unwrap().0), "stable.example.com/v1");
     assert_eq!(api.get(&format!("{beta}/a")).await["apiVersion"], "stable.example.com/v1beta1");
     assert_eq!(api.get(&beta).await["items"][0]["apiVersion"], "stable.example.com/v1beta1");
     let version = api.get(TABS).await["metadata"]["resourceVersion"].as_str().unwrap().to_owned();
@@ -313,7 +313,7 @@ async fn several_versions() {
     let same = api.get(&format!("{TABS}/a")).await;
     let (code, _) = api.call(Method::PUT, &format!("{TABS}/a"), "application/json", same).await;
     assert_eq!(code, StatusCode::OK);
-    assert_eq!(stored(api.store.get(key).await.unwrap().entry), "stable.example.com/v1beta1");
+    assert_eq!(stored(api.store.get(key).await.unwrap().0), "stable.example.com/v1beta1");
     assert_eq!(api.get(&format!("{TABS}/a")).await["apiVersion"], "stable.example.com/v1");
     assert_eq!(api.get(&format!("{TABS}/b")).await["apiVersion"], "stable.example.com/v1");
     // A version in which objects are stored stays.
