@@ -167,8 +167,8 @@ impl Server {
             Some(version) => version.conform(&mut looked_at),
             None => conform(&self.registry.schemas, context.served.ty, &mut looked_at),
         };
-        let unknown = unknown
-            .map_err(|e| ApiError::bad_request(format!("failed to create typed patch object {about}: {e}")))?;
+        let unknown =
+            unknown.map_err(|e| ApiError::bad_request(format!("failed to create typed patch object {about}: {e}")))?;
         // What is not declared cannot be merged: nobody knows what it consists of.
         if let Some(path) = unknown.first() {
             let why = format!("failed to create typed patch object {about}: .{path}: field not declared in schema");

@@ -508,8 +508,7 @@ fn loaded(registry: &Registry, entries: &[Entry]) -> Loaded {
         }
     }
     registry.define(values.iter().map(|(name, value)| (&**name, value.as_ref())));
-    let mut loaded =
-        Loaded { maps: (0..registry.len()).map(|_| OrdMap::new()).collect(), strays: OrdMap::new() };
+    let mut loaded = Loaded { maps: (0..registry.len()).map(|_| OrdMap::new()).collect(), strays: OrdMap::new() };
     for entry in entries {
         match registry.by_key(&entry.key).and_then(|id| Some((id, registry.row(id)?))) {
             Some((id, row)) => loaded.maps[id.0].extend(read(&row, entry)),

@@ -40,7 +40,8 @@ impl Server {
             for (at, mut value) in places.iter().zip(converted) {
                 seawall_api::custom::prune::prune(&version.root, &mut value);
                 version.default(&mut value);
-                let object = objects[*at].with(row, &value).map_err(|e| ApiError::internal("an object was not converted", e))?;
+                let object =
+                    objects[*at].with(row, &value).map_err(|e| ApiError::internal("an object was not converted", e))?;
                 objects[*at] = Arc::new(object);
             }
         }
@@ -125,11 +126,7 @@ impl Server {
         };
         match converted.len() == values.len() {
             true => Ok(converted),
-            false => Err(format!(
-                "expected {} converted objects, got {}",
-                values.len(),
-                converted.len()
-            )),
+            false => Err(format!("expected {} converted objects, got {}", values.len(), converted.len())),
         }
     }
 }

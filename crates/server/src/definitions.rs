@@ -183,7 +183,13 @@ impl Server {
             let left = self.delete_instances(name).await?;
             done = left == 0;
             if left > 0 {
-                terminating(&mut next, "True", "InstanceDeletionInProgress", "CustomResource deletion is in progress", now);
+                terminating(
+                    &mut next,
+                    "True",
+                    "InstanceDeletionInProgress",
+                    "CustomResource deletion is in progress",
+                    now,
+                );
             } else {
                 terminating(&mut next, "False", "InstanceDeletionCompleted", "removed all instances", now);
                 if let Some(list) = next["metadata"]["finalizers"].as_array_mut() {

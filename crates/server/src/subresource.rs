@@ -95,7 +95,8 @@ impl Server {
     /// `/scale` as an `autoscaling/v1` Scale.
     async fn scale(self: &Arc<Self>, context: &Context<'_>, method: &Method) -> Result<Response<Body>> {
         let custom = context.row.custom.as_ref().and_then(|version| version.scale.clone());
-        let replicas_at = custom.as_ref().map_or_else(|| vec!["spec".into(), "replicas".into()], |scale| scale.spec.clone());
+        let replicas_at =
+            custom.as_ref().map_or_else(|| vec!["spec".into(), "replicas".into()], |scale| scale.spec.clone());
         let form = |object: Value, revision: Revision| -> Value {
             if let Some(scale) = &custom {
                 return scale_of(scale, &object, revision);

@@ -42,7 +42,9 @@ impl Server {
             .decode(bundle)
             .map_err(|_| "clientConfig.caBundle is not base64".to_owned())?;
         if authorities.is_empty() {
-            return Err("clientConfig.caBundle is empty: set it to the authority that signed the webhook's certificate".into());
+            return Err(
+                "clientConfig.caBundle is empty: set it to the authority that signed the webhook's certificate".into(),
+            );
         }
         if let Some(url) = config["url"].as_str() {
             let uri: http::Uri = url.parse().map_err(|e| format!("clientConfig.url {url:?}: {e}"))?;
@@ -84,7 +86,8 @@ impl Server {
                 if slice["metadata"]["labels"]["kubernetes.io/service-name"] != name {
                     continue;
                 }
-                let named = |p: &&Value| p["name"].as_str().unwrap_or_default() == wanted["name"].as_str().unwrap_or_default();
+                let named =
+                    |p: &&Value| p["name"].as_str().unwrap_or_default() == wanted["name"].as_str().unwrap_or_default();
                 let port = slice["ports"].as_array().into_iter().flatten().find(named).and_then(|p| p["port"].as_u64());
                 let Some(port) = port.and_then(|p| u16::try_from(p).ok()) else { continue };
                 for endpoint in slice["endpoints"].as_array().into_iter().flatten() {
@@ -100,7 +103,9 @@ impl Server {
             return Ok(ready[rand::random_range(0..ready.len())]);
         }
         let address = service["spec"]["clusterIP"].as_str().and_then(|ip| ip.parse().ok());
-        address.map(|ip| SocketAddr::new(ip, port)).ok_or_else(|| format!("no endpoints available for service {name:?}"))
+        address
+            .map(|ip| SocketAddr::new(ip, port))
+            .ok_or_else(|| format!("no endpoints available for service {name:?}"))
     }
 }
 

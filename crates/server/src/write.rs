@@ -97,9 +97,11 @@ impl Context<'_> {
             "application/yaml" | "application/x-yaml" => serde_yaml_ng::from_slice(&self.body)
                 .map(|v| (v, Vec::new()))
                 .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; yaml parse error: {e}"))),
-            "application/vnd.kubernetes.protobuf" if self.row.custom.is_none() => proto::decode(&server.registry.schemas, ty, &self.body)
-                .map(|v| (v, Vec::new()))
-                .map_err(|e| ApiError::bad_request(e.to_string())),
+            "application/vnd.kubernetes.protobuf" if self.row.custom.is_none() => {
+                proto::decode(&server.registry.schemas, ty, &self.body)
+                    .map(|v| (v, Vec::new()))
+                    .map_err(|e| ApiError::bad_request(e.to_string()))
+            }
             other => {
                 let known = ["application/json", "application/yaml", "application/vnd.kubernetes.protobuf"];
                 let known = if self.row.custom.is_some() { &known[..2] } else { &known };

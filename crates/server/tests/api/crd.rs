@@ -61,7 +61,11 @@ async fn reaches(api: &Api, path: &str, good: impl Fn(&Value) -> bool) -> Value 
 }
 
 fn has(definition: &Value, ty: &str, status: &str) -> bool {
-    definition["status"]["conditions"].as_array().into_iter().flatten().any(|c| c["type"] == ty && c["status"] == status)
+    definition["status"]["conditions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .any(|c| c["type"] == ty && c["status"] == status)
 }
 
 async fn define(api: &Api, definition: Value) -> Value {
@@ -84,7 +88,10 @@ async fn from_definition_to_end() {
     assert_eq!(created["metadata"]["generation"], 1);
     let list = api.get(TABS).await;
     assert_eq!(list["kind"], "CronTabList");
-    assert_eq!((&list["items"][0]["kind"], &list["items"][0]["apiVersion"]), (&json!("CronTab"), &json!("stable.example.com/v1")));
+    assert_eq!(
+        (&list["items"][0]["kind"], &list["items"][0]["apiVersion"]),
+        (&json!("CronTab"), &json!("stable.example.com/v1"))
+    );
 
     // A watch sees what happens, in the version that was asked for, and ends with the definition.
     let version = list["metadata"]["resourceVersion"].as_str().unwrap();
@@ -100,7 +107,10 @@ async fn from_definition_to_end() {
     let (status, going) = api.call(Method::DELETE, &path, "", Value::Null).await;
     assert_eq!(status, StatusCode::OK);
     assert_eq!(going["metadata"]["finalizers"], json!(["customresourcecleanup.apiextensions.k8s.io"]));
-    reaches(&api, &path, |d| d["status"]["conditions"].as_array().unwrap().iter().any(|c| c["reason"] == "InstanceDeletionInProgress")).await;
+    reaches(&api, &path, |d| {
+        d["status"]["conditions"].as_array().unwrap().iter().any(|c| c["reason"] == "InstanceDeletionInProgress")
+    })
+    .await;
     assert_eq!(api.fails(Method::POST, TABS, tab("c")).await.0, 405);
     let held = reaches(&api, TABS, |list| list["items"].as_array().is_some_and(|items| items.len() == 1)).await;
     assert!(held["items"][0]["metadata"]["deletionTimestamp"].is_string());
@@ -200,25 +210,49 @@ async fn patches_status_and_scale() {
     first["status"] = json!({"replicas": 7});
     let created = api.create(TABS, first).await;
     assert_eq!(created.get("status"), None);
-    let (_, patched) = api.call(Method::PATCH, &path, MERGE, json!({"metadata": {"labels": {"a": "b"}}, "status": {"replicas": 9}})).await;
+    let (_, patched) = api
+        .call(Method::PATCH, &path, MERGE, json!({"metadata": {"labels": {"a": "b"}}, "status": {"replicas": 9}}))
+        .await;
     assert_eq!((&patched["metadata"]["generation"], patched.get("status")), (&json!(1), None));
     let (_, patched) = api.call(Method::PATCH, &path, MERGE, json!({"spec": {"replicas": 3}})).await;
     assert_eq!(patched["metadata"]["generation"], 2);
     let status = json!({"status": {"replicas": 2, "selector": "app=a"}, "spec": {"replicas": 9}});
     let (_, patched) = api.call(Method::PATCH, &format!("{path}/status"), MERGE, status).await;
-    assert_eq!((&patched["metadata"]["generation"], &patched["spec"]["replicas"], &patched["status"]["replicas"]), (&json!(2), &json!(3), &json!(2)));
+    assert_eq!(
+        (&patched["metadata"]["generation"], &patched["spec"]["replicas"], &patched["status"]["replicas"]),
+        (&json!(2), &json!(3), &json!(2))
+    );
     let scale = api.get(&format!("{path}/scale")).await;
-    assert_eq!((&scale["spec"]["replicas"], &scale["status"]), (&json!(3), &json!({"replicas": 2, "selector": "app=a"})));
-    let (code, scaled) = api.call(Method::PATCH, &format!("{path}/scale"), MERGE, json!({"spec": {"replicas": 5}})).await;
+    assert_eq!(
+        (&scale["spec"]["replicas"], &scale["status"]),
+        (&json!(3), &json!({"replicas": 2, "selector": "app=a"}))
+    );
+    let (code, scaled) =
+        api.call(Method::PATCH, &format!("{path}/scale"), MERGE, json!({"spec": {"replicas": 5}})).await;
     assert_eq!((code, &scaled["spec"]["replicas"]), (StatusCode::OK, &json!(5)), "{scaled}");
     assert_eq!(api.get(&path).await["spec"]["replicas"], 5);
-    let (code, refused) = api.call(Method::PATCH, &format!("{path}/scale"), MERGE, json!({"spec": {"replicas": 50}})).await;
+    let (code, refused) =
+        api.call(Method::PATCH, &format!("{path}/scale"), MERGE, json!({"spec": {"replicas": 50}})).await;
     assert_eq!(code, StatusCode::UNPROCESSABLE_ENTITY, "{refused}");
     let (code, _) = api.call(Method::PATCH, &path, "application/strategic-merge-patch+json", json!({})).await;
     assert_eq!(code, StatusCode::UNSUPPORTED_MEDIA_TYPE);
-    let (code, patched) = api.call(Method::PATCH, &path, "application/json-patch+json", json!([{"op": "replace", "path": "/spec/mode", "value": "slow"}])).await;
+    let (code, patched) = api
+        .call(
+            Method::PATCH,
+            &path,
+            "application/json-patch+json",
+            json!([{"op": "replace", "path": "/spec/mode", "value": "slow"}]),
+        )
+        .await;
     assert_eq!(code, StatusCode::UNPROCESSABLE_ENTITY, "{patched}");
-    let (code, _) = api.call(Method::PATCH, &path, "application/json-patch+json", json!([{"op": "add", "path": "/spec/mode", "value": "slow"}])).await;
+    let (code, _) = api
+        .call(
+            Method::PATCH,
+            &path,
+            "application/json-patch+json",
+            json!([{"op": "add", "path": "/spec/mode", "value": "slow"}]),
+        )
+        .await;
     assert_eq!(code, StatusCode::OK);
     // Selectors of fields and labels.
     api.create(TABS, tab("b")).await;
@@ -227,13 +261,17 @@ async fn patches_status_and_scale() {
     };
     assert_eq!(names(api.get(&format!("{TABS}?fieldSelector=spec.mode%3Dslow")).await), ["a"]);
     assert_eq!(names(api.get(&format!("{TABS}?labelSelector=a%3Db")).await), ["a"]);
-    assert_eq!(api.fails(Method::GET, &format!("{TABS}?fieldSelector=spec.image%3Dx"), Value::Null).await.2, "field label not supported: spec.image");
+    assert_eq!(
+        api.fails(Method::GET, &format!("{TABS}?fieldSelector=spec.image%3Dx"), Value::Null).await.2,
+        "field label not supported: spec.image"
+    );
     // A table has the columns of the definition.
     let accept = [("accept", "application/json;as=Table;v=v1;g=meta.k8s.io")];
     let response = api.raw(Method::GET, TABS, &accept, "").await;
     let bytes = http_body_util::BodyExt::collect(response.into_body()).await.unwrap().to_bytes();
     let table: Value = serde_json::from_slice(&bytes).unwrap();
-    let headings: Vec<&str> = table["columnDefinitions"].as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap()).collect();
+    let headings: Vec<&str> =
+        table["columnDefinitions"].as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap()).collect();
     assert_eq!(headings, ["Name", "Spec", "Replicas", "Age"]);
     assert_eq!(table["columnDefinitions"][2]["priority"], 1);
     assert_eq!(table["rows"][0]["cells"].as_array().unwrap()[..3], [json!("a"), json!("* * * * */5"), json!(5)]);
@@ -252,10 +290,12 @@ async fn applied_on_the_server() {
         config["spec"] = spec;
         api.call(Method::PATCH, &format!("{path}?fieldManager={manager}"), APPLY, config).await
     };
-    let (code, _) = apply("one", json!({"cronSpec": "* * * * *", "steps": [{"name": "x", "run": "1"}], "free": {"a": 1}})).await;
+    let (code, _) =
+        apply("one", json!({"cronSpec": "* * * * *", "steps": [{"name": "x", "run": "1"}], "free": {"a": 1}})).await;
     assert_eq!(code, StatusCode::CREATED);
     // Items are told apart by their key, parts that nobody described by theirs.
-    let (code, merged) = apply("two", json!({"cronSpec": "* * * * *", "steps": [{"name": "y", "run": "2"}], "free": {"b": 2}})).await;
+    let (code, merged) =
+        apply("two", json!({"cronSpec": "* * * * *", "steps": [{"name": "y", "run": "2"}], "free": {"b": 2}})).await;
     assert_eq!(code, StatusCode::OK, "{merged}");
     assert_eq!(merged["spec"]["steps"], json!([{"name": "x", "run": "1"}, {"name": "y", "run": "2"}]));
     assert_eq!(merged["spec"]["free"], json!({"a": 1, "b": 2}));
@@ -263,13 +303,21 @@ async fn applied_on_the_server() {
     assert_eq!(code, StatusCode::CONFLICT);
     assert!(refused["message"].as_str().unwrap().contains("conflict with \"one\": .spec.cronSpec"), "{refused}");
     let (_, less) = apply("two", json!({"cronSpec": "* * * * *"})).await;
-    assert_eq!((&less["spec"]["steps"], &less["spec"]["free"]), (&json!([{"name": "x", "run": "1"}]), &json!({"a": 1})));
+    assert_eq!(
+        (&less["spec"]["steps"], &less["spec"]["free"]),
+        (&json!([{"name": "x", "run": "1"}]), &json!({"a": 1}))
+    );
     let (code, unknown) = apply("two", json!({"cronSpec": "* * * * *", "colour": "red"})).await;
     assert_eq!(code, StatusCode::BAD_REQUEST);
     assert!(unknown["message"].as_str().unwrap().contains(".spec.colour: field not declared in schema"), "{unknown}");
     assert_eq!(less["metadata"]["managedFields"][0]["apiVersion"], "stable.example.com/v1");
     let (code, scaled) = api
-        .call(Method::PATCH, &format!("{path}/scale?fieldManager=three"), APPLY, json!({"apiVersion": "autoscaling/v1", "kind": "Scale", "spec": {"replicas": 4}}))
+        .call(
+            Method::PATCH,
+            &format!("{path}/scale?fieldManager=three"),
+            APPLY,
+            json!({"apiVersion": "autoscaling/v1", "kind": "Scale", "spec": {"replicas": 4}}),
+        )
         .await;
     assert_eq!((code, &scaled["spec"]["replicas"]), (StatusCode::OK, &json!(4)), "{scaled}");
 }
@@ -320,7 +368,10 @@ async fn several_versions() {
     let drop = json!([{"op": "remove", "path": "/spec/versions/0"}]);
     let (code, refused) = api.call(Method::PATCH, &path, "application/json-patch+json", drop).await;
     assert_eq!(code, StatusCode::UNPROCESSABLE_ENTITY);
-    assert!(refused["message"].as_str().unwrap().contains("status.storedVersions[0]: Invalid value: \"v1\""), "{refused}");
+    assert!(
+        refused["message"].as_str().unwrap().contains("status.storedVersions[0]: Invalid value: \"v1\""),
+        "{refused}"
+    );
     let groups = api.get("/apis/stable.example.com").await;
     assert_eq!(groups["preferredVersion"]["version"], "v1");
     assert_eq!(groups["versions"].as_array().unwrap().len(), 2);
@@ -356,40 +407,67 @@ async fn definitions_are_checked() {
         let message = answer["message"].as_str().unwrap();
         assert!(message.contains(expect), "{message}");
     };
-    check(&|d| d["metadata"]["name"] = "x.example.com".into(), "metadata.name: Invalid value: \"x.example.com\": must be spec.names.plural+\".\"+spec.group").await;
-    check(&|d| d["spec"]["versions"][0]["storage"] = false.into(), "must have exactly one version marked as storage version").await;
+    check(
+        &|d| d["metadata"]["name"] = "x.example.com".into(),
+        "metadata.name: Invalid value: \"x.example.com\": must be spec.names.plural+\".\"+spec.group",
+    )
+    .await;
+    check(
+        &|d| d["spec"]["versions"][0]["storage"] = false.into(),
+        "must have exactly one version marked as storage version",
+    )
+    .await;
     check(&|d| { d["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["x"] = json!({}); },
         "spec.versions[0].schema.openAPIV3Schema.properties[spec].properties[x].type: Required value: must not be empty for specified object fields").await;
     check(&|d| { d["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["image"]["default"] = json!(5); },
         "properties[image].default: Invalid value: \"integer\"").await;
     check(&|d| d["spec"]["scope"] = "World".into(), "spec.scope: Unsupported value: \"World\"").await;
-    check(&|d| { d["spec"]["group"] = "x.k8s.io".into(); d["metadata"]["name"] = "crontabs.x.k8s.io".into(); },
-        "metadata.annotations[api-approved.kubernetes.io]: Required value").await;
+    check(
+        &|d| {
+            d["spec"]["group"] = "x.k8s.io".into();
+            d["metadata"]["name"] = "crontabs.x.k8s.io".into();
+        },
+        "metadata.annotations[api-approved.kubernetes.io]: Required value",
+    )
+    .await;
     define(&api, definition()).await;
     let path = format!("{DEFINITIONS}/crontabs.stable.example.com");
     let (code, answer) = api.call(Method::PATCH, &path, MERGE, json!({"spec": {"scope": "Cluster"}})).await;
     assert_eq!(code, StatusCode::UNPROCESSABLE_ENTITY);
-    assert!(answer["message"].as_str().unwrap().contains("spec.scope: Invalid value: \"Cluster\": field is immutable"), "{answer}");
+    assert!(
+        answer["message"].as_str().unwrap().contains("spec.scope: Invalid value: \"Cluster\": field is immutable"),
+        "{answer}"
+    );
 }
 
 #[tokio::test]
 async fn discovery_and_openapi_follow_at_once() {
     let api = Api::new().await;
-    let url = |root: &Value| root["paths"]["apis/stable.example.com/v1"]["serverRelativeURL"].as_str().map(str::to_owned);
+    let url =
+        |root: &Value| root["paths"]["apis/stable.example.com/v1"]["serverRelativeURL"].as_str().map(str::to_owned);
     assert_eq!(url(&api.get("/openapi/v3").await), None);
     define(&api, definition()).await;
     let list = api.get("/apis/stable.example.com/v1").await;
     let names: Vec<&str> = list["resources"].as_array().unwrap().iter().map(|r| r["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["crontabs", "crontabs/status", "crontabs/scale"]);
-    assert_eq!((&list["resources"][0]["shortNames"], &list["resources"][0]["categories"]), (&json!(["ct"]), &json!(["all"])));
+    assert_eq!(
+        (&list["resources"][0]["shortNames"], &list["resources"][0]["categories"]),
+        (&json!(["ct"]), &json!(["all"]))
+    );
     let first = url(&api.get("/openapi/v3").await).unwrap();
     let document = api.get(first.split('?').next().unwrap()).await;
     let schema = &document["components"]["schemas"]["com.example.stable.v1.CronTab"];
-    assert_eq!(schema["x-kubernetes-group-version-kind"], json!([{"group": "stable.example.com", "version": "v1", "kind": "CronTab"}]));
+    assert_eq!(
+        schema["x-kubernetes-group-version-kind"],
+        json!([{"group": "stable.example.com", "version": "v1", "kind": "CronTab"}])
+    );
     assert_eq!(schema["properties"]["spec"]["properties"]["replicas"]["maximum"], 10);
     assert!(document["components"]["schemas"]["io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"].is_object());
     let two = api.get("/openapi/v2").await;
-    assert_eq!(two["definitions"]["com.example.stable.v1.CronTab"]["properties"]["spec"]["properties"]["port"].get("type"), None);
+    assert_eq!(
+        two["definitions"]["com.example.stable.v1.CronTab"]["properties"]["spec"]["properties"]["port"].get("type"),
+        None
+    );
     // Another schema, another address.
     let path = format!("{DEFINITIONS}/crontabs.stable.example.com");
     let change = json!([{"op": "add", "path": "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/more", "value": {"type": "string"}}]);
@@ -397,5 +475,8 @@ async fn discovery_and_openapi_follow_at_once() {
     let second = url(&api.get("/openapi/v3").await).unwrap();
     assert_ne!(first, second);
     let document = api.get(second.split('?').next().unwrap()).await;
-    assert!(document["components"]["schemas"]["com.example.stable.v1.CronTab"]["properties"]["spec"]["properties"]["more"].is_object());
+    assert!(
+        document["components"]["schemas"]["com.example.stable.v1.CronTab"]["properties"]["spec"]["properties"]["more"]
+            .is_object()
+    );
 }
