@@ -34,6 +34,8 @@ packages=(
     protobuf-compiler=protoc
     python3-venv=/usr/lib/python3.11/ensurepip/__init__.py
 )
+# What only the tests need: etcd's own tool, which has to read the snapshots that Seawall takes.
+[ $tests = no ] || packages=(etcd-client=etcdctl "${packages[@]}")
 rust_needed="$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)"
 
 there() {

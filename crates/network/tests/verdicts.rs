@@ -276,6 +276,51 @@ fn a_dead_machine_is_left_at_once() {
     });
 }
 
+/// A machine is cut off from this one alone: nobody calls it dead, and what the API says in the end has to do.
+#[test]
+fn a_connection_that_nobody_answers_is_led_elsewhere() {
+    let net = std::sync::Arc::new(Net::new());
+    net.echo("pod1");
+    net.echo("pod2");
+    let here = net.clone();
+    on_node(&net, async move {
+        let cluster = Cluster::new("192.168.77.1").await;
+        fill(&cluster.client()).await;
+        let proxy = Running::start(cluster.client(), None);
+        listed("10.96.0.9 . tcp . 80", true).await;
+        assert_eq!(here.answers("client", SERVICE), ["pod1", "pod2"]);
+        let mut stays = here.connect_to("client", SERVICE, "pod1");
+
+        here.silence("pod2", true);
+        let clients: Vec<_> = (0..24)
+            .map(|number| {
+                let net = here.clone();
+                let (host, to) = [("client", SERVICE), ("client", NODE_PORT), ("node", SERVICE)][number % 3];
+                let connect = move || net.connect_within(Duration::from_secs(30), host, to);
+                tokio::task::spawn_blocking(connect)
+            })
+            .collect();
+        let unanswered = || {
+            let output = std::process::Command::new("conntrack").args(["-L", "-p", "tcp"]).output().unwrap();
+            let flows = String::from_utf8_lossy(&output.stdout).into_owned();
+            flows.lines().filter(|flow| flow.contains("SYN_SENT") && flow.contains("src=10.244.2.2 ")).count()
+        };
+        until("some wait for pod2", async || unanswered() > 3).await;
+        assert!(clients.iter().any(|client| !client.is_finished()));
+        let slices: Api<EndpointSlice> = Api::namespaced(cluster.client(), "default");
+        let patch = json!({"endpoints": slice("web", "TCP", json!({"ready": false})).endpoints});
+        slices.patch("web-1", &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+        for client in clients {
+            let (name, _) = client.await.unwrap().expect("the next try goes elsewhere");
+            assert_eq!(name, "pod1");
+        }
+        // Else whoever is given the same port next would be led to pod2.
+        until("nothing is left of them", async || unanswered() == 0).await;
+        assert!(echoes(&mut stays));
+        proxy.stop().await;
+    });
+}
+
 #[test]
 fn verdicts_act_without_the_api_and_after_a_restart_without_it() {
     let net = Net::new();

@@ -96,6 +96,8 @@ pub struct Change {
     pub new: Option<Arc<Object>>,
     /// The encoded event, for each of the three types, made by the first watcher that needs it.
     encoded: [OnceLock<Bytes>; 3],
+    /// The same in protobuf.
+    messages: [OnceLock<Bytes>; 3],
 }
 
 /// The type of a watch event.
@@ -137,6 +139,11 @@ impl Change {
             None => Bytes::new(),
         })
         .clone()
+    }
+
+    /// The event in protobuf, made by the first watcher that needs it.
+    pub fn message(&self, ty: EventType, make: impl FnOnce() -> Bytes) -> Bytes {
+        self.messages[ty as usize].get_or_init(make).clone()
     }
 
     fn size(&self) -> usize {
@@ -308,7 +315,7 @@ impl Cache {
                 // Before the events of its objects.
                 self.define(new.as_deref().or(old.as_deref()), new.is_some(), &mut next, revision);
             }
-            self.log(id, Change { revision, old, new, encoded: Default::default() });
+            self.log(id, Change { revision, old, new, encoded: Default::default(), messages: Default::default() });
             if !touched.contains(&id) {
                 touched.push(id);
             }

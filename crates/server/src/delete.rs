@@ -31,7 +31,7 @@ impl Server {
             let details = json!({"name": name_of(&object), "group": context.row.group, "kind": context.row.plural, "uid": object["metadata"]["uid"]});
             let status =
                 json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details});
-            return Ok(crate::encode::value(StatusCode::OK, &status, context.form.yaml));
+            return Ok(crate::encode::value(StatusCode::OK, &status, context.form.media));
         }
         let object = self.presented(&context.row, object).await?;
         self.answer(context, object, revision, StatusCode::OK)

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Server,
-    encode::{Body, value},
+    encode::{Body, Media, value},
     error::{ApiError, Result},
     registry::Served,
 };
@@ -42,7 +42,7 @@ impl Server {
             ["apis", group, version] => self.resources(group, version)?,
             _ => return Err(ApiError::no_route()),
         };
-        Ok(value(StatusCode::OK, &document, false))
+        Ok(value(StatusCode::OK, &document, Media::Json))
     }
 
     fn group_names(&self) -> Vec<&'static str> {
@@ -163,7 +163,7 @@ fn aggregated(row: &Row, served: &Served) -> Value {
 
 fn aggregate(groups: Vec<Value>) -> Response<Body> {
     let list = json!({"kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {}, "items": groups});
-    let mut response = value(StatusCode::OK, &list, false);
+    let mut response = value(StatusCode::OK, &list, Media::Json);
     response.headers_mut().insert(
         header::CONTENT_TYPE,
         header::HeaderValue::from_static("application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"),

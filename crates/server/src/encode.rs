@@ -1,11 +1,13 @@
 //! Answers: which encoding a client asked for, and objects, lists, tables and events in it.
 
+mod protobuf;
+
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::Frame;
 use jiff::Timestamp;
-use seawall_api::Row;
+use seawall_api::{Row, schema::Schemas};
 use seawall_store::Revision;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -39,18 +41,29 @@ pub enum Shape {
     Metadata,
 }
 
+/// How the shape is written down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Media {
+    /// JSON.
+    Json,
+    /// YAML.
+    Yaml,
+    /// Protobuf, for objects, lists and events of built-in kinds; everything else is answered in JSON.
+    Protobuf,
+}
+
 /// How to answer.
 #[derive(Clone, Copy, Debug)]
 pub struct Form {
     /// The shape.
     pub shape: Shape,
-    /// YAML instead of JSON.
-    pub yaml: bool,
+    /// How it is written down.
+    pub media: Media,
 }
 
-/// Reads the `Accept` header. The first entry that can be served wins.
-pub fn negotiate(headers: &HeaderMap) -> Result<Form> {
-    let json = Form { shape: Shape::Full, yaml: false };
+/// Reads the `Accept` header. The first entry that can be served wins; protobuf can be if `protobuf` says so.
+pub fn negotiate(headers: &HeaderMap, protobuf: bool) -> Result<Form> {
+    let json = Form { shape: Shape::Full, media: Media::Json };
     let Some(accept) = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).filter(|v| !v.trim().is_empty())
     else {
         return Ok(json);
@@ -66,25 +79,27 @@ pub fn negotiate(headers: &HeaderMap) -> Result<Form> {
                 _ => {}
             }
         }
-        let yaml = match media {
-            "application/json" | "*/*" | "application/*" => false,
-            "application/yaml" | "application/x-yaml" => true,
+        let media = match media {
+            "application/json" | "*/*" | "application/*" => Media::Json,
+            "application/yaml" | "application/x-yaml" => Media::Yaml,
+            protobuf::MEDIA if protobuf => Media::Protobuf,
             _ => continue,
         };
         let shape = match (shape, version) {
             (None, _) => Shape::Full,
-            (Some("Table"), Some("v1")) => Shape::Table,
+            // Upstream has no tables in protobuf either.
+            (Some("Table"), Some("v1")) if media != Media::Protobuf => Shape::Table,
             (Some("PartialObjectMetadata" | "PartialObjectMetadataList"), Some("v1")) => Shape::Metadata,
             _ => continue,
         };
-        return Ok(Form { shape, yaml });
+        return Ok(Form { shape, media });
     }
     Err(ApiError::not_acceptable(accept))
 }
 
-/// An answer with a JSON (or YAML) value.
-pub fn value(status: StatusCode, value: &Value, yaml: bool) -> Response<Body> {
-    let (kind, body) = match yaml.then(|| serde_yaml_ng::to_string(value)) {
+/// An answer with a value in JSON, or in YAML.
+pub fn value(status: StatusCode, value: &Value, media: Media) -> Response<Body> {
+    let (kind, body) = match (media == Media::Yaml).then(|| serde_yaml_ng::to_string(value)) {
         Some(Ok(text)) => ("application/yaml", text.into_bytes()),
         _ => {
             let mut text = value.to_string().into_bytes();
@@ -100,7 +115,7 @@ pub fn value(status: StatusCode, value: &Value, yaml: bool) -> Response<Body> {
 
 /// An answer in a kind of JSON that has a name of its own.
 pub fn json_as(kind: &'static str, body: &Value) -> Response<Body> {
-    let mut response = value(StatusCode::OK, body, false);
+    let mut response = value(StatusCode::OK, body, Media::Json);
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
     response
 }
@@ -119,6 +134,8 @@ pub struct Encoder<'a> {
     pub row: &'a Row,
     /// The version.
     pub served: &'a Served,
+    /// The types of built-in kinds.
+    pub schemas: &'a Schemas,
     /// The form.
     pub form: Form,
     /// Whether a table carries the metadata of objects (`includeObject`).
@@ -164,7 +181,10 @@ impl Encoder<'_> {
 
     /// One object.
     pub fn object(&self, object: &Object, status: StatusCode) -> Response<Body> {
-        if self.form.shape == Shape::Full && !self.form.yaml && self.served.alias.is_none() {
+        if self.form.media == Media::Protobuf {
+            return self.protobuf_object(object, status);
+        }
+        if self.form.shape == Shape::Full && self.form.media == Media::Json && self.served.alias.is_none() {
             let mut out = BytesMut::with_capacity(object.bytes.len() + 40);
             object.write(object.revision, &mut out);
             return json_bytes(status, out.freeze());
@@ -174,6 +194,9 @@ impl Encoder<'_> {
 
     /// One object that is not stored as it stands.
     pub fn value(&self, object: Value, status: StatusCode) -> Response<Body> {
+        if self.form.media == Media::Protobuf {
+            return protobuf::answer(status, self.protobuf_value(object).into());
+        }
         let shaped = match self.form.shape {
             Shape::Full => self.convert(object),
             Shape::Metadata => metadata(&object),
@@ -183,26 +206,29 @@ impl Encoder<'_> {
                 self.table(vec![row], json!({"resourceVersion": version}), true)
             }
         };
-        value(status, &shaped, self.form.yaml)
+        value(status, &shaped, self.form.media)
     }
 
     /// A list. Large ones are streamed from the cache's bytes in slices.
     pub fn list(&self, objects: Vec<Arc<Object>>, meta: Value) -> Response<Body> {
+        if self.form.media == Media::Protobuf {
+            return self.protobuf_list(objects, &meta);
+        }
         match self.form.shape {
-            Shape::Full if !self.form.yaml && self.served.alias.is_none() => self.stream(objects, &meta),
+            Shape::Full if self.form.media == Media::Json && self.served.alias.is_none() => self.stream(objects, &meta),
             Shape::Full => {
                 let items: Vec<Value> = objects.iter().map(|o| self.convert(o.value())).collect();
                 let list = json!({"kind": self.row.list_kind(), "apiVersion": self.served.api_version(), "metadata": meta, "items": items});
-                value(StatusCode::OK, &list, self.form.yaml)
+                value(StatusCode::OK, &list, self.form.media)
             }
             Shape::Metadata => {
                 let items: Vec<Value> = objects.iter().map(|o| metadata(&o.value())).collect();
                 let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta, "items": items});
-                value(StatusCode::OK, &list, self.form.yaml)
+                value(StatusCode::OK, &list, self.form.media)
             }
             Shape::Table => {
                 let rows = objects.iter().map(|o| self.table_row(o.value())).collect();
-                value(StatusCode::OK, &self.table(rows, meta, true), self.form.yaml)
+                value(StatusCode::OK, &self.table(rows, meta, true), self.form.media)
             }
         }
     }
@@ -264,6 +290,9 @@ impl Encoder<'_> {
 
     /// A change as a line of a watch.
     pub fn change(&self, ty: EventType, change: &Change, first: &mut bool) -> Bytes {
+        if self.form.media == Media::Protobuf {
+            return self.protobuf_change(ty, change);
+        }
         if self.form.shape == Shape::Full && self.served.alias.is_none() {
             return change.json(ty);
         }
@@ -275,6 +304,9 @@ impl Encoder<'_> {
 
     /// An object as a line of a watch.
     pub fn event(&self, ty: EventType, object: &Object, revision: Revision, first: &mut bool) -> Bytes {
+        if self.form.media == Media::Protobuf {
+            return self.protobuf_event(ty, object, revision);
+        }
         if self.form.shape == Shape::Full && self.served.alias.is_none() {
             return event_line(ty, object, revision);
         }
@@ -298,6 +330,9 @@ impl Encoder<'_> {
         if initial_end {
             meta["annotations"] = json!({"k8s.io/initial-events-end": "true"});
         }
+        if self.form.media == Media::Protobuf {
+            return self.protobuf_frame("BOOKMARK", json!({"metadata": meta}));
+        }
         let object = match self.form.shape {
             Shape::Full => json!({"kind": self.row.kind, "apiVersion": self.served.api_version(), "metadata": meta}),
             Shape::Metadata => {
@@ -309,6 +344,22 @@ impl Encoder<'_> {
             }
         };
         line(&json!({"type": "BOOKMARK", "object": object}))
+    }
+
+    /// An error that ends a watch.
+    pub fn error(&self, error: &ApiError) -> Bytes {
+        match self.form.media {
+            Media::Protobuf => self.protobuf_error(error),
+            _ => line(&json!({"type": "ERROR", "object": error.status()})),
+        }
+    }
+
+    /// What the body of a watch is.
+    pub fn stream_type(&self) -> header::HeaderValue {
+        header::HeaderValue::from_static(match self.form.media {
+            Media::Protobuf => protobuf::STREAM,
+            _ => "application/json",
+        })
     }
 
     fn table(&self, rows: Vec<Value>, mut meta: Value, with_columns: bool) -> Value {

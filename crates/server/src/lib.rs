@@ -57,7 +57,7 @@ use parking_lot::Mutex;
 use read::Pages;
 use registry::{Registry, Served};
 use request::{Query, ResourcePath, verb};
-use seawall_api::Row;
+use seawall_api::{Row, proto, schema::Schemas};
 use seawall_store::{Fence, Revision, Store};
 use tokio_util::sync::CancellationToken;
 
@@ -162,6 +162,8 @@ pub(crate) struct Context<'a> {
     pub path: ResourcePath,
     pub row: Arc<Row>,
     pub served: &'a Served,
+    /// The types of built-in kinds.
+    pub schemas: &'a Schemas,
     pub query: Query,
     pub headers: HeaderMap,
     pub body: Bytes,
@@ -291,13 +293,13 @@ impl Server {
     async fn respond_to(self: &Arc<Self>, request: Request<RequestBody>, user: Option<UserInfo>) -> Response<Body> {
         let started = tokio::time::Instant::now();
         let (mut parts, body) = request.into_parts();
-        let form = encode::negotiate(&parts.headers);
-        let yaml = form.as_ref().is_ok_and(|f| f.yaml);
+        let form = encode::negotiate(&parts.headers, false);
+        let media = form.map_or(encode::Media::Json, |form| form.media);
         let observed = metrics::Observed::of(&parts);
         let response = match self.route(&mut parts, body, user).await {
             Ok(response) => response,
             Err(error) => {
-                let mut response = encode::value(error.code, &error.status(), yaml);
+                let mut response = encode::value(error.code, &error.status(), media);
                 if let Some(seconds) = error.retry_after {
                     response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
                 }
@@ -349,16 +351,17 @@ impl Server {
             path: target,
             row,
             served: &served,
+            schemas: &self.registry.schemas,
             query,
             headers: std::mem::take(&mut parts.headers),
             body,
-            form: encode::Form { shape: encode::Shape::Full, yaml: false },
+            form: encode::Form { shape: encode::Shape::Full, media: encode::Media::Json },
             fence: None,
             recording: apply::Recording::OfPath,
             warnings: Arc::default(),
         };
         let fence = self.fence(&context.headers)?;
-        let form = encode::negotiate(&context.headers)?;
+        let form = encode::negotiate(&context.headers, self.speaks_protobuf(&context))?;
         let context = Context { form, fence, ..context };
         if let Some(warning) = context.row.custom.as_ref().and_then(|version| version.deprecation.clone()) {
             context.warn(vec![warning]);
@@ -435,6 +438,12 @@ impl Server {
         }
     }
 
+    /// Whether objects of this resource are written in protobuf; upstream does for built-in kinds.
+    fn speaks_protobuf(&self, context: &Context<'_>) -> bool {
+        let row = &context.row;
+        row.custom.is_none() && row.stored && proto::encode::is_known(context.schemas, context.served.ty)
+    }
+
     /// The term of a leader, from the header that its client sends with every write.
     fn fence(&self, headers: &HeaderMap) -> Result<Option<Fence>> {
         let Some(value) = headers.get(TERM_HEADER) else { return Ok(None) };
@@ -473,7 +482,7 @@ impl Server {
         }
         let trimmed = path.trim_end_matches('/');
         match trimmed {
-            "/version" => Ok(encode::value(StatusCode::OK, &self.version(), false)),
+            "/version" => Ok(encode::value(StatusCode::OK, &self.version(), encode::Media::Json)),
             "/metrics" => Ok(self.metrics_text()),
             "/openid/v1/jwks" => Ok(encode::json_as("application/jwk-set+json", &self.tokens.jwks())),
             "/.well-known/openid-configuration" => Ok(encode::json_as("application/json", &self.openid())),

@@ -4,7 +4,7 @@
 //! revision adds (`resourceVersion`) is spliced in behind the opening brace of `metadata`, and items of a list start at
 //! `metadata`, since lists of built-in kinds leave the first two out.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use seawall_api::{
@@ -33,6 +33,8 @@ pub struct Object {
     labels: Box<[(Box<str>, Box<str>)]>,
     /// In the order of the row's selectable fields.
     fields: Box<[Box<str>]>,
+    /// The object in protobuf with its resource version, once somebody has asked for that.
+    message: OnceLock<Bytes>,
 }
 
 /// Bytes in the store that are not an object: they were written by something else.
@@ -123,6 +125,7 @@ impl Object {
             head: (meta + mark.len()) as u32,
             labels,
             fields,
+            message: OnceLock::new(),
         })
     }
 
@@ -178,6 +181,11 @@ impl Object {
         out.put_slice(&self.bytes[meta..head]);
         put_version(self.revision, out);
         out.put_slice(&self.bytes[head..]);
+    }
+
+    /// The object in protobuf, made by whoever needs it first. All have to make the same.
+    pub fn message(&self, make: impl FnOnce() -> Bytes) -> Bytes {
+        self.message.get_or_init(make).clone()
     }
 
     /// The object with its resource version, parsed.

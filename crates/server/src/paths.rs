@@ -67,7 +67,7 @@ impl Server {
         let ask =
             Ask { user: user.clone(), method: parts.method.clone(), path: path.to_owned(), body: collect(body).await? };
         match paths.answer(ask).await {
-            Ok(value) => Ok(encode::value(StatusCode::OK, &value, false)),
+            Ok(value) => Ok(encode::value(StatusCode::OK, &value, encode::Media::Json)),
             Err(Refusal(code, reason, message)) => Err(ApiError::new(code, reason, message)),
         }
     }

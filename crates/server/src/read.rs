@@ -233,6 +233,7 @@ impl<'a> Context<'a> {
         Ok(Encoder {
             row: &self.row,
             served: self.served,
+            schemas: self.schemas,
             form: self.form,
             include: Include::parse(self.query.get("includeObject"))?,
             now: jiff::Timestamp::now(),

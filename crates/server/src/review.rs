@@ -66,7 +66,7 @@ impl Server {
             }
             _ => return Err(ApiError::no_route()),
         };
-        Ok(value(StatusCode::CREATED, &review, context.form.yaml))
+        Ok(value(StatusCode::CREATED, &review, context.form.media))
     }
 
     /// What a user may do in a namespace, as far as roles say it. Nodes may more: of their own objects.

@@ -118,7 +118,7 @@ impl Server {
             let object = snapshot.get(context.served.id, &context.row.key(context.namespace(), name));
             let object = object.ok_or_else(|| ApiError::not_found(&context.row, name))?.clone();
             let object = self.one_in_version(&context.row, object).await?;
-            return Ok(value(StatusCode::OK, &form(object.value(), object.revision), context.form.yaml));
+            return Ok(value(StatusCode::OK, &form(object.value(), object.revision), context.form.media));
         }
         if *method != Method::PUT && *method != Method::PATCH {
             return Err(ApiError::method_not_allowed());
@@ -138,7 +138,7 @@ impl Server {
                 "metadata": {"name": context.name()?}});
             set_at(&mut config, &replicas_at, replicas.into());
             let (object, revision, status) = self.apply_config(&plain, &config).await?;
-            return Ok(value(status, &form(object, revision), context.form.yaml));
+            return Ok(value(status, &form(object, revision), context.form.media));
         }
         let (put, patch) = match *method {
             Method::PUT => (Some(context.body(self, ty)?.0), None),
@@ -167,7 +167,7 @@ impl Server {
                 Ok(object.into())
             })
             .await?;
-        Ok(value(StatusCode::OK, &form(object, revision), context.form.yaml))
+        Ok(value(StatusCode::OK, &form(object, revision), context.form.media))
     }
 
     /// Changes an object without the pipeline: for what the server itself decides.
@@ -247,7 +247,7 @@ impl Server {
         })
         .await?;
         let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
-        Ok(value(StatusCode::CREATED, &status, context.form.yaml))
+        Ok(value(StatusCode::CREATED, &status, context.form.media))
     }
 
     /// `/eviction`: a deletion that respects disruption budgets
@@ -331,7 +331,7 @@ impl Server {
         }
         self.delete_object(context, name, &options).await?;
         let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
-        Ok(value(StatusCode::CREATED, &status, context.form.yaml))
+        Ok(value(StatusCode::CREATED, &status, context.form.media))
     }
 
     /// `/token`: a token for a service account, bound to a pod or secret
@@ -438,7 +438,7 @@ impl Server {
         request["spec"]["audiences"] = json!(audiences);
         request["spec"]["expirationSeconds"] = seconds.into();
         request["status"] = json!({"token": token, "expirationTimestamp": timestamp(end)});
-        Ok(value(StatusCode::CREATED, &request, context.form.yaml))
+        Ok(value(StatusCode::CREATED, &request, context.form.media))
     }
 
     /// The user of a token, if the token verifies and what it is bound to is still there.

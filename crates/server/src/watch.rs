@@ -9,13 +9,12 @@ use hyper::body::Frame;
 use rand::Rng;
 use seawall_api::{Row, Scope};
 use seawall_store::Revision;
-use serde_json::json;
 use tokio::time::Instant;
 
 use crate::{
     Context, Server,
     cache::{Change, EventType, Subscription},
-    encode::{Body, BodyError, Encoder, Form, Include, line},
+    encode::{Body, BodyError, Encoder, Form, Include},
     error::{ApiError, Result},
     object::Object,
     read::{Selection, resource_version},
@@ -100,7 +99,9 @@ impl Server {
             if after < oldest {
                 // Clients expect this as the first event of a watch that began well.
                 let error = ApiError::expired(format!("too old resource version: {after} ({oldest})"));
-                return Ok(stream(futures::stream::iter([Ok(Frame::data(error_line(&error)))])));
+                let encoder = context.encoder()?;
+                let only = futures::stream::iter([Ok(Frame::data(encoder.error(&error)))]);
+                return Ok(stream(only, encoder.stream_type()));
             }
             (VecDeque::new(), after)
         };
@@ -132,22 +133,22 @@ impl Server {
             table: self.registry.changes(),
             server: self.clone(),
         };
+        let kind = watcher.encoder().stream_type();
         let pieces = futures::stream::unfold(watcher, |mut watcher| async move {
             let piece = watcher.next().await?;
             Some((Ok::<_, BodyError>(Frame::data(piece)), watcher))
         });
-        Ok(stream(pieces))
+        Ok(stream(pieces, kind))
     }
 }
 
-fn stream(pieces: impl futures::Stream<Item = Result<Frame<Bytes>, BodyError>> + Send + 'static) -> Response<Body> {
+fn stream(
+    pieces: impl futures::Stream<Item = Result<Frame<Bytes>, BodyError>> + Send + 'static,
+    kind: header::HeaderValue,
+) -> Response<Body> {
     let mut response = Response::new(StreamBody::new(pieces).boxed_unsync());
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
-}
-
-fn error_line(error: &ApiError) -> Bytes {
-    line(&json!({"type": "ERROR", "object": error.status()}))
 }
 
 impl Watcher {
@@ -168,7 +169,7 @@ impl Watcher {
                 Err(_) if !current => return None,
                 Err(error) => {
                     self.over = true;
-                    return Some(error_line(&error));
+                    return Some(self.encoder().error(&error));
                 }
             };
             let mut out = BytesMut::new();
@@ -182,7 +183,7 @@ impl Watcher {
                         Ok(object) => self.encoder().event(ty, &object, change.revision, &mut first),
                         Err(error) => {
                             self.over = true;
-                            error_line(&error)
+                            self.encoder().error(&error)
                         }
                     },
                 };
@@ -263,6 +264,7 @@ impl Watcher {
         Encoder {
             row: &self.row,
             served: &self.served,
+            schemas: &self.server.registry.schemas,
             form: self.form,
             include: self.include,
             now: jiff::Timestamp::now(),

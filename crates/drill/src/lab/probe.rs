@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use nix::{
@@ -138,7 +139,10 @@ pub fn make_directory(path: &Path) -> std::io::Result<()> {
 
 /// Mounts an overlay in a mount namespace that vanishes with the attempt.
 async fn overlay(dir: &Path) -> Step {
-    let top = dir.join(format!(".probe-{}", std::process::id()));
+    // Labs that come up side by side may share the directory, also within one process.
+    static ATTEMPTS: AtomicU32 = AtomicU32::new(0);
+    let attempt = ATTEMPTS.fetch_add(1, Ordering::Relaxed);
+    let top = dir.join(format!(".probe-{}-{attempt}", std::process::id()));
     let made = top.clone();
     let attempt = network::aside(move || {
         for part in ["upper", "work", "root"] {

@@ -35,6 +35,8 @@ pub struct Flow {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TcpState {
     /// Nobody has answered yet.
+    Unanswered,
+    /// Answered, and not yet open.
     Opening,
     /// Open at least one way.
     Open,
@@ -74,7 +76,8 @@ fn flow(bytes: &[u8]) -> Option<Flow> {
     let (_, reply) = way(attribute(bytes, TUPLE_REPLY)?)?;
     let state = attribute(bytes, PROTOCOL_INFO).and_then(|info| attribute(info, 1)).and_then(|tcp| attribute(tcp, 1));
     let state = state.and_then(|s| s.first()).map(|state| match state {
-        0..=2 | 9 => TcpState::Opening,
+        0 | 1 => TcpState::Unanswered,
+        2 | 9 => TcpState::Opening,
         3..=6 => TcpState::Open,
         _ => TcpState::Over,
     });
@@ -180,7 +183,8 @@ mod tests {
             }
         };
         let four = || (way_of("10.244.1.2:5000", "10.96.0.9:80"), way_of("10.244.2.2:8080", "10.244.1.2:5000"));
-        check(four().0, four().1, 1, TcpState::Opening);
+        check(four().0, four().1, 1, TcpState::Unanswered);
+        check(four().0, four().1, 2, TcpState::Opening);
         check(four().0, four().1, 3, TcpState::Open);
         check(four().0, four().1, 7, TcpState::Over);
         check(way_of("[fd00::1]:5000", "[fd00::2]:80"), way_of("[fd00::2]:80", "[fd00::1]:5000"), 3, TcpState::Open);

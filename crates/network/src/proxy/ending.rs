@@ -36,7 +36,7 @@ pub fn fate(flow: &Flow, targets: &BTreeSet<Target>) -> Fate {
     match (to, from, flow.protocol, flow.state) {
         (false, false, ..) => Fate::Leave,
         (.., UDP, _) => Fate::Forget,
-        (.., Some(TcpState::Opening)) => Fate::Forget,
+        (.., Some(TcpState::Unanswered | TcpState::Opening)) => Fate::Forget,
         // As its client knows the other end, and as the answering end does.
         (true, _, _, Some(TcpState::Open)) => Fate::Rouse(Way { from: flow.original.to, to: flow.original.from }),
         (_, true, _, Some(TcpState::Open)) => Fate::Rouse(Way { from: flow.reply.to, to: flow.reply.from }),
@@ -44,7 +44,7 @@ pub fn fate(flow: &Flow, targets: &BTreeSet<Target>) -> Fate {
     }
 }
 
-/// Forgets flows of datagrams.
+/// Forgets flows that the rules would not lead where they are.
 pub async fn forget(stale: BTreeSet<Stale>) {
     let done = blocking(move || {
         let mut table = Conntrack::connect()?;
@@ -56,8 +56,8 @@ pub async fn forget(stale: BTreeSet<Stale>) {
         Ok(count)
     });
     match done.await {
-        Ok(count) => tracing::debug!(count, "flows of datagrams were forgotten"),
-        Err(error) => tracing::warn!("flows of datagrams may go on to endpoints that are gone: {error}"),
+        Ok(count) => tracing::debug!(count, "flows were forgotten"),
+        Err(error) => tracing::warn!("flows may go on to endpoints that are gone: {error}"),
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     dead::Dead,
     endpoints::{self, Endpoint, Endpoints, Scope, View},
     rules::Ruleset,
-    stale::Datagrams,
+    stale::{Kind, Reach},
     state::State,
 };
 use crate::{relay::kernel::MARK, verdict::Verdict};
@@ -83,16 +83,19 @@ fn plan_port(
     let outside_local = outer == Scope::Local;
     let id = format!("{name}:{}/{protocol}", port.port);
     let balance = Balance { id: &id, protocol: &protocol, affinity: endpoints::affinity(service) };
-    // Flows of datagrams stay where they are while somebody answers there.
-    let keep = |rules: &mut Ruleset, address: Option<Ipv4Addr>, port: u16, served: bool| {
-        if protocol == "udp" && served {
-            rules.datagrams.extend(known.keepers().map(|e| Datagrams { address, port, endpoint: e.address.ip() }));
+    let keep = |rules: &mut Ruleset, address: Option<Ipv4Addr>, port: u16, takers: &[&Endpoint]| {
+        let of = |kind| move |e: &Endpoint| Reach { kind, address, port, endpoint: e.address.ip() };
+        match &*protocol {
+            // Flows of datagrams stay where they are while somebody answers there.
+            "udp" if !takers.is_empty() => rules.reach.extend(known.keepers().map(of(Kind::Datagrams))),
+            "tcp" => rules.reach.extend(takers.iter().copied().map(of(Kind::Opening))),
+            _ => {}
         }
     };
 
     let number = port.port as u16;
     let address = |ip: Ipv4Addr| format!("{ip} . {protocol} . {number}");
-    keep(rules, Some(cluster_ip), number, !inside.is_empty());
+    keep(rules, Some(cluster_ip), number, inside);
     if inside.is_empty() {
         rules.elements.insert(("dead_services", address(cluster_ip)), "goto refuse".into());
     } else {
@@ -137,15 +140,18 @@ fn plan_port(
         rules.chains.insert(chain.clone(), body);
         Some(format!("goto {chain}"))
     };
+    // Pods and processes of this node may use all of them, whatever the policy.
+    let outside: Vec<&Endpoint> = all.iter().chain(usable).copied().collect();
+    let outside = &outside[..];
     for ip in external {
-        keep(rules, Some(ip), number, verdict.is_some());
+        keep(rules, Some(ip), number, outside);
         match &verdict {
             Some(verdict) => rules.elements.insert(("services", address(ip)), verdict.clone()),
             None => rules.elements.insert(("dead_services", address(ip)), "goto refuse".into()),
         };
     }
     if let Some(node_port) = node_port {
-        keep(rules, None, node_port, verdict.is_some());
+        keep(rules, None, node_port, outside);
         let key = format!("{protocol} . {node_port}");
         match verdict {
             Some(verdict) => rules.elements.insert(("nodeports", key), verdict),

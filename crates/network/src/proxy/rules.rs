@@ -5,7 +5,7 @@ use std::{
     fmt::Write as _,
 };
 
-use super::stale::Datagrams;
+use super::stale::Reach;
 
 /// Our table.
 pub const TABLE: &str = "inet seawall";
@@ -103,8 +103,8 @@ pub struct Ruleset {
     pub sets: BTreeSet<(&'static str, String)>,
     /// Sets of client addresses by name, with how long an address stays, in seconds.
     pub affinities: BTreeMap<String, u32>,
-    /// Where flows of datagrams may be.
-    pub datagrams: BTreeSet<Datagrams>,
+    /// Where flows may be that have no end of their own, or have yet to begin.
+    pub reach: BTreeSet<Reach>,
 }
 
 /// How much there is of a table: chains with how many rules each has, maps and sets with how many elements. Enough to tell

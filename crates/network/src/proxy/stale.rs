@@ -1,20 +1,36 @@
 //! Which flows have to be forgotten when the rules change. Pure.
 //!
 //! The kernel looks at the rules when a flow begins. One of datagrams has no end, so it would go on to an endpoint that is
-//! gone for as long as the client sends.
+//! gone for as long as the client sends. A connection that nobody has answered would be tried there again and again; and
+//! once the client has given up, whoever uses its port within the next two minutes would be led there as well.
 
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr},
 };
 
-use super::{conntrack::Flow, rules::Ruleset};
+use super::{
+    conntrack::{Flow, TcpState},
+    rules::Ruleset,
+};
 
+const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// An endpoint at which flows of datagrams may be.
+/// What a flow is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Datagrams {
+pub enum Kind {
+    /// Datagrams: it may stay at an endpoint for as long as that answers.
+    Datagrams,
+    /// A connection that has yet to be answered: it may wait for an endpoint that takes new ones.
+    Opening,
+}
+
+/// An endpoint at which flows may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Reach {
+    /// Of what kind.
+    pub kind: Kind,
     /// The service's address; none if it is any of the node's, and `port` the node's port.
     pub address: Option<Ipv4Addr>,
     /// The port.
@@ -27,8 +43,8 @@ pub struct Datagrams {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stale {
     /// The endpoint is gone.
-    Endpoint(Datagrams),
-    /// The service had no endpoint before: its address and its port, or the node's port.
+    Endpoint(Reach),
+    /// The service had no endpoint for datagrams before: its address and its port, or the node's port.
     Service(Option<Ipv4Addr>, u16),
 }
 
@@ -39,13 +55,21 @@ impl Stale {
         let at = |address: Option<Ipv4Addr>, port: u16| {
             to.port() == port && address.is_none_or(|address| to.ip() == IpAddr::V4(address))
         };
-        flow.protocol == UDP
-            && match self {
-                Stale::Endpoint(d) => at(d.address, d.port) && flow.reply.from.ip() == d.endpoint,
-                // On its way to the address itself: nobody stood behind it. Of other machines' ports we know nothing, but
-                // forgetting such a flow costs nothing either.
-                Stale::Service(address, port) => at(*address, *port) && flow.reply.from.ip() == to.ip(),
+        match self {
+            Stale::Endpoint(reach) => {
+                let kind = match flow.protocol {
+                    UDP => reach.kind == Kind::Datagrams,
+                    TCP => reach.kind == Kind::Opening && flow.state == Some(TcpState::Unanswered),
+                    _ => false,
+                };
+                kind && at(reach.address, reach.port) && flow.reply.from.ip() == reach.endpoint
             }
+            // On its way to the address itself: nobody stood behind it. Of other machines' ports we know nothing, but
+            // forgetting such a flow costs nothing either.
+            Stale::Service(address, port) => {
+                flow.protocol == UDP && at(*address, *port) && flow.reply.from.ip() == to.ip()
+            }
+        }
     }
 }
 
@@ -53,9 +77,9 @@ impl Stale {
 pub fn stale(old: Option<&Ruleset>, new: &Ruleset) -> BTreeSet<Stale> {
     let Some(old) = old else { return BTreeSet::new() };
     let mut out: BTreeSet<Stale> =
-        old.datagrams.difference(&new.datagrams).map(|gone| Stale::Endpoint(*gone)).collect();
+        old.reach.difference(&new.reach).map(|gone| Stale::Endpoint(*gone)).collect();
     let served = |rules: &Ruleset| -> BTreeSet<(Option<Ipv4Addr>, u16)> {
-        rules.datagrams.iter().map(|d| (d.address, d.port)).collect()
+        rules.reach.iter().filter(|r| r.kind == Kind::Datagrams).map(|r| (r.address, r.port)).collect()
     };
     out.extend(served(new).difference(&served(old)).map(|(address, port)| Stale::Service(*address, *port)));
     out
@@ -67,9 +91,13 @@ mod tests {
     use crate::proxy::conntrack::Way;
 
     fn rules(address: Option<&str>, port: u16, endpoints: &[&str]) -> Ruleset {
+        of_kind(Kind::Datagrams, address, port, endpoints)
+    }
+
+    fn of_kind(kind: Kind, address: Option<&str>, port: u16, endpoints: &[&str]) -> Ruleset {
         let address = address.map(|a| a.parse().unwrap());
-        let of = |e: &&str| Datagrams { address, port, endpoint: e.parse().unwrap() };
-        Ruleset { datagrams: endpoints.iter().map(of).collect(), ..Default::default() }
+        let of = |e: &&str| Reach { kind, address, port, endpoint: e.parse().unwrap() };
+        Ruleset { reach: endpoints.iter().map(of).collect(), ..Default::default() }
     }
 
     fn flow(protocol: u8, to: &str, endpoint: &str) -> Flow {
@@ -98,6 +126,23 @@ mod tests {
         check(17, "10.96.0.10:54", "10.244.0.2:53", false);
         check(17, "10.96.0.11:53", "10.244.0.2:53", false);
         check(17, "10.244.0.2:53", "10.244.0.2:53", false);
+    }
+
+    #[test]
+    fn connections_that_nobody_answered_are_forgotten_and_no_others() {
+        let of = |endpoints: &[&str]| of_kind(Kind::Opening, Some("10.96.0.9"), 80, endpoints);
+        let found = stale(Some(&of(&["10.244.0.2", "10.244.0.3"])), &of(&["10.244.0.3"]));
+        let check = |protocol: u8, endpoint: &str, state: Option<TcpState>, expect: bool| {
+            let flow = Flow { state, ..flow(protocol, "10.96.0.9:80", endpoint) };
+            assert_eq!(found.iter().any(|s| s.is(&flow)), expect, "{flow:?}");
+        };
+        check(6, "10.244.0.2:8080", Some(TcpState::Unanswered), true);
+        check(6, "10.244.0.2:8080", Some(TcpState::Opening), false);
+        check(6, "10.244.0.2:8080", Some(TcpState::Open), false);
+        check(6, "10.244.0.2:8080", Some(TcpState::Over), false);
+        check(6, "10.244.0.3:8080", Some(TcpState::Unanswered), false);
+        check(17, "10.244.0.2:8080", None, false);
+        assert!(stale(Some(&of(&[])), &of(&["10.244.0.2"])).is_empty(), "refused connections are made anew by clients");
     }
 
     #[test]

@@ -196,9 +196,14 @@ impl Net {
 
     /// A connection from a host, with the name of who answers.
     pub fn connect(&self, host: &str, to: &str) -> std::io::Result<(String, TcpStream)> {
+        self.connect_within(Duration::from_secs(2), host, to)
+    }
+
+    /// The same, by a client that waits for so long.
+    pub fn connect_within(&self, limit: Duration, host: &str, to: &str) -> std::io::Result<(String, TcpStream)> {
         let to: SocketAddr = to.parse().unwrap();
         inside(&self.namespace(host), move || {
-            let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
+            let mut stream = TcpStream::connect_timeout(&to, limit)?;
             stream.set_read_timeout(Some(Duration::from_secs(5)))?;
             stream.set_nodelay(true)?;
             let mut name = Vec::new();

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 mod apply;
 mod crd;
 mod harness;
+mod protobuf;
 mod rbac;
 
 use harness::Api;

@@ -1,10 +1,15 @@
-//! Protobuf requests (<https://kubernetes.io/docs/reference/using-api/api-concepts/#protobuf-encoding>).
+//! Protobuf (<https://kubernetes.io/docs/reference/using-api/api-concepts/#protobuf-encoding>), which client-go and
+//! controller-runtime speak for built-in kinds.
 //!
-//! kubectl and client-go send built-in kinds as protobuf and accept JSON in return. One decoder serves all types: the
-//! schema says what a field holds, `schema/proto.txt` which number it has (a fact a field: `1:name`, `2*pointer`,
-//! `3^io.k8s…EmbeddedType`).
+//! One decoder and one encoder ([`encode`]) serve all types: the schema says what a field holds, `schema/proto.txt` which
+//! number it has (a fact a field: `1:name`, `2*pointer`, `3^io.k8s…EmbeddedType`).
 
-use std::{collections::HashMap, sync::LazyLock};
+pub mod encode;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::LazyLock,
+};
 
 use base64::Engine as _;
 use serde_json::{Map, Number, Value};
@@ -37,11 +42,12 @@ enum Field<'a> {
     Embedded(&'a str),
 }
 
-type Table = HashMap<&'static str, HashMap<u32, Field<'static>>>;
+/// The fields of messages by their numbers, in order: that is how they are written.
+type Table = HashMap<&'static str, BTreeMap<u32, Field<'static>>>;
 
 static TABLE: LazyLock<Table> = LazyLock::new(|| {
     let mut table = HashMap::new();
-    for line in include_str!("schema/proto.txt").lines() {
+    for line in include_str!("../schema/proto.txt").lines() {
         let mut words = line.split(' ');
         let Some(ty) = words.next() else { continue };
         let field = |word: &'static str| {
@@ -57,6 +63,31 @@ static TABLE: LazyLock<Table> = LazyLock::new(|| {
     }
     table
 });
+
+/// The full name of the JSON schemas of custom resources.
+const SCHEMA: &str = "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaProps";
+
+/// Parts of a JSON schema that are a schema or something else: in JSON they stand as they are, here in a field each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Union {
+    /// A schema (1), or several (2).
+    OrArray,
+    /// A truth value (1), or a schema (2).
+    OrBool,
+    /// A schema (1), or names (2).
+    OrStrings,
+}
+
+impl Union {
+    fn of(name: &str) -> Option<Union> {
+        match name {
+            "JSONSchemaPropsOrArray" => Some(Union::OrArray),
+            "JSONSchemaPropsOrBool" => Some(Union::OrBool),
+            "JSONSchemaPropsOrStringArray" => Some(Union::OrStrings),
+            _ => None,
+        }
+    }
+}
 
 /// Decodes a body into a value of type `ty`, with the `apiVersion` and `kind` it carries.
 pub fn decode(schemas: &Schemas, ty: TypeId, body: &[u8]) -> Result<Value, ProtoError> {
@@ -306,6 +337,26 @@ fn single(schemas: &Schemas, ty: TypeId, key: &str, wire: Wire<'_>, depth: usize
                 }
             }
             if is_text { text.into() } else { number.into() }
+        }
+        (Shape::Any, Wire::Bytes(bytes)) if let Some(union) = Union::of(ty_ref.short_name()) => {
+            let props = || schemas.by_name(SCHEMA).ok_or_else(malformed);
+            let (mut one, mut many, mut flag) = (None, Vec::new(), None);
+            for field in Reader(bytes) {
+                match (union, field?) {
+                    (Union::OrBool, (1, Wire::Varint(n))) => flag = Some(n != 0),
+                    (Union::OrBool, (2, wire)) | (Union::OrArray | Union::OrStrings, (1, wire)) => {
+                        one = Some(single(schemas, props()?, key, wire, depth + 1)?);
+                    }
+                    (Union::OrArray, (2, wire)) => many.push(single(schemas, props()?, key, wire, depth + 1)?),
+                    (Union::OrStrings, (2, Wire::Bytes(text))) => many.push(utf8(key, text)?.into()),
+                    _ => {}
+                }
+            }
+            match (union, one) {
+                (_, Some(schema)) => schema,
+                (Union::OrBool, None) => flag.unwrap_or_default().into(),
+                (_, None) => many.into(),
+            }
         }
         (Shape::Any, Wire::Bytes(bytes)) => {
             // A raw extension holds JSON.

@@ -1,0 +1,148 @@
+//! Objects, lists and events of built-in kinds in protobuf, which client-go asks for by default
+//! (<https://kubernetes.io/docs/reference/using-api/api-concepts/#protobuf-encoding>).
+//!
+//! An object's message is made when it is first asked for, and kept beside its JSON.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use http::{Response, StatusCode, header};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use seawall_api::{proto::encode as proto, schema::TypeId};
+use seawall_store::Revision;
+use serde_json::{Value, json};
+
+use super::{Body, BodyError, Encoder, Shape, full};
+use crate::{
+    cache::{Change, EventType},
+    error::ApiError,
+    object::Object,
+};
+
+/// The media type.
+pub const MEDIA: &str = "application/vnd.kubernetes.protobuf";
+/// The media type of a watch.
+pub const STREAM: &str = "application/vnd.kubernetes.protobuf;stream=watch";
+
+const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta";
+const STATUS: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.Status";
+/// The group and version of metadata alone.
+const META_VERSION: &str = "meta.k8s.io/v1";
+/// A piece of a large list holds about this many bytes.
+const SLICE: usize = 128 << 10;
+
+/// An answer with a message in its envelope.
+pub fn answer(status: StatusCode, body: Bytes) -> Response<Body> {
+    of_kind(status, full(body))
+}
+
+fn of_kind(status: StatusCode, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(MEDIA));
+    response
+}
+
+impl Encoder<'_> {
+    fn ty(&self) -> TypeId {
+        self.served.ty
+    }
+
+    /// What a message is: its version and kind.
+    fn what(&self, list: bool) -> (String, String) {
+        match (self.form.shape, list) {
+            (Shape::Metadata, false) => (META_VERSION.into(), "PartialObjectMetadata".into()),
+            (Shape::Metadata, true) => (META_VERSION.into(), "PartialObjectMetadataList".into()),
+            (_, false) => (self.served.api_version(), self.row.kind.to_string()),
+            (_, true) => (self.served.api_version(), self.row.list_kind().to_string()),
+        }
+    }
+
+    /// The message of a stored value, in the version and shape that were asked for.
+    fn message(&self, object: Value) -> Bytes {
+        match self.form.shape {
+            Shape::Metadata => {
+                let ty = self.schemas.by_name(META);
+                let meta = ty.map(|ty| proto::message(self.schemas, ty, &object["metadata"])).unwrap_or_default();
+                proto::field(1, &meta).into()
+            }
+            _ => proto::message(self.schemas, self.ty(), &self.convert(object)).into(),
+        }
+    }
+
+    /// Whether it can be kept for whoever asks next.
+    fn is_shared(&self) -> bool {
+        self.form.shape == Shape::Full && self.served.alias.is_none()
+    }
+
+    fn message_of(&self, object: &Object) -> Bytes {
+        match self.is_shared() {
+            true => object.message(|| self.message(object.value())),
+            false => self.message(object.value()),
+        }
+    }
+
+    /// A value in its envelope.
+    pub(super) fn protobuf_value(&self, object: Value) -> Vec<u8> {
+        let (version, kind) = self.what(false);
+        proto::envelope(&version, &kind, &self.message(object))
+    }
+
+    pub(super) fn protobuf_object(&self, object: &Object, status: StatusCode) -> Response<Body> {
+        let (version, kind) = self.what(false);
+        answer(status, proto::envelope(&version, &kind, &self.message_of(object)).into())
+    }
+
+    pub(super) fn protobuf_list(&self, objects: Vec<Arc<Object>>, meta: &Value) -> Response<Body> {
+        let items: Vec<Bytes> = objects.iter().map(|object| self.message_of(object)).collect();
+        let length = items.iter().map(|item| proto::item_length(item.len())).sum();
+        let (version, kind) = self.what(true);
+        let (head, tail) = proto::list(&version, &kind, meta, length);
+        // Bounded: the next slice is made when the connection has taken the one before.
+        let slices =
+            futures::stream::unfold((head, items.into_iter(), Some(tail)), |(head, mut items, tail)| async move {
+                let mut tail = tail?;
+                let mut out = BytesMut::from(&head[..]);
+                for item in items.by_ref() {
+                    out.extend_from_slice(&proto::item(item.len()));
+                    out.extend_from_slice(&item);
+                    if out.len() >= SLICE {
+                        return Some((Ok::<_, BodyError>(Frame::data(out.freeze())), (Vec::new(), items, Some(tail))));
+                    }
+                }
+                out.extend(tail.drain(..));
+                Some((Ok(Frame::data(out.freeze())), (Vec::new(), items, None)))
+            });
+        of_kind(StatusCode::OK, StreamBody::new(slices).boxed_unsync())
+    }
+
+    pub(super) fn protobuf_change(&self, ty: EventType, change: &Change) -> Bytes {
+        let make = || match change.object(ty) {
+            Some(object) => self.protobuf_event(ty, object, change.revision),
+            None => Bytes::new(),
+        };
+        if self.is_shared() { change.message(ty, make) } else { make() }
+    }
+
+    pub(super) fn protobuf_event(&self, ty: EventType, object: &Object, revision: Revision) -> Bytes {
+        if revision != object.revision {
+            return self.protobuf_frame(ty.name(), object.value_at(revision));
+        }
+        let (version, kind) = self.what(false);
+        proto::event(ty.name(), &proto::envelope(&version, &kind, &self.message_of(object))).into()
+    }
+
+    /// An event with a value.
+    pub(super) fn protobuf_frame(&self, ty: &str, object: Value) -> Bytes {
+        proto::event(ty, &self.protobuf_value(object)).into()
+    }
+
+    pub(super) fn protobuf_error(&self, error: &ApiError) -> Bytes {
+        let status = match self.schemas.by_name(STATUS) {
+            Some(ty) => proto::message(self.schemas, ty, &json!(error.status())),
+            None => Vec::new(),
+        };
+        proto::event("ERROR", &proto::envelope("v1", "Status", &status)).into()
+    }
+}
