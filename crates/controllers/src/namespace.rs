@@ -16,7 +16,6 @@ use kube::{
     discovery::{Discovery, Scope, verbs},
 };
 use serde_json::json;
-use tokio::sync::OnceCell;
 
 use crate::{
     context::Context,
@@ -102,8 +101,6 @@ pub fn plan(left: &[Left], failures: &[String]) -> Plan {
 
 pub(crate) struct Namespaces {
     context: Arc<Context>,
-    /// What can live in a namespace; kinds do not change while the process runs.
-    kinds: OnceCell<Vec<ApiResource>>,
 }
 
 impl Namespaces {
@@ -115,11 +112,7 @@ impl Namespaces {
                 q.add(Key::of(&**namespace));
             }
         });
-        (Arc::new(Namespaces { context, kinds: OnceCell::new() }), queue)
-    }
-
-    async fn kinds(&self) -> anyhow::Result<&Vec<ApiResource>> {
-        self.kinds.get_or_try_init(|| discover(self.context.client.clone())).await
+        (Arc::new(Namespaces { context }), queue)
     }
 
     /// Deletes everything of one kind and says what is left.
@@ -202,8 +195,11 @@ impl Controller for Namespaces {
             return Ok(None);
         }
         let (mut left, mut failures) = (Vec::new(), Vec::new());
-        for kind in self.kinds().await? {
-            match self.empty(kind, &key.name).await {
+        // Each time anew: kinds come with their definitions.
+        for kind in discover(self.context.client.clone()).await? {
+            match self.empty(&kind, &key.name).await {
+                // It went with its definition, and took its objects along.
+                Err(kube::Error::Api(status)) if status.is_not_found() => {}
                 Ok(found) => left.push(found),
                 Err(error) => failures.push(format!("{}: {error}", kind.plural)),
             }

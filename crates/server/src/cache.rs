@@ -348,7 +348,6 @@ impl Cache {
                     for (key, object) in std::mem::take(&mut next.maps[id.0]) {
                         strays.insert(key, object.entry());
                     }
-                    self.forget(id, revision);
                 }
                 Changed::New(id) | Changed::Row(id) => {
                     let Some(row) = self.registry.row(id) else { continue };
@@ -366,7 +365,7 @@ impl Cache {
         }
     }
 
-    /// Whoever is behind in a resource that has changed as a whole lists it again.
+    /// Whoever knows a resource from before it went and came back lists it again.
     fn forget(&self, id: ResourceId, revision: Revision) {
         let log = self.log_of(id);
         log.changes.write().clear(revision);

@@ -110,7 +110,7 @@ impl Object {
             }
             let labels = value["metadata"]["labels"].as_object().into_iter().flatten();
             let labels = labels.map(|(k, v)| (k.as_str().into(), v.as_str().unwrap_or_default().into())).collect();
-            (labels, row.selectable.iter().map(|path| field_text(&value, path)).collect())
+            (labels, row.selectable.iter().map(|path| field_text(row, &value, path)).collect())
         };
         let mark = b"\"metadata\":{";
         // The two fields before hold no quotes or braces, so the first match is the metadata.
@@ -234,13 +234,15 @@ fn put_version(revision: Revision, out: &mut BytesMut) {
 }
 
 /// The text of a field as a field selector compares it.
-fn field_text(value: &Value, path: &str) -> Box<str> {
+fn field_text(row: &Row, value: &Value, path: &str) -> Box<str> {
     let mut at = value;
     for part in path.split('.') {
         at = &at[part];
     }
     match at {
         Value::String(text) => text.as_str().into(),
+        // Fields that Go's types have no absence for.
+        Value::Null if row.custom.is_some() => "".into(),
         Value::Null => match path {
             "spec.unschedulable" | "spec.hostNetwork" => "false".into(),
             "status.replicas" | "status.successful" => "0".into(),

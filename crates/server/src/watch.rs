@@ -161,12 +161,12 @@ impl Watcher {
             return Some(self.initial_piece());
         }
         loop {
-            // Whose definition has gone or changed is asked for anew, and then told what there is.
-            if self.row.custom.is_some() && !self.is_current() {
-                return None;
-            }
+            // A watch of a resource whose definition has gone or changed ends when everything up to then has been sent;
+            // who asks again is told what there is now. Looked at before the log, so that nothing is left in it.
+            let current = self.row.custom.is_none() || self.is_current();
             let changes = match self.subscription.take(BATCH) {
                 Ok(changes) => changes,
+                Err(_) if !current => return None,
                 Err(error) => {
                     self.over = true;
                     return Some(self.encoder().error(&error));
@@ -206,6 +206,9 @@ impl Watcher {
             }
             if !changes.is_empty() {
                 continue;
+            }
+            if !current {
+                return None;
             }
             let stop = self.server.stop.clone();
             tokio::select! {

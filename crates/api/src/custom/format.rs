@@ -41,9 +41,9 @@ pub fn is_valid(format: &str, text: &str) -> bool {
                 && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b))
                 && !text.contains(char::is_whitespace)
         }),
-        "email" => text.rsplit_once('@').is_some_and(|(user, host)| {
-            !user.is_empty() && !user.contains(char::is_whitespace) && is_hostname(host)
-        }),
+        "email" => text
+            .rsplit_once('@')
+            .is_some_and(|(user, host)| !user.is_empty() && !user.contains(char::is_whitespace) && is_hostname(host)),
         "hostname" => is_hostname(text),
         "ipv4" => text.parse::<Ipv4Addr>().is_ok(),
         "ipv6" => text.parse::<Ipv6Addr>().is_ok(),

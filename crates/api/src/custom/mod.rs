@@ -13,6 +13,9 @@ pub mod schema;
 pub mod structural;
 pub mod validate;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},

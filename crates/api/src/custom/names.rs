@@ -215,11 +215,35 @@ mod tests {
 
     #[test]
     fn versions_rank() {
-        let mut versions = ["foo1", "v1beta1", "v10", "v2", "v11alpha2", "v3beta1", "v12alpha1", "foo10", "v11beta2", "v10beta3", "v1"];
+        let mut versions = [
+            "foo1",
+            "v1beta1",
+            "v10",
+            "v2",
+            "v11alpha2",
+            "v3beta1",
+            "v12alpha1",
+            "foo10",
+            "v11beta2",
+            "v10beta3",
+            "v1",
+        ];
         versions.sort_by_key(|v| std::cmp::Reverse(priority(v)));
         assert_eq!(
             versions,
-            ["v10", "v2", "v1", "v11beta2", "v10beta3", "v3beta1", "v1beta1", "v12alpha1", "v11alpha2", "foo1", "foo10"]
+            [
+                "v10",
+                "v2",
+                "v1",
+                "v11beta2",
+                "v10beta3",
+                "v3beta1",
+                "v1beta1",
+                "v12alpha1",
+                "v11alpha2",
+                "foo1",
+                "foo10"
+            ]
         );
     }
 
@@ -241,9 +265,15 @@ mod tests {
         // The last conflict is told; names without conflict are given all the same.
         assert_eq!(refused["conditions"][0]["reason"], "KindConflict");
         assert_eq!(refused["conditions"][0]["message"], "\"Widget\" is already in use");
-        assert_eq!(refused["conditions"][1], json!({"type": "Established", "status": "False", "reason": "NotAccepted",
-            "message": "not all names are accepted", "lastTransitionTime": "t1"}));
-        assert_eq!(refused["acceptedNames"], json!({"plural": "widgets", "singular": "widget", "listKind": "WidgetList"}));
+        assert_eq!(
+            refused["conditions"][1],
+            json!({"type": "Established", "status": "False", "reason": "NotAccepted",
+            "message": "not all names are accepted", "lastTransitionTime": "t1"})
+        );
+        assert_eq!(
+            refused["acceptedNames"],
+            json!({"plural": "widgets", "singular": "widget", "listKind": "WidgetList"})
+        );
 
         // What is established stays so when a new name is taken; the time of a condition is that of its change.
         let mut changed = definition("x");
@@ -253,7 +283,10 @@ mod tests {
         let kept = judge(&changed, &taken, "t2");
         assert_eq!(kept["conditions"][0]["reason"], "ShortNamesConflict");
         assert_eq!(kept["conditions"][0]["lastTransitionTime"], "t2");
-        assert_eq!((&kept["conditions"][1]["status"], &kept["conditions"][1]["lastTransitionTime"]), (&json!("True"), &json!("t1")));
+        assert_eq!(
+            (&kept["conditions"][1]["status"], &kept["conditions"][1]["lastTransitionTime"]),
+            (&json!("True"), &json!("t1"))
+        );
         assert_eq!(kept["acceptedNames"]["shortNames"], json!(["w"]));
     }
 }

@@ -170,9 +170,8 @@ impl Node {
         let nodes =
             |key: &str| -> Vec<Node> { schema[key].as_array().into_iter().flatten().map(Node::parse).collect() };
         let range = |low: &str, high: &str| (schema[low].as_u64(), schema[high].as_u64());
-        let bound = |key: &str, exclusive: &str| {
-            schema[key].as_f64().map(|value| Bound { value, exclusive: flag(exclusive) })
-        };
+        let bound =
+            |key: &str, exclusive: &str| schema[key].as_f64().map(|value| Bound { value, exclusive: flag(exclusive) });
         Node {
             kind: Kind::parse(text("type")).unwrap_or_default(),
             nullable: flag("nullable"),

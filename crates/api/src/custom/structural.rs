@@ -21,17 +21,58 @@ enum Level {
 
 /// Fields that a schema may have.
 const KNOWN: &[&str] = &[
-    "additionalProperties", "allOf", "anyOf", "default", "description", "enum", "example", "exclusiveMaximum",
-    "exclusiveMinimum", "externalDocs", "format", "items", "maximum", "maxItems", "maxLength", "maxProperties",
-    "minimum", "minItems", "minLength", "minProperties", "multipleOf", "not", "nullable", "oneOf", "pattern",
-    "properties", "required", "title", "type", "x-kubernetes-embedded-resource", "x-kubernetes-int-or-string",
-    "x-kubernetes-list-map-keys", "x-kubernetes-list-type", "x-kubernetes-map-type",
-    "x-kubernetes-preserve-unknown-fields", "x-kubernetes-validations", "uniqueItems",
+    "additionalProperties",
+    "allOf",
+    "anyOf",
+    "default",
+    "description",
+    "enum",
+    "example",
+    "exclusiveMaximum",
+    "exclusiveMinimum",
+    "externalDocs",
+    "format",
+    "items",
+    "maximum",
+    "maxItems",
+    "maxLength",
+    "maxProperties",
+    "minimum",
+    "minItems",
+    "minLength",
+    "minProperties",
+    "multipleOf",
+    "not",
+    "nullable",
+    "oneOf",
+    "pattern",
+    "properties",
+    "required",
+    "title",
+    "type",
+    "x-kubernetes-embedded-resource",
+    "x-kubernetes-int-or-string",
+    "x-kubernetes-list-map-keys",
+    "x-kubernetes-list-type",
+    "x-kubernetes-map-type",
+    "x-kubernetes-preserve-unknown-fields",
+    "x-kubernetes-validations",
+    "uniqueItems",
 ];
 /// Fields that JSON Schema has and a definition may not use.
 const UNSUPPORTED: &[&str] = &[
-    "$ref", "$schema", "id", "definitions", "dependencies", "patternProperties", "additionalItems",
-    "deprecated", "discriminator", "readOnly", "writeOnly", "xml",
+    "$ref",
+    "$schema",
+    "id",
+    "definitions",
+    "dependencies",
+    "patternProperties",
+    "additionalItems",
+    "deprecated",
+    "discriminator",
+    "readOnly",
+    "writeOnly",
+    "xml",
 ];
 /// The deepest nesting of a schema: one that is parsed has a limit of its own.
 const DEPTH: usize = 120;
@@ -82,11 +123,7 @@ fn invariants(schema: &Value, level: Level, path: Path<'_>, depth: usize, errors
         flag(schema, "x-kubernetes-int-or-string"),
     );
     if schema.get("x-kubernetes-preserve-unknown-fields").is_some_and(|v| *v == false) {
-        errors.invalid(
-            path.at("x-kubernetes-preserve-unknown-fields"),
-            false,
-            "must be true or undefined",
-        );
+        errors.invalid(path.at("x-kubernetes-preserve-unknown-fields"), false, "must be true or undefined");
     }
     if kind == "array" && schema["items"].is_null() {
         errors.required(path.at("items"), "must be specified");
@@ -181,8 +218,10 @@ fn root_metadata(schema: &Value, path: Path<'_>, errors: &mut Errors) {
     if of(schema, "type") != "object" {
         errors.invalid(path.at("type"), of(schema, "type"), "must be object");
     }
-    let only = |allowed: &[&str], of: &Value| of.as_object().into_iter().flatten().all(|(k, _)| allowed.contains(&&**k));
-    if !only(&["type", "properties", "description"], schema) || !only(&["name", "generateName"], &schema["properties"]) {
+    let only =
+        |allowed: &[&str], of: &Value| of.as_object().into_iter().flatten().all(|(k, _)| allowed.contains(&&**k));
+    if !only(&["type", "properties", "description"], schema) || !only(&["name", "generateName"], &schema["properties"])
+    {
         let why = "must not specify anything other than name and generateName, but metadata is implicitly specified";
         errors.forbidden(path, why);
     }
@@ -386,13 +425,17 @@ fn described(schema: &Value, outer: &Value, path: Path<'_>, outer_path: Path<'_>
     let outer_properties = outer_path.at("properties");
     for (key, child) in map(schema, "properties") {
         match &outer["properties"][&**key] {
-            Value::Null => errors.required(outer_properties.key(key), &format!("because it is defined in {}", properties.key(key))),
+            Value::Null => {
+                errors.required(outer_properties.key(key), &format!("because it is defined in {}", properties.key(key)))
+            }
             found => described(child, found, properties.key(key), outer_properties.key(key), errors),
         }
     }
     if !schema["items"].is_null() {
         match &outer["items"] {
-            Value::Null => errors.required(outer_path.at("items"), &format!("because it is defined in {}", path.at("items"))),
+            Value::Null => {
+                errors.required(outer_path.at("items"), &format!("because it is defined in {}", path.at("items")))
+            }
             found => described(&schema["items"], found, path.at("items"), outer_path.at("items"), errors),
         }
     }

@@ -135,7 +135,9 @@ fn is_of_kind(node: &Node, value: &Value) -> bool {
 
 fn is_integer(value: &Value) -> bool {
     match value {
-        Value::Number(number) => number.is_i64() || number.is_u64() || number.as_f64().is_some_and(|f| f.fract() == 0.0),
+        Value::Number(number) => {
+            number.is_i64() || number.is_u64() || number.as_f64().is_some_and(|f| f.fract() == 0.0)
+        }
         _ => false,
     }
 }
@@ -332,14 +334,7 @@ fn list_types(node: &Node, path: Path<'_>, value: &Value, errors: &mut Errors) {
     }
 }
 
-fn evaluate(
-    node: &Node,
-    path: Path<'_>,
-    new: &Value,
-    old: Option<&Value>,
-    rules: &dyn Rules,
-    errors: &mut Errors,
-) {
+fn evaluate(node: &Node, path: Path<'_>, new: &Value, old: Option<&Value>, rules: &dyn Rules, errors: &mut Errors) {
     if !node.rules.is_empty() && !new.is_null() {
         rules.check(&node.rules, node, path, new, old, errors);
     }

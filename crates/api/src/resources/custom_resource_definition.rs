@@ -4,7 +4,7 @@
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde_json::{Value, json};
 
-use super::{default, drop_status, items, items_mut, with_status};
+use super::{default, drop_status, items, with_status};
 use crate::{
     custom::{
         condition,
@@ -46,48 +46,20 @@ pub(super) fn row() -> Row {
 }
 
 fn defaults(object: &mut Value) {
-    let spec = &mut object["spec"];
-    let names = &mut spec["names"];
-    if let Some(kind) = names["kind"].as_str().filter(|k| !k.is_empty()).map(str::to_owned) {
+    if let Some(names) = object.pointer_mut("/spec/names")
+        && let Some(kind) = names["kind"].as_str().filter(|k| !k.is_empty()).map(str::to_owned)
+    {
         for (key, value) in [("singular", kind.to_lowercase()), ("listKind", format!("{kind}List"))] {
             if names[key].as_str().unwrap_or_default().is_empty() {
                 names[key] = value.into();
             }
         }
     }
-    if spec.is_object() {
+    if let Some(spec) = object.get_mut("spec") {
         default(spec, "conversion", json!({"strategy": "None"}));
-        let webhook = &mut spec["conversion"]["webhook"]["clientConfig"]["service"];
-        if webhook.is_object() {
-            default(webhook, "port", 443);
-        }
-        prune_nulls(spec);
     }
-    for version in items_mut(spec, "versions") {
-        for column in items_mut(version, "additionalPrinterColumns") {
-            if column["priority"] == 0
-                && let Some(column) = column.as_object_mut()
-            {
-                column.remove("priority");
-            }
-        }
-    }
-}
-
-/// Indexing to look at what may not be there leaves nulls behind.
-fn prune_nulls(spec: &mut Value) {
-    if let Some(conversion) = spec["conversion"].as_object_mut() {
-        let empty = conversion
-            .get("webhook")
-            .is_some_and(|w| w.as_object().is_some_and(|w| w.values().all(|v| v["service"].is_null() && v["url"].is_null() && v["caBundle"].is_null()) && w.get("conversionReviewVersions").is_none()));
-        if empty {
-            conversion.remove("webhook");
-        } else if let Some(config) =
-            conversion.get_mut("webhook").and_then(|w| w.get_mut("clientConfig")).and_then(Value::as_object_mut)
-            && config.get("service").is_some_and(Value::is_null)
-        {
-            config.remove("service");
-        }
+    if let Some(service) = object.pointer_mut("/spec/conversion/webhook/clientConfig/service") {
+        default(service, "port", 443);
     }
 }
 
@@ -117,7 +89,8 @@ fn validate(validation: &Validation<'_>, errors: &mut Errors) {
     names(&spec["names"], path.at("names"), errors);
     conversion(&spec["conversion"], path.at("conversion"), errors);
     if spec["preserveUnknownFields"] == true {
-        let why = "cannot set to true, set x-kubernetes-preserve-unknown-fields to true in spec.versions[*].schema instead";
+        let why =
+            "cannot set to true, set x-kubernetes-preserve-unknown-fields to true in spec.versions[*].schema instead";
         errors.invalid(path.at("preserveUnknownFields"), true, why);
     }
     versions(spec, path, errors);
@@ -186,11 +159,9 @@ fn names(names: &Value, path: Path<'_>, errors: &mut Errors) {
         let cased = matches!(key, "kind" | "listKind");
         match (name, dns_1035_label(&if cased { name.to_lowercase() } else { name.to_owned() })) {
             ("", _) => errors.required(path.at(key), ""),
-            (_, Err(why)) if cased => errors.invalid(
-                path.at(key),
-                name,
-                format!("may have mixed case, but should otherwise match: {why}"),
-            ),
+            (_, Err(why)) if cased => {
+                errors.invalid(path.at(key), name, format!("may have mixed case, but should otherwise match: {why}"))
+            }
             (_, Err(why)) => errors.invalid(path.at(key), name, why),
             _ => {}
         }
@@ -379,7 +350,9 @@ fn selectable(version: &Value, path: Path<'_>, errors: &mut Errors) {
         }
         match text(schema, "type") {
             "string" | "boolean" | "integer" => {}
-            "" if schema.is_null() => errors.invalid(at, *found, format!("does not refer to a valid field: invalid path {found:?}")),
+            "" if schema.is_null() => {
+                errors.invalid(at, *found, format!("does not refer to a valid field: invalid path {found:?}"))
+            }
             _ => errors.invalid(at, *found, "must point to a field of type string, boolean or integer"),
         }
     }

@@ -74,7 +74,9 @@ impl<'a> Checker<'a> {
         let schemas = self.schemas;
         let ty = schemas.get(ty);
         match (&ty.shape, &mut *value) {
-            (Shape::Any | Shape::Free, _) | (Shape::String, Value::String(_)) | (Shape::Boolean, Value::Bool(_)) => Ok(()),
+            (Shape::Any | Shape::Free, _) | (Shape::String, Value::String(_)) | (Shape::Boolean, Value::Bool(_)) => {
+                Ok(())
+            }
             (Shape::Object(fields), Value::Object(object)) => {
                 let owner = self.owner;
                 if !ty.name.is_empty() {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures::{StreamExt, TryStreamExt, future::join_all, pin_mut, stream};
+use futures::{StreamExt, TryStreamExt, pin_mut, stream, stream::FuturesUnordered};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{
     Api, Client,
@@ -21,7 +21,10 @@ use kube::{
 };
 use parking_lot::Mutex;
 use serde_json::json;
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -42,6 +45,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// After an error of a watch or of discovery: the first wait, and the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// Kinds are discovered anew this often, even if no definition has changed; as upstream does.
+const REDISCOVER: Duration = Duration::from_secs(30);
 
 /// Kinds, by group and kind as references name them.
 type Kinds = HashMap<(Box<str>, Box<str>), Arc<Kind>>;
@@ -53,6 +58,8 @@ struct Collector {
     kinds: watch::Sender<Arc<Kinds>>,
     /// Watches whose first listing is not complete yet; nothing before discovery.
     listing: watch::Sender<Option<usize>>,
+    /// Kinds have come, changed or gone.
+    stale: Notify,
 }
 
 /// Starts the garbage collector's watches and workers.
@@ -63,6 +70,7 @@ pub(crate) fn start(tasks: &mut JoinSet<()>, context: &Arc<Context>, shutdown: &
         queue: Arc::new(Queue::new()),
         kinds: watch::Sender::default(),
         listing: watch::Sender::new(None),
+        stale: Notify::new(),
     });
     let (watching, stop) = (collector.clone(), shutdown.clone());
     tasks.spawn(async move {
@@ -91,27 +99,76 @@ async fn discover(client: Client) -> kube::Result<(Kinds, Vec<Arc<Kind>>)> {
 }
 
 impl Collector {
+    /// Watches every kind that there is, until it is cancelled. Kinds come and go with their definitions.
     async fn watch_all(&self) {
-        let mut wait = FIRST_WAIT;
-        let watched = loop {
-            match discover(self.client.clone()).await {
-                Ok((kinds, watched)) => {
-                    self.kinds.send_replace(Arc::new(kinds));
-                    break watched;
+        let mut watches = FuturesUnordered::new();
+        let mut watched: Vec<(Arc<Kind>, CancellationToken)> = Vec::new();
+        loop {
+            let (mut kinds, found) = self.discovered().await;
+            let found: Vec<Arc<Kind>> = found
+                .into_iter()
+                .map(|kind| watched.iter().find(|(known, _)| **known == *kind).map_or(kind, |(known, _)| known.clone()))
+                .collect();
+            for kind in &found {
+                let id = (kind.resource.group.as_str().into(), kind.resource.kind.as_str().into());
+                kinds.insert(id, kind.clone());
+            }
+            self.kinds.send_replace(Arc::new(kinds));
+            let first = self.listing.borrow().is_none();
+            if first {
+                self.listing.send_replace(Some(found.len()));
+            }
+            watched.retain(|(kind, stop)| {
+                let stays = found.iter().any(|other| Arc::ptr_eq(other, kind));
+                if !stays {
+                    stop.cancel();
+                    let look = self.graph.lock().retain(kind, &HashSet::new());
+                    look.iter().for_each(|uid| self.queue.add(Key::new("", &**uid)));
                 }
+                stays
+            });
+            for kind in found {
+                if watched.iter().any(|(known, _)| Arc::ptr_eq(known, &kind)) {
+                    continue;
+                }
+                let stop = CancellationToken::new();
+                watched.push((kind.clone(), stop.clone()));
+                // In a box: there are many.
+                watches.push(Box::pin(async move { stop.run_until_cancelled(self.watch(&kind, first)).await }));
+            }
+            tracing::debug!(kinds = watched.len(), "the garbage collector watches");
+            let again = async {
+                let _ = tokio::time::timeout(REDISCOVER, self.stale.notified()).await;
+                // A definition is written several times at its beginning.
+                tokio::time::sleep(FIRST_WAIT).await;
+            };
+            tokio::pin!(again);
+            loop {
+                tokio::select! {
+                    () = &mut again => break,
+                    Some(_) = watches.next() => {}
+                }
+            }
+        }
+    }
+
+    async fn discovered(&self) -> (Kinds, Vec<Arc<Kind>>) {
+        let mut wait = FIRST_WAIT;
+        loop {
+            match discover(self.client.clone()).await {
+                Ok(found) => return found,
                 Err(error) => {
                     tracing::debug!(%error, "the kinds could not be discovered, will try again");
                     tokio::time::sleep(wait).await;
                     wait = (wait * 2).min(LONGEST_WAIT);
                 }
             }
-        };
-        tracing::debug!(kinds = watched.len(), "the garbage collector watches");
-        self.listing.send_replace(Some(watched.len()));
-        join_all(watched.iter().map(|kind| self.watch(kind))).await;
+        }
     }
 
-    async fn watch(&self, kind: &Arc<Kind>) {
+    /// Follows a kind. `first` says whether the collector waits for its listing before it begins.
+    async fn watch(&self, kind: &Arc<Kind>, first: bool) {
+        let defines = kind.resource.group == "apiextensions.k8s.io";
         let api: Api<PartialObjectMeta<DynamicObject>> = Api::all_with(self.client.clone(), &kind.resource);
         let events = watcher::watcher(api, watcher::Config::default().streaming_lists());
         pin_mut!(events);
@@ -125,14 +182,20 @@ impl Collector {
                 Ok(Event::InitApply(object)) => self.apply(kind, &object.metadata, Some(&mut listed)),
                 Ok(Event::Apply(object)) => {
                     wait = FIRST_WAIT;
+                    if defines {
+                        self.stale.notify_one();
+                    }
                     self.apply(kind, &object.metadata, None)
                 }
                 Ok(Event::Delete(object)) => {
+                    if defines {
+                        self.stale.notify_one();
+                    }
                     self.graph.lock().remove(object.metadata.uid.as_deref().unwrap_or_default())
                 }
                 Ok(Event::InitDone) => {
                     wait = FIRST_WAIT;
-                    if !std::mem::replace(&mut complete, true) {
+                    if !std::mem::replace(&mut complete, true) && first {
                         self.listing.send_modify(|left| *left = left.map(|left| left.saturating_sub(1)));
                     }
                     self.graph.lock().retain(kind, &std::mem::take(&mut listed))
