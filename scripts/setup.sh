@@ -119,6 +119,13 @@ if [[ "$kubectl_version" != *v1.37.* ]]; then
             "or put a kubectl 1.37 of your own at $PWD/.venv/bin/kubectl"
 fi
 
+# Clients of others, which the tests drive against Seawall.
+if [ $tests = yes ] && ! .venv/bin/python -c 'import kopf, kubernetes' 2>/dev/null; then
+    title "Installing Python's client and kopf into .venv"
+    .venv/bin/python -m pip install -q --disable-pip-version-check 'kubernetes==37.*' 'kopf==1.45.*' </dev/null ||
+        fail "the Python packages kubernetes and kopf could not be installed from PyPI"
+fi
+
 # --- Rust ------------------------------------------------------------------------------------------------------------
 
 rust_version() { cargo --version 2>/dev/null | sed -n 's/^cargo \([0-9.]*\).*/\1/p'; }
