@@ -76,8 +76,7 @@ impl Stale {
 /// The flows that a change from `old` to `new` leaves behind.
 pub fn stale(old: Option<&Ruleset>, new: &Ruleset) -> BTreeSet<Stale> {
     let Some(old) = old else { return BTreeSet::new() };
-    let mut out: BTreeSet<Stale> =
-        old.reach.difference(&new.reach).map(|gone| Stale::Endpoint(*gone)).collect();
+    let mut out: BTreeSet<Stale> = old.reach.difference(&new.reach).map(|gone| Stale::Endpoint(*gone)).collect();
     let served = |rules: &Ruleset| -> BTreeSet<(Option<Ipv4Addr>, u16)> {
         rules.reach.iter().filter(|r| r.kind == Kind::Datagrams).map(|r| (r.address, r.port)).collect()
     };

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::harness::Api;
 
-const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+pub(crate) const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 const TABS: &str = "/apis/stable.example.com/v1/namespaces/default/crontabs";
 const MERGE: &str = "application/merge-patch+json";
 const APPLY: &str = "application/apply-patch+yaml";
@@ -49,7 +49,7 @@ fn tab(name: &str) -> Value {
         "spec": {"cronSpec": "* * * * */5", "replicas": 2}})
 }
 
-async fn reaches(api: &Api, path: &str, good: impl Fn(&Value) -> bool) -> Value {
+pub(crate) async fn reaches(api: &Api, path: &str, good: impl Fn(&Value) -> bool) -> Value {
     for _ in 0..100 {
         let (_, found) = api.call(Method::GET, path, "", Value::Null).await;
         if good(&found) {
@@ -68,7 +68,7 @@ fn has(definition: &Value, ty: &str, status: &str) -> bool {
         .any(|c| c["type"] == ty && c["status"] == status)
 }
 
-async fn define(api: &Api, definition: Value) -> Value {
+pub(crate) async fn define(api: &Api, definition: Value) -> Value {
     let name = definition["metadata"]["name"].as_str().unwrap().to_owned();
     api.create(DEFINITIONS, definition).await;
     reaches(api, &format!("{DEFINITIONS}/{name}"), |d| has(d, "Established", "True")).await
