@@ -134,6 +134,31 @@ impl Connection {
         Ok(self.sender.send_request(request).await?)
     }
 
+    /// Reads something in the form that is asked for.
+    pub async fn fetch(&mut self, path: &str, accept: &str) -> anyhow::Result<Bytes> {
+        let request = Request::builder().uri(path).header(header::HOST, &self.host).header(header::ACCEPT, accept);
+        self.answer(path, request.body(Full::default())?).await
+    }
+
+    /// Patches something.
+    pub async fn patch(&mut self, path: &str, kind: &str, body: impl Into<Bytes>) -> anyhow::Result<Bytes> {
+        let request = Request::builder().method(Method::PATCH).uri(path).header(header::HOST, &self.host);
+        self.answer(path, request.header(header::CONTENT_TYPE, kind).body(Full::new(body.into()))?).await
+    }
+
+    /// The answer to a request that has to succeed.
+    async fn answer(&mut self, path: &str, request: Request<Full<Bytes>>) -> anyhow::Result<Bytes> {
+        let method = request.method().clone();
+        self.sender.ready().await?;
+        let response = self.sender.send_request(request).await?;
+        let status = response.status();
+        let body = response.into_body().collect().await?.to_bytes();
+        if !status.is_success() {
+            bail!("{method} {path}: {status}: {}", String::from_utf8_lossy(&body[..body.len().min(300)]));
+        }
+        Ok(body)
+    }
+
     /// Sends a request and reads the whole answer.
     pub async fn send(
         &mut self,
@@ -148,11 +173,8 @@ impl Connection {
 
     /// [`Connection::send`], and anything but success is an error.
     pub async fn expect(&mut self, method: Method, path: &str, body: impl Into<Bytes>) -> anyhow::Result<Bytes> {
-        let name = method.to_string();
-        let (status, body) = self.send(method, path, body).await?;
-        if !status.is_success() {
-            bail!("{name} {path}: {status}: {}", String::from_utf8_lossy(&body[..body.len().min(300)]));
-        }
-        Ok(body)
+        let request = Request::builder().method(method).uri(path).header(header::HOST, &self.host);
+        let request = request.header(header::CONTENT_TYPE, "application/json").body(Full::new(body.into()))?;
+        self.answer(path, request).await
     }
 }

@@ -4,6 +4,8 @@
 //! log of its latest changes. Reads take a snapshot and never wait for a writer; watchers follow the log by revision,
 //! so that one that does not read costs nothing: it falls off the log's end and is told to list again.
 
+pub mod by_node;
+
 use std::{
     collections::VecDeque,
     ops::Bound,
@@ -12,6 +14,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use by_node::ByNode;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::StreamExt;
 use imbl::OrdMap;
@@ -52,9 +55,22 @@ pub struct Snapshot {
     /// The revision.
     pub revision: Revision,
     maps: Vec<Objects>,
+    by_node: ByNode,
+    pods: Option<ResourceId>,
 }
 
 impl Snapshot {
+    fn new(registry: &Registry, revision: Revision, maps: Vec<Objects>) -> Snapshot {
+        let pods = registry.by_name("", "pods");
+        let index = pods.and_then(|(id, row)| Some(ByNode::new(row, maps.get(id.0)?)));
+        Snapshot { revision, maps, by_node: index.unwrap_or_default(), pods: pods.map(|(id, _)| id) }
+    }
+
+    /// Pods by their nodes, if this resource is that of pods.
+    pub fn by_node(&self, id: ResourceId) -> Option<&ByNode> {
+        (self.pods == Some(id)).then_some(&self.by_node)
+    }
+
     /// The objects of a resource; none if this state is older than the resource.
     pub fn of(&self, id: ResourceId) -> &Objects {
         static NOTHING: LazyLock<Objects> = LazyLock::new(OrdMap::new);
@@ -194,11 +210,12 @@ impl Cache {
         let newest = store.revision().await.map_err(ApiError::store)?;
         let definitions = registry.by_name("apiextensions.k8s.io", "customresourcedefinitions").map(|(id, _)| id);
         let (revision, Loaded { maps, strays }) = load_history(&registry, &*store, newest).await?;
+        let first = Snapshot::new(&registry, revision, maps);
         let cache = Arc::new(Cache {
             logs: ArcSwap::from_pointee((0..registry.len()).map(|_| Arc::new(Log::new(revision))).collect()),
             registry,
             definitions,
-            snapshot: ArcSwap::from_pointee(Snapshot { revision, maps }),
+            snapshot: ArcSwap::from_pointee(first),
             strays: Mutex::new(strays),
             revision: watch::Sender::new(revision),
         });
@@ -311,6 +328,9 @@ impl Cache {
                     None => continue,
                 },
             };
+            if next.pods == Some(id) {
+                next.by_node.change(&row, old.as_ref(), new.as_ref());
+            }
             if Some(id) == self.definitions {
                 // Before the events of its objects.
                 self.define(new.as_deref().or(old.as_deref()), new.is_some(), &mut next, revision);
@@ -414,7 +434,7 @@ impl Cache {
         if revision <= self.snapshot.load().revision {
             return;
         }
-        let mut next = Snapshot { revision, maps: loaded.maps };
+        let mut next = Snapshot::new(&self.registry, revision, loaded.maps);
         *self.strays.lock() = loaded.strays;
         self.grow(&mut next, revision);
         let logs = self.logs.load();

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::{
     Context, Server,
-    cache::{Objects, Snapshot, range},
+    cache::{Objects, Snapshot, by_node, range},
     encode::{Body, Encoder, Include},
     error::{ApiError, Result, future},
     object::Object,
@@ -160,14 +160,17 @@ impl Server {
             None => row.prefix(),
         };
         let at = token.as_ref().map(|t| Revision(t.rv)).or(exact);
-        let (objects, revision) = match at {
-            Some(revision) => (self.objects_at(context.served.id, row, revision).await?, revision),
+        let newest;
+        let (objects, revision, index) = match at {
+            Some(revision) => (self.objects_at(context.served.id, row, revision).await?, revision, None),
             None => {
-                let snapshot = match requested {
+                newest = match requested {
                     Some(revision) => self.cache.at_least(revision).await?,
                     None => self.consistent().await?,
                 };
-                (snapshot.of(context.served.id).clone(), snapshot.revision)
+                let id = context.served.id;
+                let index = newest.by_node(id).zip(selection.equal(by_node::FIELD));
+                (newest.of(id).clone(), newest.revision, index)
             }
         };
         let after = token.as_ref().map(|t| t.start.as_str());
@@ -180,9 +183,11 @@ impl Server {
         ) {
             found.extend(objects.get(row.key(namespace, name).as_str()).filter(|o| selection.picks(row, o)).cloned());
         } else {
-            for object in
-                range(&objects, &prefix, after).filter(|o| selection.is_everything() || selection.picks(row, o))
-            {
+            let candidates: Box<dyn Iterator<Item = &Arc<Object>> + Send> = match index {
+                Some((pods, node)) => Box::new(pods.on(node, &prefix, after)),
+                None => Box::new(range(&objects, &prefix, after)),
+            };
+            for object in candidates.filter(|o| selection.is_everything() || selection.picks(row, o)) {
                 if limit > 0 && found.len() == limit {
                     more = true;
                     break;

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::{
     Context, Server,
-    cache::{Change, EventType, Subscription},
+    cache::{Change, EventType, Subscription, by_node},
     encode::{Body, BodyError, Encoder, Form, Include},
     error::{ApiError, Result},
     object::Object,
@@ -91,7 +91,11 @@ impl Server {
             None => self.consistent().await?,
         };
         let (initial, after) = if with_initial && query.get("sendInitialEvents") != Some("false") {
-            let objects = snapshot.range(id, &prefix, None).filter(|o| selection.picks(&row, o)).cloned().collect();
+            let picked = |o: &&Arc<Object>| selection.picks(&row, o);
+            let objects = match snapshot.by_node(id).zip(selection.equal(by_node::FIELD)) {
+                Some((pods, node)) => pods.on(node, &prefix, None).filter(picked).cloned().collect(),
+                None => snapshot.range(id, &prefix, None).filter(picked).cloned().collect(),
+            };
             (objects, snapshot.revision)
         } else {
             let after = requested.filter(|r| r.0 > 0).unwrap_or(snapshot.revision);

@@ -450,7 +450,7 @@ async fn tables_and_metadata_alone() {
     );
     let meta = ask("application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io", PODS).await;
     assert_eq!((&meta["kind"], &meta["items"][0]["spec"]), (&json!("PartialObjectMetadataList"), &Value::Null));
-    let response = api.raw(Method::GET, PODS, &[("accept", "application/vnd.kubernetes.protobuf")], "").await;
+    let response = api.raw(Method::GET, PODS, &[("accept", "application/cbor")], "").await;
     assert_eq!(response.status(), StatusCode::NOT_ACCEPTABLE);
     let yaml = api.raw(Method::GET, &format!("{PODS}/p"), &[("accept", "application/yaml")], "").await;
     assert_eq!(yaml.headers()["content-type"], "application/yaml");
