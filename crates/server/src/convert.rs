@@ -54,7 +54,7 @@ impl Server {
             return Ok(object);
         }
         let mut converted = self.in_version(row, vec![object]).await?;
-        converted.pop().ok_or_else(|| ApiError::internal("an object was not converted", &row.plural))
+        converted.pop().ok_or_else(|| ApiError::internal("an object was not converted", row.plural))
     }
 
     /// A value in the version of `row`.
@@ -62,7 +62,7 @@ impl Server {
         match &row.custom {
             Some(version) if object["apiVersion"] != row.api_version() => {
                 let mut converted = self.convert(row, version, &row.api_version(), vec![object]).await?;
-                converted.pop().ok_or_else(|| ApiError::internal("an object was not converted", &row.plural))
+                converted.pop().ok_or_else(|| ApiError::internal("an object was not converted", row.plural))
             }
             _ => Ok(object),
         }

@@ -19,7 +19,7 @@ use seawall_api::{
         schema::Node,
     },
 };
-use seawall_store::Expect;
+use seawall_store::{self as store, Expect};
 use serde_json::{Value, json};
 
 use crate::{
@@ -219,6 +219,8 @@ impl Server {
         };
         match written {
             Ok(revision) => self.cache.at_least(revision).await.map(|_| ()),
+            // Most often another server, which decided the same.
+            Err(store::Error::Conflict { .. }) => Err(ApiError::modified(row, before.name())),
             Err(error) => Err(ApiError::store(error)),
         }
     }
@@ -235,8 +237,11 @@ impl Server {
         let Some(served) = served else {
             // Nothing is served any more, so that nobody could wait for finalizers.
             for object in &objects {
-                let gone = self.store.delete(&object.key, Expect::At(object.revision), None).await;
-                gone.map_err(ApiError::store)?;
+                match self.store.delete(&object.key, Expect::At(object.revision), None).await {
+                    Ok(_) => {}
+                    Err(store::Error::Conflict { .. }) => return Ok(objects.len()),
+                    Err(error) => return Err(ApiError::store(error)),
+                }
             }
             return Ok(0);
         };
