@@ -24,6 +24,7 @@ fn schema() -> Value {
             "steps": {"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"],
                 "items": {"type": "object", "required": ["name"], "properties": {
                     "name": {"type": "string"}, "run": {"type": "string"}}}},
+            "note": {"type": "string", "nullable": true},
             "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
             "labels": {"type": "object", "additionalProperties": {"type": "string"}}}},
         "status": {"type": "object", "properties": {
@@ -307,6 +308,13 @@ async fn applied_on_the_server() {
         (&less["spec"]["steps"], &less["spec"]["free"]),
         (&json!([{"name": "x", "run": "1"}]), &json!({"a": 1}))
     );
+    // Null is a value where the schema says so, and nothing elsewhere.
+    let (_, nothing) = apply("two", json!({"cronSpec": "* * * * *", "note": null, "mode": null})).await;
+    assert_eq!((nothing["spec"].get("note"), nothing["spec"].get("mode")), (Some(&Value::Null), None));
+    let (_, kept) = apply("three", json!({"cronSpec": "* * * * *"})).await;
+    assert_eq!(kept["spec"].get("note"), Some(&Value::Null));
+    let (_, gone) = apply("two", json!({"cronSpec": "* * * * *"})).await;
+    assert_eq!(gone["spec"].get("note"), None);
     let (code, unknown) = apply("two", json!({"cronSpec": "* * * * *", "colour": "red"})).await;
     assert_eq!(code, StatusCode::BAD_REQUEST);
     assert!(unknown["message"].as_str().unwrap().contains(".spec.colour: field not declared in schema"), "{unknown}");
