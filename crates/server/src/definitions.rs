@@ -115,48 +115,53 @@ async fn follow(server: &Arc<Server>, id: ResourceId, row: &Row, known: &mut BTr
     }
     drop(snapshot);
     loop {
-        let mut again = false;
-        for name in std::mem::take(&mut due) {
-            match server.settle(id, row, &name, known).await {
-                Ok(true) => {}
-                Ok(false) => again = due.insert(name) || again,
-                Err(error) => {
-                    tracing::debug!(error = error.message, name, "a definition is tried again");
-                    again = due.insert(name) || again;
-                }
-            }
-        }
-        tokio::select! {
-            () = subscription.changed() => {}
-            () = tokio::time::sleep(AGAIN), if again => {}
-        }
         loop {
             let Ok(changes) = subscription.take(64) else { return };
             if changes.is_empty() {
                 break;
             }
             for change in changes {
-                let (Some(object), there) = (change.new.as_ref().or(change.old.as_ref()), change.new.is_some()) else {
+                let Some(object) = change.new.as_ref().or(change.old.as_ref()) else { continue };
+                let (name, now) = (object.name().to_owned(), Known::of(&object.value()));
+                let before = known.remove(&name);
+                if change.new.is_none() {
+                    due.extend(waiting(known, &now.group));
                     continue;
-                };
-                let name = object.name().to_owned();
-                let now = Known::of(&object.value());
-                // Names may have become free.
-                let freed = known.get(&name).is_none_or(|before| !there || before.accepted != now.accepted);
-                if freed {
-                    let waiting = known.iter().filter(|(_, k)| k.group == now.group && !k.settled);
-                    due.extend(waiting.map(|(name, _)| name.clone()));
                 }
-                match there {
-                    true => known.insert(name.clone(), now),
-                    false => known.remove(&name),
-                };
-                if there {
-                    due.insert(name);
+                if before.is_some_and(|before| before.accepted != now.accepted) {
+                    due.extend(waiting(known, &now.group));
                 }
+                known.insert(name.clone(), now);
+                due.insert(name);
             }
         }
+        let mut again = false;
+        for name in std::mem::take(&mut due) {
+            let before = known.get(&name).map(|k| k.accepted.clone());
+            match server.settle(id, row, &name, known).await {
+                Ok(true) => {}
+                Ok(false) => again = due.insert(name.clone()) || again,
+                Err(error) => {
+                    tracing::debug!(error = error.message, name, "a definition is tried again");
+                    again = due.insert(name.clone()) || again;
+                }
+            }
+            // It has been given other names, so that those from before are free.
+            if let Some(now) = known.get(&name).filter(|now| Some(&now.accepted) != before.as_ref()) {
+                let freed = waiting(known, &now.group);
+                due.extend(freed.into_iter().filter(|other| *other != name));
+            }
+        }
+        tokio::select! {
+            () = subscription.changed() => {}
+            () = tokio::time::sleep(AGAIN), if again => {}
+        }
     }
+}
+
+/// The definitions of a group that have not been given all their names.
+fn waiting(known: &BTreeMap<String, Known>, group: &str) -> Vec<String> {
+    known.iter().filter(|(_, k)| k.group == group && !k.settled).map(|(name, _)| name.clone()).collect()
 }
 
 impl Server {

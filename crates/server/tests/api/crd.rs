@@ -200,6 +200,19 @@ async fn objects_are_checked_against_the_schema() {
     let default = json!([{"op": "add", "path": "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/mood", "value": {"type": "string", "default": "good"}}]);
     api.call(Method::PATCH, &path, "application/json-patch+json", default).await;
     assert_eq!(api.get(&odd).await["spec"]["mood"], "good");
+    // Patches do not build what nobody could read again.
+    let mut deep = json!(1);
+    for _ in 0..60 {
+        deep = json!({"d": deep});
+    }
+    let patch = |path: &str| json!([{"op": "add", "path": path, "value": deep.clone()}]);
+    let json_patch = "application/json-patch+json";
+    let (code, _) = api.call(Method::PATCH, &odd, json_patch, patch("/spec/free/deep")).await;
+    assert_eq!(code, StatusCode::OK);
+    let (code, answer) =
+        api.call(Method::PATCH, &odd, json_patch, patch(&format!("/spec/free/deep{}/more", "/d".repeat(59)))).await;
+    assert_eq!(code, StatusCode::BAD_REQUEST, "{answer}");
+    api.get(&odd).await;
 }
 
 #[tokio::test]
@@ -391,14 +404,24 @@ async fn names_of_others_are_not_given_again() {
     define(&api, definition()).await;
     let mut other = definition();
     other["metadata"]["name"] = "tabs.stable.example.com".into();
-    other["spec"]["names"] = json!({"plural": "tabs", "kind": "CronTab", "shortNames": ["ct"]});
+    other["spec"]["names"] = json!({"plural": "tabs", "kind": "CronTab"});
     api.create(DEFINITIONS, other).await;
     let path = format!("{DEFINITIONS}/tabs.stable.example.com");
     let refused = reaches(&api, &path, |d| has(d, "NamesAccepted", "False")).await;
     assert!(has(&refused, "Established", "False"));
     assert_eq!(refused["status"]["acceptedNames"]["plural"], "tabs");
     assert_eq!(api.fails(Method::GET, "/apis/stable.example.com/v1/tabs", Value::Null).await.0, 404);
-    // They become free.
+    // Another one waits for the short name alone, which its owner gives up.
+    let mut third = definition();
+    third["metadata"]["name"] = "cars.stable.example.com".into();
+    third["spec"]["names"] = json!({"plural": "cars", "kind": "Car", "shortNames": ["ct"]});
+    api.create(DEFINITIONS, third).await;
+    let car = format!("{DEFINITIONS}/cars.stable.example.com");
+    reaches(&api, &car, |d| d["status"]["conditions"][0]["reason"] == "ShortNamesConflict").await;
+    let first = format!("{DEFINITIONS}/crontabs.stable.example.com");
+    api.call(Method::PATCH, &first, MERGE, json!({"spec": {"names": {"shortNames": ["cron"]}}})).await;
+    reaches(&api, &car, |d| d["status"]["acceptedNames"]["shortNames"] == json!(["ct"])).await;
+    // The other names become free.
     api.call(Method::DELETE, &format!("{DEFINITIONS}/crontabs.stable.example.com"), "", Value::Null).await;
     reaches(&api, &path, |d| has(d, "Established", "True")).await;
     api.get("/apis/stable.example.com/v1/tabs").await;
