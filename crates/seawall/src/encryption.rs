@@ -90,6 +90,10 @@ fn parse(text: &str) -> anyhow::Result<Vec<Rule>> {
         let providers: Arc<[Provider]> = providers.into();
         for name in &of.resources {
             let found: Vec<&Row> = rows.iter().filter(|row| row.stored && matches(name, row)).collect();
+            if let Some(prefix) = custom(name, &rows) {
+                rules.push(Rule { prefix, providers: providers.clone() });
+                continue;
+            }
             ensure!(
                 !found.is_empty(),
                 "{at}.resources: {name:?}: no such resource: write secrets, deployments.apps, *.apps or *.*"
@@ -103,6 +107,17 @@ fn parse(text: &str) -> anyhow::Result<Vec<Rule>> {
         }
     }
     Ok(rules)
+}
+
+/// Where custom resources are stored: whether there will be such a resource is not known when the file is read. Their
+/// groups have a dot and are nobody else's.
+fn custom(name: &str, rows: &[Row]) -> Option<String> {
+    let (plural, group) = name.split_once('.')?;
+    let own = group.contains('.') && !rows.iter().any(|row| row.group == group);
+    own.then(|| match plural {
+        "*" => format!("/registry/{group}/"),
+        plural => format!("/registry/{group}/{plural}/"),
+    })
 }
 
 fn matches(name: &str, row: &Row) -> bool {
@@ -173,6 +188,8 @@ mod tests {
         check("['*.apps']", &["/registry/deployments/", "/registry/statefulsets/"]);
         check("['*.*']", &["/registry/pods/", "/registry/secrets/", "/registry/deployments/"]);
         check("['*.']", &["/registry/pods/", "/registry/secrets/"]);
+        check("[crontabs.stable.example.com]", &["/registry/stable.example.com/crontabs/"]);
+        check("['*.stable.example.com']", &["/registry/stable.example.com/"]);
     }
 
     #[test]
@@ -186,6 +203,7 @@ mod tests {
         check("{apiVersion: v1, kind: Pod, resources: []}", "write apiserver.config.k8s.io/v1");
         check(&file("[gadgets]", "[{identity: {}}]"), "\"gadgets\": no such resource");
         check(&file("['*']", "[{identity: {}}]"), "\"*\": no such resource");
+        check(&file("[rols.rbac.authorization.k8s.io]", "[{identity: {}}]"), "no such resource");
         check(&file("[]", "[{identity: {}}]"), "resources[0].resources: required");
         check(&file("[secrets]", "[]"), "resources[0].providers: required");
         check(&file("[secrets]", "[{identity: {}, aesgcm: {}}]"), "exactly one of");

@@ -58,10 +58,10 @@ impl Registry {
     fn types<'a>(&'a self, row: &'a Row, subresource: &str) -> Result<Types<'a>> {
         let without = untouched(row, subresource);
         if let Some(version) = &row.custom {
-            return Ok(Types { schemas: &version.schemas, ty: version.ty, without });
+            return Ok(Types { schemas: &version.schemas, ty: version.ty, without, nulls: true });
         }
         let ty = row.ty(&self.schemas).ok_or_else(ApiError::no_route)?;
-        Ok(Types { schemas: &self.schemas, ty, without })
+        Ok(Types { schemas: &self.schemas, ty, without, nulls: false })
     }
 }
 

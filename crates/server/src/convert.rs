@@ -20,6 +20,19 @@ use crate::{
     webhook,
 };
 
+/// How deep an object may be nested. Patches can build what could not be read again: the decoder has a limit, too.
+pub(crate) const DEEPEST: usize = 100;
+
+/// Whether a value is nested deeper than so many levels.
+pub(crate) fn is_deep(value: &Value, levels: usize) -> bool {
+    match (value, levels.checked_sub(1)) {
+        (Value::Array(_) | Value::Object(_), None) => true,
+        (Value::Array(list), Some(left)) => list.iter().any(|value| is_deep(value, left)),
+        (Value::Object(map), Some(left)) => map.values().any(|value| is_deep(value, left)),
+        _ => false,
+    }
+}
+
 /// How many objects are sent to a webhook at a time.
 const BATCH: usize = 500;
 
@@ -54,7 +67,7 @@ impl Server {
             return Ok(object);
         }
         let mut converted = self.in_version(row, vec![object]).await?;
-        converted.pop().ok_or_else(|| ApiError::internal("an object was not converted", &row.plural))
+        converted.pop().ok_or_else(|| ApiError::internal("an object was not converted", row.plural))
     }
 
     /// A value in the version of `row`.
@@ -62,7 +75,7 @@ impl Server {
         match &row.custom {
             Some(version) if object["apiVersion"] != row.api_version() => {
                 let mut converted = self.convert(row, version, &row.api_version(), vec![object]).await?;
-                converted.pop().ok_or_else(|| ApiError::internal("an object was not converted", &row.plural))
+                converted.pop().ok_or_else(|| ApiError::internal("an object was not converted", row.plural))
             }
             _ => Ok(object),
         }

@@ -19,7 +19,7 @@ use seawall_api::{
         schema::Node,
     },
 };
-use seawall_store::Expect;
+use seawall_store::{self as store, Expect};
 use serde_json::{Value, json};
 
 use crate::{
@@ -38,6 +38,8 @@ use crate::{
 const FINALIZER: &str = "customresourcecleanup.apiextensions.k8s.io";
 /// How soon to look again while objects wait for their own finalizers, or a write failed.
 const AGAIN: Duration = Duration::from_millis(300);
+/// How many objects are deleted before other definitions get their turn.
+const AT_ONCE: usize = 500;
 
 /// Marks a definition whose deletion begins.
 pub(crate) fn begin_deletion(definition: &mut Value, now: Timestamp) {
@@ -113,48 +115,53 @@ async fn follow(server: &Arc<Server>, id: ResourceId, row: &Row, known: &mut BTr
     }
     drop(snapshot);
     loop {
-        let mut again = false;
-        for name in std::mem::take(&mut due) {
-            match server.settle(id, row, &name, known).await {
-                Ok(true) => {}
-                Ok(false) => again = due.insert(name) || again,
-                Err(error) => {
-                    tracing::debug!(error = error.message, name, "a definition is tried again");
-                    again = due.insert(name) || again;
-                }
-            }
-        }
-        tokio::select! {
-            () = subscription.changed() => {}
-            () = tokio::time::sleep(AGAIN), if again => {}
-        }
         loop {
             let Ok(changes) = subscription.take(64) else { return };
             if changes.is_empty() {
                 break;
             }
             for change in changes {
-                let (Some(object), there) = (change.new.as_ref().or(change.old.as_ref()), change.new.is_some()) else {
+                let Some(object) = change.new.as_ref().or(change.old.as_ref()) else { continue };
+                let (name, now) = (object.name().to_owned(), Known::of(&object.value()));
+                let before = known.remove(&name);
+                if change.new.is_none() {
+                    due.extend(waiting(known, &now.group));
                     continue;
-                };
-                let name = object.name().to_owned();
-                let now = Known::of(&object.value());
-                // Names may have become free.
-                let freed = known.get(&name).is_none_or(|before| !there || before.accepted != now.accepted);
-                if freed {
-                    let waiting = known.iter().filter(|(_, k)| k.group == now.group && !k.settled);
-                    due.extend(waiting.map(|(name, _)| name.clone()));
                 }
-                match there {
-                    true => known.insert(name.clone(), now),
-                    false => known.remove(&name),
-                };
-                if there {
-                    due.insert(name);
+                if before.is_some_and(|before| before.accepted != now.accepted) {
+                    due.extend(waiting(known, &now.group));
                 }
+                known.insert(name.clone(), now);
+                due.insert(name);
             }
         }
+        let mut again = false;
+        for name in std::mem::take(&mut due) {
+            let before = known.get(&name).map(|k| k.accepted.clone());
+            match server.settle(id, row, &name, known).await {
+                Ok(true) => {}
+                Ok(false) => again = due.insert(name.clone()) || again,
+                Err(error) => {
+                    tracing::debug!(error = error.message, name, "a definition is tried again");
+                    again = due.insert(name.clone()) || again;
+                }
+            }
+            // It has been given other names, so that those from before are free.
+            if let Some(now) = known.get(&name).filter(|now| Some(&now.accepted) != before.as_ref()) {
+                let freed = waiting(known, &now.group);
+                due.extend(freed.into_iter().filter(|other| *other != name));
+            }
+        }
+        tokio::select! {
+            () = subscription.changed() => {}
+            () = tokio::time::sleep(AGAIN), if again => {}
+        }
     }
+}
+
+/// The definitions of a group that have not been given all their names.
+fn waiting(known: &BTreeMap<String, Known>, group: &str) -> Vec<String> {
+    known.iter().filter(|(_, k)| k.group == group && !k.settled).map(|(name, _)| name.clone()).collect()
 }
 
 impl Server {
@@ -217,6 +224,8 @@ impl Server {
         };
         match written {
             Ok(revision) => self.cache.at_least(revision).await.map(|_| ()),
+            // Most often another server, which decided the same.
+            Err(store::Error::Conflict { .. }) => Err(ApiError::modified(row, before.name())),
             Err(error) => Err(ApiError::store(error)),
         }
     }
@@ -233,13 +242,18 @@ impl Server {
         let Some(served) = served else {
             // Nothing is served any more, so that nobody could wait for finalizers.
             for object in &objects {
-                let gone = self.store.delete(&object.key, Expect::At(object.revision), None).await;
-                gone.map_err(ApiError::store)?;
+                match self.store.delete(&object.key, Expect::At(object.revision), None).await {
+                    Ok(_) => {}
+                    Err(store::Error::Conflict { .. }) => return Ok(objects.len()),
+                    Err(error) => return Err(ApiError::store(error)),
+                }
             }
             return Ok(0);
         };
-        let mut left = 0;
-        for object in &objects {
+        // Those that wait for finalizers of others are only counted.
+        let going = |object: &Object| object.value()["metadata"]["deletionTimestamp"].is_string();
+        let mut left = objects.len();
+        for object in objects.iter().filter(|object| !going(object)).take(AT_ONCE) {
             let namespace = Some(object.namespace(row).to_owned()).filter(|n| !n.is_empty());
             let context = Context {
                 user: UserInfo::new("system:apiserver", &[MASTERS]),
@@ -262,9 +276,9 @@ impl Server {
                 warnings: Arc::default(),
             };
             match self.delete_object(&context, object.name(), &DeleteOptions::default()).await {
-                Ok((_, _, true)) => {}
-                Ok(_) => left += 1,
-                Err(error) if error.code == http::StatusCode::NOT_FOUND => {}
+                Ok((_, _, true)) => left -= 1,
+                Ok(_) => {}
+                Err(error) if error.code == http::StatusCode::NOT_FOUND => left -= 1,
                 Err(error) => return Err(error),
             }
         }

@@ -135,6 +135,10 @@ impl Context<'_> {
                 self.served.version
             ))
         })?;
+        if self.row.custom.is_some() && crate::convert::is_deep(&value, crate::convert::DEEPEST) {
+            let most = crate::convert::DEEPEST;
+            return Err(ApiError::bad_request(format!("the object is nested deeper than {most} levels")));
+        }
         let complaints: Vec<String> = duplicates
             .iter()
             .map(|path| format!("duplicate field {path:?}"))

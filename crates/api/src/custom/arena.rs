@@ -33,15 +33,19 @@ fn fields(schemas: &mut Schemas, node: &Node) -> HashMap<Box<str>, Field> {
 }
 
 fn field(ty: TypeId, node: &Node) -> Field {
-    let default = |key: &Box<str>| {
+    let default = |key: &str| {
         let default = node.items.as_ref()?.properties.get(key)?.default.clone()?;
-        Some((key.clone(), default))
+        Some((key.into(), default))
     };
     Field {
         ty,
         list: node.list,
         keys: if node.list == ListType::Map { node.keys.clone() } else { Vec::new() },
-        key_defaults: if node.list == ListType::Map { node.keys.iter().filter_map(default).collect() } else { vec![] },
+        key_defaults: if node.list == ListType::Map {
+            node.keys.iter().filter_map(|key| default(key)).collect()
+        } else {
+            vec![]
+        },
         map: node.atomic.then_some(MapType::Atomic),
         merge: false,
         retain_keys: false,

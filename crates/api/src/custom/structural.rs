@@ -148,7 +148,7 @@ fn invariants(schema: &Value, level: Level, path: Path<'_>, depth: usize, errors
             errors.forbidden(at, "must not be used at the root");
         }
         if schema["additionalProperties"] == false {
-            errors.forbidden(at, "must not be set to false");
+            errors.forbidden(at, "additionalProperties cannot be set to false");
         }
         if schema["additionalProperties"] != true && map(schema, "properties").next().is_some() {
             errors.forbidden(at, "additionalProperties and properties are mutual exclusive");
@@ -167,9 +167,6 @@ fn invariants(schema: &Value, level: Level, path: Path<'_>, depth: usize, errors
     if int_or_string && embedded {
         let at = path.at("x-kubernetes-embedded-resource");
         errors.invalid(at, true, "must be false if x-kubernetes-int-or-string is true");
-    }
-    if int_or_string && !kind.is_empty() {
-        errors.forbidden(path.at("type"), "must be empty if x-kubernetes-int-or-string is true");
     }
     if embedded && kind != "object" {
         let why = "must be object if x-kubernetes-embedded-resource is true";
@@ -208,8 +205,8 @@ fn invariants(schema: &Value, level: Level, path: Path<'_>, depth: usize, errors
     }
     lists(schema, path, errors);
     // The one pattern in which types may stand in a junctor.
-    let skip = int_or_string && is_int_or_string(&schema["anyOf"]);
-    let skip_first = int_or_string && is_int_or_string(&schema["allOf"][0]["anyOf"]);
+    let skip = is_int_or_string(&schema["anyOf"]);
+    let skip_first = is_int_or_string(&schema["allOf"][0]["anyOf"]);
     junctors(schema, (skip, skip_first), path, depth, errors);
     rules(schema, path, errors);
 }

@@ -281,6 +281,8 @@ pub struct Types<'a> {
     pub ty: TypeId,
     /// Paths that do not count.
     pub without: &'a [&'a [&'a str]],
+    /// Whether null is a value: fields of custom resources may be nullable. Elsewhere it is nothing.
+    pub nulls: bool,
 }
 
 impl Types<'_> {
@@ -359,7 +361,9 @@ pub fn apply(
     let last = managed.of(manager).map(|record| record.fields.clone()).unwrap_or_default();
     let mut new = old.clone();
     typed.merge(types.at(), &mut new, config.clone());
-    typed::without_nulls(&mut new);
+    if !types.nulls {
+        typed::without_nulls(&mut new);
+    }
     let before = managed.of(manager).cloned();
     managed.set(manager, fields.clone(), now);
     let owned = managed.0.iter().fold(FieldSet::default(), |all, record| all.union(&record.fields));

@@ -12,7 +12,7 @@ fn schemas() -> &'static Schemas {
 }
 
 fn types(ty: &str) -> Types<'static> {
-    Types { schemas: schemas(), ty: schemas().by_name(ty).unwrap(), without: &[] }
+    Types { schemas: schemas(), ty: schemas().by_name(ty).unwrap(), without: &[], nulls: false }
 }
 
 fn deployment() -> Types<'static> {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::harness::Api;
 
-const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+pub(crate) const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 const TABS: &str = "/apis/stable.example.com/v1/namespaces/default/crontabs";
 const MERGE: &str = "application/merge-patch+json";
 const APPLY: &str = "application/apply-patch+yaml";
@@ -24,6 +24,7 @@ fn schema() -> Value {
             "steps": {"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"],
                 "items": {"type": "object", "required": ["name"], "properties": {
                     "name": {"type": "string"}, "run": {"type": "string"}}}},
+            "note": {"type": "string", "nullable": true},
             "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
             "labels": {"type": "object", "additionalProperties": {"type": "string"}}}},
         "status": {"type": "object", "properties": {
@@ -49,7 +50,7 @@ fn tab(name: &str) -> Value {
         "spec": {"cronSpec": "* * * * */5", "replicas": 2}})
 }
 
-async fn reaches(api: &Api, path: &str, good: impl Fn(&Value) -> bool) -> Value {
+pub(crate) async fn reaches(api: &Api, path: &str, good: impl Fn(&Value) -> bool) -> Value {
     for _ in 0..100 {
         let (_, found) = api.call(Method::GET, path, "", Value::Null).await;
         if good(&found) {
@@ -68,7 +69,7 @@ fn has(definition: &Value, ty: &str, status: &str) -> bool {
         .any(|c| c["type"] == ty && c["status"] == status)
 }
 
-async fn define(api: &Api, definition: Value) -> Value {
+pub(crate) async fn define(api: &Api, definition: Value) -> Value {
     let name = definition["metadata"]["name"].as_str().unwrap().to_owned();
     api.create(DEFINITIONS, definition).await;
     reaches(api, &format!("{DEFINITIONS}/{name}"), |d| has(d, "Established", "True")).await
@@ -199,6 +200,19 @@ async fn objects_are_checked_against_the_schema() {
     let default = json!([{"op": "add", "path": "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/mood", "value": {"type": "string", "default": "good"}}]);
     api.call(Method::PATCH, &path, "application/json-patch+json", default).await;
     assert_eq!(api.get(&odd).await["spec"]["mood"], "good");
+    // Patches do not build what nobody could read again.
+    let mut deep = json!(1);
+    for _ in 0..60 {
+        deep = json!({"d": deep});
+    }
+    let patch = |path: &str| json!([{"op": "add", "path": path, "value": deep.clone()}]);
+    let json_patch = "application/json-patch+json";
+    let (code, _) = api.call(Method::PATCH, &odd, json_patch, patch("/spec/free/deep")).await;
+    assert_eq!(code, StatusCode::OK);
+    let (code, answer) =
+        api.call(Method::PATCH, &odd, json_patch, patch(&format!("/spec/free/deep{}/more", "/d".repeat(59)))).await;
+    assert_eq!(code, StatusCode::BAD_REQUEST, "{answer}");
+    api.get(&odd).await;
 }
 
 #[tokio::test]
@@ -307,6 +321,13 @@ async fn applied_on_the_server() {
         (&less["spec"]["steps"], &less["spec"]["free"]),
         (&json!([{"name": "x", "run": "1"}]), &json!({"a": 1}))
     );
+    // Null is a value where the schema says so, and nothing elsewhere.
+    let (_, nothing) = apply("two", json!({"cronSpec": "* * * * *", "note": null, "mode": null})).await;
+    assert_eq!((nothing["spec"].get("note"), nothing["spec"].get("mode")), (Some(&Value::Null), None));
+    let (_, kept) = apply("three", json!({"cronSpec": "* * * * *"})).await;
+    assert_eq!(kept["spec"].get("note"), Some(&Value::Null));
+    let (_, gone) = apply("two", json!({"cronSpec": "* * * * *"})).await;
+    assert_eq!(gone["spec"].get("note"), None);
     let (code, unknown) = apply("two", json!({"cronSpec": "* * * * *", "colour": "red"})).await;
     assert_eq!(code, StatusCode::BAD_REQUEST);
     assert!(unknown["message"].as_str().unwrap().contains(".spec.colour: field not declared in schema"), "{unknown}");
@@ -383,14 +404,24 @@ async fn names_of_others_are_not_given_again() {
     define(&api, definition()).await;
     let mut other = definition();
     other["metadata"]["name"] = "tabs.stable.example.com".into();
-    other["spec"]["names"] = json!({"plural": "tabs", "kind": "CronTab", "shortNames": ["ct"]});
+    other["spec"]["names"] = json!({"plural": "tabs", "kind": "CronTab"});
     api.create(DEFINITIONS, other).await;
     let path = format!("{DEFINITIONS}/tabs.stable.example.com");
     let refused = reaches(&api, &path, |d| has(d, "NamesAccepted", "False")).await;
     assert!(has(&refused, "Established", "False"));
     assert_eq!(refused["status"]["acceptedNames"]["plural"], "tabs");
     assert_eq!(api.fails(Method::GET, "/apis/stable.example.com/v1/tabs", Value::Null).await.0, 404);
-    // They become free.
+    // Another one waits for the short name alone, which its owner gives up.
+    let mut third = definition();
+    third["metadata"]["name"] = "cars.stable.example.com".into();
+    third["spec"]["names"] = json!({"plural": "cars", "kind": "Car", "shortNames": ["ct"]});
+    api.create(DEFINITIONS, third).await;
+    let car = format!("{DEFINITIONS}/cars.stable.example.com");
+    reaches(&api, &car, |d| d["status"]["conditions"][0]["reason"] == "ShortNamesConflict").await;
+    let first = format!("{DEFINITIONS}/crontabs.stable.example.com");
+    api.call(Method::PATCH, &first, MERGE, json!({"spec": {"names": {"shortNames": ["cron"]}}})).await;
+    reaches(&api, &car, |d| d["status"]["acceptedNames"]["shortNames"] == json!(["ct"])).await;
+    // The other names become free.
     api.call(Method::DELETE, &format!("{DEFINITIONS}/crontabs.stable.example.com"), "", Value::Null).await;
     reaches(&api, &path, |d| has(d, "Established", "True")).await;
     api.get("/apis/stable.example.com/v1/tabs").await;

@@ -18,6 +18,7 @@ pub(crate) struct Api {
     pub(crate) server: Arc<Server>,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) user: Option<UserInfo>,
+    config: Config,
     _dir: Arc<tempfile::TempDir>,
 }
 
@@ -43,15 +44,23 @@ impl Api {
             shared_store: false,
             tolerations: Default::default(),
         };
-        let server = Server::start(config, store.clone(), CancellationToken::new()).await.unwrap();
-        let api = Api { server, store, user: Some(UserInfo::new("admin", &[MASTERS])), _dir: dir };
+        let server = Server::start(config.clone(), store.clone(), CancellationToken::new()).await.unwrap();
+        let api = Api { server, config, store, user: Some(UserInfo::new("admin", &[MASTERS])), _dir: dir };
         api.create("/api/v1/namespaces/default/serviceaccounts", json!({"metadata": {"name": "default"}})).await;
         api
     }
 
     /// The same server, asked by somebody else.
     pub(crate) fn with_user(&self, user: Option<UserInfo>) -> Api {
-        Api { server: self.server.clone(), store: self.store.clone(), user, _dir: self._dir.clone() }
+        let (server, config) = (self.server.clone(), self.config.clone());
+        Api { server, config, store: self.store.clone(), user, _dir: self._dir.clone() }
+    }
+
+    /// Another server on the same store.
+    pub(crate) async fn another(&self) -> Api {
+        let config = Config { shared_store: true, name: "s2".into(), ..self.config.clone() };
+        let server = Server::start(config.clone(), self.store.clone(), CancellationToken::new()).await.unwrap();
+        Api { server, config, store: self.store.clone(), user: self.user.clone(), _dir: self._dir.clone() }
     }
 
     pub(crate) async fn raw(

@@ -9,6 +9,7 @@ use http_body_util::BodyExt;
 use serde_json::{Value, json};
 
 mod apply;
+mod conversion;
 mod crd;
 mod harness;
 mod protobuf;
