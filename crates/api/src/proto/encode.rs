@@ -213,15 +213,15 @@ fn single(schemas: &Schemas, ty: TypeId, field: u32, value: &Value, out: &mut Ve
         }),
         (Shape::Any, value) => match (Union::of(ty_ref.short_name()), schemas.by_name(SCHEMA)) {
             (Some(union), Some(schema)) => nested(field, out, |out| match (union, value) {
-                (Union::OrBool, Value::Bool(flag)) => number(1, u64::from(*flag), out),
-                (Union::OrBool, schema_value) => {
+                (Union::Flag, Value::Bool(flag)) => number(1, u64::from(*flag), out),
+                (Union::Flag, schema_value) => {
                     number(1, 1, out);
                     single(schemas, schema, 2, schema_value, out);
                 }
-                (Union::OrArray, Value::Array(all)) => {
+                (Union::Array, Value::Array(all)) => {
                     all.iter().for_each(|one| single(schemas, schema, 2, one, out));
                 }
-                (Union::OrStrings, Value::Array(all)) => {
+                (Union::Names, Value::Array(all)) => {
                     all.iter().filter_map(Value::as_str).for_each(|name| bytes(2, name.as_bytes(), out));
                 }
                 (_, schema_value) => single(schemas, schema, 1, schema_value, out),

@@ -71,19 +71,19 @@ const SCHEMA: &str = "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.J
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Union {
     /// A schema (1), or several (2).
-    OrArray,
+    Array,
     /// A truth value (1), or a schema (2).
-    OrBool,
+    Flag,
     /// A schema (1), or names (2).
-    OrStrings,
+    Names,
 }
 
 impl Union {
     fn of(name: &str) -> Option<Union> {
         match name {
-            "JSONSchemaPropsOrArray" => Some(Union::OrArray),
-            "JSONSchemaPropsOrBool" => Some(Union::OrBool),
-            "JSONSchemaPropsOrStringArray" => Some(Union::OrStrings),
+            "JSONSchemaPropsOrArray" => Some(Union::Array),
+            "JSONSchemaPropsOrBool" => Some(Union::Flag),
+            "JSONSchemaPropsOrStringArray" => Some(Union::Names),
             _ => None,
         }
     }
@@ -343,18 +343,18 @@ fn single(schemas: &Schemas, ty: TypeId, key: &str, wire: Wire<'_>, depth: usize
             let (mut one, mut many, mut flag) = (None, Vec::new(), None);
             for field in Reader(bytes) {
                 match (union, field?) {
-                    (Union::OrBool, (1, Wire::Varint(n))) => flag = Some(n != 0),
-                    (Union::OrBool, (2, wire)) | (Union::OrArray | Union::OrStrings, (1, wire)) => {
+                    (Union::Flag, (1, Wire::Varint(n))) => flag = Some(n != 0),
+                    (Union::Flag, (2, wire)) | (Union::Array | Union::Names, (1, wire)) => {
                         one = Some(single(schemas, props()?, key, wire, depth + 1)?);
                     }
-                    (Union::OrArray, (2, wire)) => many.push(single(schemas, props()?, key, wire, depth + 1)?),
-                    (Union::OrStrings, (2, Wire::Bytes(text))) => many.push(utf8(key, text)?.into()),
+                    (Union::Array, (2, wire)) => many.push(single(schemas, props()?, key, wire, depth + 1)?),
+                    (Union::Names, (2, Wire::Bytes(text))) => many.push(utf8(key, text)?.into()),
                     _ => {}
                 }
             }
             match (union, one) {
                 (_, Some(schema)) => schema,
-                (Union::OrBool, None) => flag.unwrap_or_default().into(),
+                (Union::Flag, None) => flag.unwrap_or_default().into(),
                 (_, None) => many.into(),
             }
         }

@@ -61,7 +61,7 @@ fn fields(mut bytes: &[u8]) -> Vec<(u64, &[u8])> {
 }
 
 /// The content of a field.
-fn field<'a>(bytes: &'a [u8], number: u64) -> &'a [u8] {
+fn field(bytes: &[u8], number: u64) -> &[u8] {
     fields(bytes).into_iter().find(|(n, _)| *n == number).map(|(_, content)| content).expect("the field is there")
 }
 
