@@ -64,7 +64,7 @@ async fn an_operator_made_with_kopf() {
     k.run("wait crd/vaults.example.org --for=condition=Established --timeout=30s").await.ok();
     let log = std::fs::File::create(server.directory().join("operator.log")).unwrap();
     let mut command = python(&server, "kopf");
-    command.args(["run", "--standalone", "--all-namespaces"]).arg(workspace().join("tests/clients/operator.py"));
+    command.args(["run", "--standalone", "--all-namespaces"]).arg(workspace().join("tests/clients/vaults.py"));
     let mut operator = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
 
     k.apply(&vault("a, b")).await;
