@@ -1,5 +1,6 @@
 //! Every Kubernetes resource as a row: schema, defaults, validation, columns, patch keys. No I/O.
 
+pub mod cel;
 pub mod cell;
 pub mod certificate_request;
 pub mod field;
