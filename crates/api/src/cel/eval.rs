@@ -12,7 +12,7 @@ use super::{
 };
 
 /// How deep evaluation may go, over all named expressions that use each other.
-const DEPTH: u64 = 400;
+const DEPTH: u64 = 200;
 
 pub(super) type Eval<'a> = Result<Val<'a>, EvalError>;
 

@@ -36,7 +36,7 @@ use value::Val;
 /// How many bytes an expression may have.
 pub const LONGEST: usize = 32 * 1024;
 /// How deep an expression may nest.
-pub const DEEPEST: usize = 250;
+pub const DEEPEST: usize = 150;
 /// What evaluating one expression may cost (upstream's `PerCallLimit`).
 pub const PER_EXPRESSION: u64 = 1_000_000;
 /// What all expressions of a session may cost (upstream's `RuntimeCELCostBudget`).
