@@ -123,6 +123,8 @@ pub struct Server {
     authorizer: Box<dyn Authorizer>,
     rbac: Arc<Rbac>,
     kubelet: kubelet::Client,
+    registered: admission::registered::Registered,
+    webhooks: admission::Caller,
     /// What this server says of itself beside its address: annotations of its Lease.
     notes: Mutex<std::collections::BTreeMap<String, String>>,
     openapi: openapi::Documents,
@@ -168,7 +170,31 @@ pub(crate) struct Context<'a> {
     pub warnings: Arc<Mutex<Vec<String>>>,
 }
 
-impl Context<'_> {
+impl<'a> Context<'a> {
+    fn of(
+        user: UserInfo,
+        path: ResourcePath,
+        row: Arc<Row>,
+        served: &'a Served,
+        query: Query,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Context<'a> {
+        Context {
+            user,
+            path,
+            row,
+            served,
+            query,
+            headers,
+            body,
+            form: encode::Form { shape: encode::Shape::Full, yaml: false },
+            fence: None,
+            recording: apply::Recording::OfPath,
+            warnings: Arc::default(),
+        }
+    }
+
     /// The name in the URL.
     pub fn name(&self) -> Result<&str> {
         self.path.name.as_deref().ok_or_else(ApiError::method_not_allowed)
@@ -223,6 +249,8 @@ impl Server {
             authorizer: Box::new(BuiltIn(known)),
             rbac,
             kubelet,
+            registered: Default::default(),
+            webhooks: Default::default(),
             notes: Mutex::default(),
             openapi: openapi::Documents::default(),
             metrics: metrics::Metrics::default(),
@@ -337,23 +365,13 @@ impl Server {
             && row.has(seawall_api::Subresource::Exec)
             && matches!(sub.as_str(), "exec" | "attach" | "portforward")
         {
-            // These take over the connection.
-            return self.stream_to_pod(parts, &target, &query).await;
+            // These take over the connection, so their body is not read.
+            let context = Context::of(user, target, row, served, query, parts.headers.clone(), Bytes::new());
+            self.admit_connect(&context).await?;
+            return self.stream_to_pod(parts, &context.path, &context.query).await;
         }
         let body = collect(body).await?;
-        let context = Context {
-            user,
-            path: target,
-            row,
-            served,
-            query,
-            headers: std::mem::take(&mut parts.headers),
-            body,
-            form: encode::Form { shape: encode::Shape::Full, yaml: false },
-            fence: None,
-            recording: apply::Recording::OfPath,
-            warnings: Arc::default(),
-        };
+        let context = Context::of(user, target, row, served, query, std::mem::take(&mut parts.headers), body);
         let fence = self.fence(&context.headers)?;
         let form = encode::negotiate(&context.headers)?;
         let context = Context { form, fence, ..context };

@@ -263,7 +263,7 @@ impl Server {
             Some(managed) => apply::write(&mut object, &managed),
             None => self.record(context, &mut object, None, sent.as_ref())?,
         }
-        self.admit(context, Operation::Create, &mut object, None).await?;
+        self.admit_mutating(context, Operation::Create, &mut object, None).await?;
         (row.defaults)(&mut object);
         (row.prepare_create)(&mut object);
         let name = name_of(&object).to_owned();
@@ -275,6 +275,7 @@ impl Server {
                 if name.is_empty() { object["metadata"]["generateName"].as_str().unwrap_or_default() } else { &name };
             return Err(ApiError::invalid(row, shown, &errors));
         }
+        self.admit_validating(context, Operation::Create, &object, None).await?;
         let dry = context.dry_run()?;
         let claimed = self.allocate(row, &mut object, None, dry).await?;
         let key = row.key(object["metadata"]["namespace"].as_str().unwrap_or_default(), &name);
@@ -428,7 +429,18 @@ impl Server {
             Some(managed) => apply::write(&mut new, &managed),
             None => self.record(context, &mut new, Some(&old), sent.as_ref())?,
         }
-        self.admit(context, Operation::Update, &mut new, Some(&old)).await?;
+        if self.admit_mutating(context, Operation::Update, &mut new, Some(&old)).await? {
+            // What the request could not have changed, nobody else can change on its behalf.
+            let managed = new["metadata"]["managedFields"].take();
+            carry_over(row, sub, &mut new, &old);
+            (row.defaults)(&mut new);
+            if sub.is_empty() {
+                (row.prepare_update)(&mut new, &old);
+            }
+            if !managed.is_null() {
+                new["metadata"]["managedFields"] = managed;
+            }
+        }
         if row.generation && sub.is_empty() && without_meta_and_status(&new) != without_meta_and_status(&old) {
             let generation = old["metadata"]["generation"].as_i64().unwrap_or_default() + 1;
             new["metadata"]["generation"] = generation.into();
@@ -439,6 +451,7 @@ impl Server {
         if !errors.is_empty() {
             return Err(ApiError::invalid(row, current.name(), &errors).into());
         }
+        self.admit_validating(context, Operation::Update, &new, Some(&old)).await?;
         let dry = context.dry_run()?;
         let claimed = self.allocate(row, &mut new, Some(&old), dry).await?;
         let bytes = encode(&new);
