@@ -91,9 +91,6 @@ mod tests {
         check(&["object.a == 1", "true"], Ok(true));
         check(&["object.a == 1", "false"], Ok(false));
         check(&["object.b == 1", "false"], Ok(false));
-        check(
-            &["object.b == 1", "true"],
-            Err("failed to evaluate match condition \"object.b == 1\": no such key: b"),
-        );
+        check(&["object.b == 1", "true"], Err("failed to evaluate match condition \"object.b == 1\": no such key: b"));
     }
 }

@@ -37,7 +37,8 @@ impl Server {
         match (context.row.group, context.row.plural) {
             ("", "persistentvolumeclaims") => {
                 let annotated = &object["metadata"]["annotations"]["volume.beta.kubernetes.io/storage-class"];
-                if !annotated.is_null() || !object["spec"]["storageClassName"].is_null() || !object["spec"].is_object() {
+                if !annotated.is_null() || !object["spec"]["storageClassName"].is_null() || !object["spec"].is_object()
+                {
                     return;
                 }
                 let marks = [DEFAULT_STORAGE, DEFAULT_STORAGE_BETA];
@@ -47,7 +48,8 @@ impl Server {
             }
             ("networking.k8s.io", "ingresses") => {
                 let annotated = &object["metadata"]["annotations"]["kubernetes.io/ingress.class"];
-                if !annotated.is_null() || !object["spec"]["ingressClassName"].is_null() || !object["spec"].is_object() {
+                if !annotated.is_null() || !object["spec"]["ingressClassName"].is_null() || !object["spec"].is_object()
+                {
                     return;
                 }
                 if let Some(class) = self.default_of("networking.k8s.io", "ingressclasses", &[DEFAULT_INGRESS]) {
@@ -65,7 +67,9 @@ impl Server {
         let refuse = |why: String| Err(ApiError::forbidden(&context.row, &pod_name, why));
         let Some(name) = pod["spec"]["runtimeClassName"].as_str().map(str::to_owned) else {
             return match pod["spec"]["overhead"].as_object().is_some_and(|overhead| !overhead.is_empty()) {
-                true => refuse("pod rejected: Pod Overhead set without corresponding RuntimeClass defined Overhead".into()),
+                true => {
+                    refuse("pod rejected: Pod Overhead set without corresponding RuntimeClass defined Overhead".into())
+                }
                 false => Ok(()),
             };
         };
@@ -128,9 +132,7 @@ mod tests {
 
     #[test]
     fn the_newest_default() {
-        let class = |name: &str, made: &str, default: &str| {
-            json!({"metadata": {"name": name, "creationTimestamp": made, "annotations": {DEFAULT_STORAGE: default}}})
-        };
+        let class = |name: &str, made: &str, default: &str| json!({"metadata": {"name": name, "creationTimestamp": made, "annotations": {DEFAULT_STORAGE: default}}});
         let (old, new) = ("2020-01-01T00:00:00Z", "2021-01-01T00:00:00Z");
         let check = |classes: &[Value], expect: Option<&str>| {
             assert_eq!(default_class(classes.iter().cloned(), &[DEFAULT_STORAGE]).as_deref(), expect, "{classes:?}");

@@ -45,10 +45,7 @@ impl Server {
             let failed = |request: &Request<'_>, why: String| match policy.ignore_failure {
                 true => Ok(()),
                 false => {
-                    let why = format!(
-                        "policy '{}' with binding '{}' denied request: {why}",
-                        policy.name, binding.name
-                    );
+                    let why = format!("policy '{}' with binding '{}' denied request: {why}", policy.name, binding.name);
                     Err(ApiError::forbidden(request.row(), &request.name, why))
                 }
             };
@@ -116,8 +113,7 @@ impl Server {
                     step.retain(|key, value| key == "value" || !value.is_null());
                 }
             }
-            let patch: json_patch::Patch =
-                serde_json::from_value(made).map_err(|e| format!("JSON patch: {e}"))?;
+            let patch: json_patch::Patch = serde_json::from_value(made).map_err(|e| format!("JSON patch: {e}"))?;
             json_patch::patch(&mut object, &patch).map_err(|e| format!("JSON patch: {e}"))?;
             return Ok(object);
         }

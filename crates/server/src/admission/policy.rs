@@ -138,9 +138,7 @@ impl Server {
         request: &Request<'_>,
     ) -> Result<bool, String> {
         let asker = Asker { server: self, user: &request.context.user };
-        let hold = |program: &Program| {
-            Session::new(inputs.variables(params)).with_authorizer(&asker).holds(program)
-        };
+        let hold = |program: &Program| Session::new(inputs.variables(params)).with_authorizer(&asker).holds(program);
         match Conditions::of(&policy.conditions).hold(hold) {
             Err(_) if policy.ignore_failure => Ok(false),
             held => held,
@@ -283,10 +281,8 @@ impl Server {
 }
 
 fn denied(request: &Request<'_>, (policy, binding): (&str, &str), violation: &Violation) -> ApiError {
-    let why = format!(
-        "ValidatingAdmissionPolicy '{policy}' with binding '{binding}' denied request: {}",
-        violation.message
-    );
+    let why =
+        format!("ValidatingAdmissionPolicy '{policy}' with binding '{binding}' denied request: {}", violation.message);
     let mut error = ApiError::forbidden(request.row(), &request.name, why);
     error.code = violation.code();
     error.reason = violation.reason.clone().into();

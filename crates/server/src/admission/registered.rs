@@ -285,11 +285,7 @@ impl Registered {
             }
         }
         let index = Arc::new(index);
-        *last = Last {
-            maps: ids.iter().map(|(id, _)| snapshot.of(*id).clone()).collect(),
-            read,
-            index: index.clone(),
-        };
+        *last = Last { maps: ids.iter().map(|(id, _)| snapshot.of(*id).clone()).collect(), read, index: index.clone() };
         index
     }
 }

@@ -162,7 +162,8 @@ impl<'a> Request<'a> {
     /// The request without its objects, as webhooks and policies get it
     /// (<https://kubernetes.io/docs/reference/config-api/apiserver-admission.v1/>).
     pub fn describe(&self, version: (&str, &str)) -> Value {
-        let of = |version: (&str, &str)| json!({"group": version.0, "version": version.1, "resource": self.row().plural});
+        let of =
+            |version: (&str, &str)| json!({"group": version.0, "version": version.1, "resource": self.row().plural});
         let sent = (self.context.served.group, self.context.served.version);
         let mut out = json!({
             "kind": self.kind_in(version), "resource": of(version),

@@ -44,8 +44,7 @@ fn denied(name: &str, status: &Value) -> ApiError {
 fn read(webhook: &Webhook, review: &Value, uid: &str) -> Result<Result<(Answer, Vec<String>)>, String> {
     let invalid = |why: String| format!("received invalid webhook response: {why}");
     let expected = ("admission.k8s.io/v1", "AdmissionReview");
-    let found =
-        (review["apiVersion"].as_str().unwrap_or_default(), review["kind"].as_str().unwrap_or_default());
+    let found = (review["apiVersion"].as_str().unwrap_or_default(), review["kind"].as_str().unwrap_or_default());
     let response = &review["response"];
     if response.is_null() {
         return Err(invalid("webhook response was absent".to_owned()));
@@ -69,7 +68,9 @@ fn read(webhook: &Webhook, review: &Value, uid: &str) -> Result<Result<(Answer, 
     let (patch, kind) = (response["patch"].as_str().filter(|p| !p.is_empty()), response["patchType"].as_str());
     let patch = match (patch, kind) {
         (None, None) => None,
-        (Some(_), None) => return Err(invalid("webhook returned response.patch but not response.patchType".to_owned())),
+        (Some(_), None) => {
+            return Err(invalid("webhook returned response.patch but not response.patchType".to_owned()));
+        }
         (None, Some(_)) => {
             return Err(invalid("webhook returned response.patchType but not response.patch".to_owned()));
         }
@@ -251,7 +252,11 @@ mod tests {
         };
         check(Value::Null, "admission webhook \"a.b.c\" denied the request without explanation", 400);
         check(json!({"message": "no"}), "admission webhook \"a.b.c\" denied the request: no", 400);
-        check(json!({"reason": "Forbidden", "code": 403}), "admission webhook \"a.b.c\" denied the request: Forbidden", 403);
+        check(
+            json!({"reason": "Forbidden", "code": 403}),
+            "admission webhook \"a.b.c\" denied the request: Forbidden",
+            403,
+        );
         check(json!({"message": "no", "code": 200}), "admission webhook \"a.b.c\" denied the request: no", 400);
     }
 

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 mod apply;
 mod harness;
 mod rbac;
+mod webhooks;
 
 use harness::Api;
 
