@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 mod apply;
 mod harness;
+mod policies;
 mod rbac;
 mod webhooks;
 
