@@ -8,6 +8,7 @@ pub mod limit_range;
 pub mod managed;
 pub mod names;
 pub mod patch;
+pub mod pod_security;
 pub mod proto;
 pub mod quantity;
 pub mod quota;

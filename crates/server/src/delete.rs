@@ -154,6 +154,7 @@ impl Server {
                 Ok(revision) => {
                     self.in_force(row, revision).await;
                     self.after_write(row, &old, (!finished).then_some(&new)).await;
+                    self.free(row, &old, (!finished).then_some(&new)).await;
                     return Ok((new, revision, finished));
                 }
                 Err(store::Error::Conflict { .. }) => {}

@@ -125,6 +125,7 @@ pub struct Server {
     kubelet: kubelet::Client,
     registered: admission::registered::Registered,
     webhooks: admission::Caller,
+    turns: admission::Turns,
     /// What this server says of itself beside its address: annotations of its Lease.
     notes: Mutex<std::collections::BTreeMap<String, String>>,
     openapi: openapi::Documents,
@@ -251,6 +252,7 @@ impl Server {
             kubelet,
             registered: Default::default(),
             webhooks: Default::default(),
+            turns: Default::default(),
             notes: Mutex::default(),
             openapi: openapi::Documents::default(),
             metrics: metrics::Metrics::default(),

@@ -277,7 +277,14 @@ impl Server {
         }
         self.admit_validating(context, Operation::Create, &object, None).await?;
         let dry = context.dry_run()?;
-        let claimed = self.allocate(row, &mut object, None, dry).await?;
+        let reserved = self.reserve(context, &object, None, dry).await?;
+        let claimed = match self.allocate(row, &mut object, None, dry).await {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                self.give_back(context.namespace(), reserved).await;
+                return Err(error);
+            }
+        };
         let key = row.key(object["metadata"]["namespace"].as_str().unwrap_or_default(), &name);
         if dry {
             let taken = self.consistent().await?.get(context.served.id, &key).is_some();
@@ -290,6 +297,7 @@ impl Server {
             }
             Err(error) => {
                 self.release(claimed).await;
+                self.give_back(context.namespace(), reserved).await;
                 Err(match error {
                     store::Error::Conflict { .. } => ApiError::already_exists(row, &name),
                     other => ApiError::store(other),
@@ -453,7 +461,14 @@ impl Server {
         }
         self.admit_validating(context, Operation::Update, &new, Some(&old)).await?;
         let dry = context.dry_run()?;
-        let claimed = self.allocate(row, &mut new, Some(&old), dry).await?;
+        let reserved = self.reserve(context, &new, Some(&old), dry).await?;
+        let claimed = match self.allocate(row, &mut new, Some(&old), dry).await {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                self.give_back(context.namespace(), reserved).await;
+                return Err(error.into());
+            }
+        };
         let bytes = encode(&new);
         if bytes == current.bytes {
             return Ok((new, current.revision));
@@ -471,10 +486,12 @@ impl Server {
             Ok(revision) => {
                 self.in_force(row, revision).await;
                 self.after_write(row, &old, (!finished).then_some(&new)).await;
+                self.free(row, &old, (!finished).then_some(&new)).await;
                 Ok((new, revision))
             }
             Err(error) => {
                 self.release(claimed).await;
+                self.give_back(context.namespace(), reserved).await;
                 Err(match error {
                     store::Error::Conflict { .. } => Replace::Raced,
                     other => ApiError::store(other).into(),

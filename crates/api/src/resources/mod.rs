@@ -18,6 +18,7 @@ mod node;
 mod pod;
 pub mod pod_spec;
 mod policy;
+mod quota;
 mod rbac;
 mod replicaset;
 mod service;
@@ -68,7 +69,7 @@ pub fn all() -> Vec<Row> {
     use k8s_openapi::{
         api::{
             apps::v1::ControllerRevision, authentication::v1 as authentication, authorization::v1 as authorization,
-            certificates::v1 as certificates, core::v1 as core, flowcontrol::v1 as flow, networking::v1 as networking,
+            certificates::v1 as certificates, flowcontrol::v1 as flow, networking::v1 as networking,
             node::v1::RuntimeClass, resource::v1 as resource, scheduling::v1::PriorityClass,
         },
         apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
@@ -94,8 +95,8 @@ pub fn all() -> Vec<Row> {
         config::secret(),
         config::service_account(),
         event::row(),
-        Row { short_names: &["limits"], ..row::<core::LimitRange>() },
-        Row { short_names: &["quota"], ..with_status(row::<core::ResourceQuota>()) },
+        quota::limit_range(),
+        quota::resource_quota(),
         storage::volume(),
         storage::claim(),
         template::pod_template(),

@@ -10,10 +10,13 @@ mod call;
 mod certificates;
 mod conditions;
 mod defaults;
+mod limits;
 mod mutating_policy;
 mod node_restriction;
+mod pod_security;
 mod pods;
 mod policy;
+mod quota;
 mod rbac;
 pub(crate) mod registered;
 pub(crate) mod request;
@@ -23,6 +26,7 @@ mod webhook;
 use std::sync::Arc;
 
 pub(crate) use call::Caller;
+pub(crate) use quota::Turns;
 use registered::Index;
 use request::{CONNECT, CREATE, DELETE, Request, UPDATE};
 use seawall_api::{Row, Scope, schema::check::conform};
@@ -122,6 +126,8 @@ impl Server {
         object: &Value,
         old: Option<&Value>,
     ) -> Result<()> {
+        self.check_limits(context, object, operation == Operation::Create)?;
+        self.pod_security(context, object, old).await?;
         let index = self.registered();
         if index.validating_policies.is_empty() && index.validating_webhooks.is_empty() {
             return Ok(());
@@ -265,6 +271,7 @@ impl Server {
             self.namespace_tolerations(context, object).await?;
             pods::default_tolerations(object, self.config.tolerations);
             self.runtime_class(context, object).await?;
+            self.fill_limits(context, object);
         }
         if context.row.plural == "nodes" && context.row.group.is_empty() {
             pods::taint_new_node(object);
