@@ -109,7 +109,9 @@ impl Ord for Quantity {
 impl std::ops::Add for Quantity {
     type Output = Quantity;
     fn add(self, other: Quantity) -> Quantity {
-        Quantity { nano: self.nano.saturating_add(other.nano), format: self.format }
+        // Nothing has no form of its own.
+        let format = if self.nano == 0 { other.format } else { self.format };
+        Quantity { nano: self.nano.saturating_add(other.nano), format }
     }
 }
 

@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 
 mod apply;
 mod harness;
+mod pod_security;
 mod policies;
+mod quota;
 mod rbac;
 mod webhooks;
 
