@@ -43,7 +43,7 @@ pub const PER_EXPRESSION: u64 = 1_000_000;
 pub const PER_SESSION: u64 = 10_000_000;
 /// The stack on which expressions are read. A parser recurses as deep as its input does, and a stack that overflows
 /// takes the whole process with it. Memory is only used as far as it is needed.
-const STACK: usize = 512 << 20;
+const STACK: usize = 128 << 20;
 
 /// Why a text is no expression.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::{
     Context, Server,
+    apply::Recording,
     error::{ApiError, Result},
 };
 
@@ -38,7 +39,10 @@ impl Server {
     /// Checks a pod, warns of a template, or looks at the labels of a namespace.
     pub(super) async fn pod_security(&self, context: &Context<'_>, object: &Value, old: Option<&Value>) -> Result<()> {
         let (group, plural) = (context.row.group, context.row.plural);
-        let part = context.path.subresource.as_deref().unwrap_or_default();
+        let part = match context.recording {
+            Recording::As(part) => part,
+            Recording::OfPath => context.path.subresource.as_deref().unwrap_or_default(),
+        };
         if group.is_empty() && plural == "namespaces" && part.is_empty() {
             return self.check_levels(context, object, old);
         }
