@@ -1,14 +1,18 @@
 //! Every Kubernetes resource as a row: schema, defaults, validation, columns, patch keys. No I/O.
 
+pub mod cel;
 pub mod cell;
 pub mod certificate_request;
 pub mod custom;
 pub mod field;
+pub mod limit_range;
 pub mod managed;
 pub mod names;
 pub mod patch;
+pub mod pod_security;
 pub mod proto;
 pub mod quantity;
+pub mod quota;
 pub mod resources;
 pub mod row;
 pub mod schema;

@@ -70,6 +70,11 @@ impl Quantity {
         ceil(self.nano, NANO / 1_000)
     }
 
+    /// The value as a float, which may not be exact.
+    pub fn as_f64(&self) -> f64 {
+        self.nano as f64 / NANO as f64
+    }
+
     /// Whether it is below zero.
     pub fn is_negative(&self) -> bool {
         self.nano < 0
@@ -104,7 +109,16 @@ impl Ord for Quantity {
 impl std::ops::Add for Quantity {
     type Output = Quantity;
     fn add(self, other: Quantity) -> Quantity {
-        Quantity { nano: self.nano.saturating_add(other.nano), format: self.format }
+        // Nothing has no form of its own.
+        let format = if self.nano == 0 { other.format } else { self.format };
+        Quantity { nano: self.nano.saturating_add(other.nano), format }
+    }
+}
+
+impl std::ops::Sub for Quantity {
+    type Output = Quantity;
+    fn sub(self, other: Quantity) -> Quantity {
+        Quantity { nano: self.nano.saturating_sub(other.nano), format: self.format }
     }
 }
 

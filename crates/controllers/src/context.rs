@@ -10,7 +10,8 @@ use k8s_openapi::{
         certificates::v1::CertificateSigningRequest,
         coordination::v1::Lease,
         core::v1::{
-            ConfigMap, Endpoints, Namespace, Node, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
+            ConfigMap, Endpoints, Namespace, Node, PersistentVolumeClaim, Pod, ResourceQuota, Secret, Service,
+            ServiceAccount,
         },
         discovery::v1::EndpointSlice,
         policy::v1::PodDisruptionBudget,
@@ -89,6 +90,8 @@ caches! {
     claims: PersistentVolumeClaim = streaming(),
     /// Disruption budgets.
     budgets: PodDisruptionBudget = streaming(),
+    /// Quotas.
+    quotas: ResourceQuota = streaming(),
     /// Requests for certificates.
     signing_requests: CertificateSigningRequest = streaming(),
     /// Roles of the cluster.

@@ -24,6 +24,7 @@ pub mod node;
 pub mod node_lifecycle;
 pub mod pod_gc;
 pub mod replica_set;
+pub mod resource_quota;
 pub mod role_aggregation;
 pub mod runtime;
 pub mod stateful_set;
@@ -98,6 +99,7 @@ const CONTROLLERS: &[(&str, Make)] = &[
     ("disruption", disruption::Budgets::start),
     ("certificates", certificates::Certificates::start),
     ("bootstraptoken", bootstrap_token::Tokens::start),
+    ("resourcequota", resource_quota::Quotas::start),
     ("clusterroleaggregation", role_aggregation::Aggregation::start),
 ];
 

@@ -100,6 +100,7 @@ impl Server {
             finalizer: orphan,
             uid: preconditions["uid"].as_str().map(str::to_owned),
             version: preconditions["resourceVersion"].as_str().map(expected_version).transpose()?,
+            admitted: false,
             dry_run: context.dry_run()? || value["dryRun"].as_array().is_some_and(|d| d.iter().any(|v| v == "All")),
         })
     }
@@ -135,7 +136,9 @@ impl Server {
                 );
                 return Err(ApiError::conflict(row, name, why));
             }
-            self.admit_delete(context, &old)?;
+            if !options.admitted {
+                self.admit_delete(context, &old, options.dry_run).await?;
+            }
             let (new, finished) = begin_deletion(row, old.clone(), options, Timestamp::now());
             if options.dry_run {
                 return Ok((new, current.revision, finished));
@@ -153,6 +156,7 @@ impl Server {
                 Ok(revision) => {
                     self.in_force(row, revision).await;
                     self.after_write(row, &old, (!finished).then_some(&new)).await;
+                    self.free(row, &old, (!finished).then_some(&new)).await;
                     return Ok((new, revision, finished));
                 }
                 Err(store::Error::Conflict { .. }) => {}
@@ -176,6 +180,8 @@ pub struct DeleteOptions {
     pub version: Option<Revision>,
     /// Only try it out.
     pub dry_run: bool,
+    /// It was admitted as something else: an eviction is no deletion to those who are asked.
+    pub admitted: bool,
 }
 
 fn has_finalizers(row: &Row, object: &Value) -> bool {

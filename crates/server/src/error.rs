@@ -1,6 +1,8 @@
 //! What a client is told when a request fails: one `Status`, made in one place
 //! (<https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/status/>).
 
+use std::borrow::Cow;
+
 use http::StatusCode;
 use seawall_api::{Row, field::Errors, managed::Conflict, row::api_version};
 use seawall_store as store;
@@ -13,7 +15,7 @@ pub struct ApiError {
     /// The HTTP status.
     pub code: StatusCode,
     /// Upstream's machine-readable reason.
-    pub reason: &'static str,
+    pub reason: Cow<'static, str>,
     /// What a person reads.
     pub message: String,
     /// `details` of the Status.
@@ -27,9 +29,8 @@ pub type Result<T, E = ApiError> = std::result::Result<T, E>;
 
 impl ApiError {
     /// An error with this status, reason and message.
-    /// An error with this status, reason and message.
     pub fn new(code: StatusCode, reason: &'static str, message: impl Into<String>) -> ApiError {
-        ApiError { code, reason, message: message.into(), details: Value::Null, retry_after: None }
+        ApiError { code, reason: reason.into(), message: message.into(), details: Value::Null, retry_after: None }
     }
 
     fn about(mut self, row: &Row, name: &str) -> ApiError {

@@ -236,7 +236,7 @@ async fn refusal(response: Response<hyper::body::Incoming>) -> ApiError {
         error.code = code;
     }
     if code == StatusCode::NOT_FOUND {
-        error.reason = "NotFound";
+        error.reason = "NotFound".into();
     }
     error
 }

@@ -126,6 +126,9 @@ pub struct Server {
     authorizer: Box<dyn Authorizer>,
     rbac: Arc<Rbac>,
     kubelet: kubelet::Client,
+    registered: admission::registered::Registered,
+    webhooks: admission::Caller,
+    turns: admission::Turns,
     /// What this server says of itself beside its address: annotations of its Lease.
     notes: Mutex<std::collections::BTreeMap<String, String>>,
     openapi: openapi::Documents,
@@ -173,7 +176,34 @@ pub(crate) struct Context<'a> {
     pub warnings: Arc<Mutex<Vec<String>>>,
 }
 
-impl Context<'_> {
+impl<'a> Context<'a> {
+    #[allow(clippy::too_many_arguments, reason = "each is a part of a request, and this is the only place that puts them together")]
+    fn of(
+        registry: &'a Registry,
+        user: UserInfo,
+        path: ResourcePath,
+        row: Arc<Row>,
+        served: &'a Served,
+        query: Query,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Context<'a> {
+        Context {
+            user,
+            path,
+            row,
+            served,
+            schemas: &registry.schemas,
+            query,
+            headers,
+            body,
+            form: encode::Form { shape: encode::Shape::Full, media: encode::Media::Json },
+            fence: None,
+            recording: apply::Recording::OfPath,
+            warnings: Arc::default(),
+        }
+    }
+
     /// The name in the URL.
     pub fn name(&self) -> Result<&str> {
         self.path.name.as_deref().ok_or_else(ApiError::method_not_allowed)
@@ -228,6 +258,9 @@ impl Server {
             authorizer: Box::new(BuiltIn(known)),
             rbac,
             kubelet,
+            registered: Default::default(),
+            webhooks: Default::default(),
+            turns: Default::default(),
             notes: Mutex::default(),
             openapi: openapi::Documents::default(),
             metrics: metrics::Metrics::default(),
@@ -342,24 +375,15 @@ impl Server {
             && row.has(seawall_api::Subresource::Exec)
             && matches!(sub.as_str(), "exec" | "attach" | "portforward")
         {
-            // These take over the connection.
-            return self.stream_to_pod(parts, &target, &query).await;
+            // These take over the connection, so their body is not read.
+            let headers = parts.headers.clone();
+            let context = Context::of(&self.registry, user, target, row, &served, query, headers, Bytes::new());
+            self.admit_connect(&context).await?;
+            return self.stream_to_pod(parts, &context.path, &context.query).await;
         }
         let body = collect(body).await?;
-        let context = Context {
-            user,
-            path: target,
-            row,
-            served: &served,
-            schemas: &self.registry.schemas,
-            query,
-            headers: std::mem::take(&mut parts.headers),
-            body,
-            form: encode::Form { shape: encode::Shape::Full, media: encode::Media::Json },
-            fence: None,
-            recording: apply::Recording::OfPath,
-            warnings: Arc::default(),
-        };
+        let headers = std::mem::take(&mut parts.headers);
+        let context = Context::of(&self.registry, user, target, row, &served, query, headers, body);
         let fence = self.fence(&context.headers)?;
         let form = encode::negotiate(&context.headers, self.speaks_protobuf(&context))?;
         let context = Context { form, fence, ..context };

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Context, Server,
+    admission::request::{CREATE, Request},
     apply::{APPLY, Recording},
     auth::{
         UserInfo,
@@ -97,20 +98,9 @@ impl Server {
         let custom = context.row.custom.as_ref().and_then(|version| version.scale.clone());
         let replicas_at =
             custom.as_ref().map_or_else(|| vec!["spec".into(), "replicas".into()], |scale| scale.spec.clone());
-        let form = |object: Value, revision: Revision| -> Value {
-            if let Some(scale) = &custom {
-                return scale_of(scale, &object, revision);
-            }
-            let selector = match &object["spec"]["selector"] {
-                s if s["matchLabels"].is_object() || s["matchExpressions"].is_array() => seawall_api::cell::selector(s),
-                s => seawall_api::cell::labels(s),
-            };
-            let meta = &object["metadata"];
-            json!({"kind": "Scale", "apiVersion": "autoscaling/v1",
-                "metadata": {"name": meta["name"], "namespace": meta["namespace"], "uid": meta["uid"],
-                    "resourceVersion": revision.to_string(), "creationTimestamp": meta["creationTimestamp"]},
-                "spec": {"replicas": object["spec"]["replicas"].as_i64().unwrap_or_default()},
-                "status": {"replicas": object["status"]["replicas"].as_i64().unwrap_or_default(), "selector": selector}})
+        let form = |object: Value, revision: Revision| match &custom {
+            Some(scale) => scale_of(scale, &object, revision),
+            None => scale_form(&object, revision),
         };
         if method == Method::GET {
             let snapshot = self.consistent().await?;
@@ -206,6 +196,9 @@ impl Server {
     async fn bind(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
         let (binding, _) = context.body(self, self.type_named("io.k8s.api.core.v1.Binding")?)?;
         let (row, name) = (&context.row, context.name()?);
+        let mut request = Request::of_other(context, CREATE, binding, ("", "v1", "Binding"))?;
+        self.admit_other(&mut request).await?;
+        let binding = request.object;
         let node = binding["target"]["name"].as_str().unwrap_or_default().to_owned();
         if node.is_empty() {
             return Err(ApiError::bad_request("target.name: Required value: the name of the node"));
@@ -264,10 +257,16 @@ impl Server {
             .ok_or_else(|| ApiError::not_found(row, name))?;
         let pod = pod.value();
         self.restrict_node_deletion(context, &pod)?;
+        drop(snapshot);
+        let mut request = Request::of_other(context, CREATE, eviction, ("policy", "v1", "Eviction"))?;
+        self.admit_other(&mut request).await?;
+        let eviction = request.object;
+        let snapshot = self.consistent().await?;
         let asked = &eviction["deleteOptions"];
         let options = DeleteOptions {
             grace: asked["gracePeriodSeconds"].as_i64(),
             uid: asked["preconditions"]["uid"].as_str().map(str::to_owned),
+            admitted: true,
             dry_run: context.dry_run()? || asked["dryRun"].as_array().is_some_and(|d| d.iter().any(|v| v == "All")),
             ..Default::default()
         };
@@ -337,7 +336,7 @@ impl Server {
     /// `/token`: a token for a service account, bound to a pod or secret
     /// (<https://kubernetes.io/docs/reference/kubernetes-api/authentication-resources/token-request-v1/>).
     async fn token(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
-        let (mut request, _) = context.body(self, self.type_named("io.k8s.api.authentication.v1.TokenRequest")?)?;
+        let (request, _) = context.body(self, self.type_named("io.k8s.api.authentication.v1.TokenRequest")?)?;
         let name = context.name()?;
         let namespace = context.namespace();
         let account = self
@@ -345,6 +344,10 @@ impl Server {
             .await?
             .ok_or_else(|| ApiError::not_found(&context.row, name))?;
         let account = account.value();
+        let kind = ("authentication.k8s.io", "v1", "TokenRequest");
+        let mut admitted = Request::of_other(context, CREATE, request, kind)?;
+        self.admit_other(&mut admitted).await?;
+        let mut request = admitted.object;
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
         let seconds = request["spec"]["expirationSeconds"].as_i64().unwrap_or(3600);
         if seconds < TOKEN_MIN {
@@ -484,6 +487,20 @@ impl Server {
         let secret = secret.map_err(|e| refused(&e))?.ok_or_else(|| refused(&"there is no such Secret"))?;
         token.user(&secret.value(), Timestamp::now()).map_err(|why| refused(&why))
     }
+}
+
+/// An object as a Scale.
+pub(crate) fn scale_form(object: &Value, revision: Revision) -> Value {
+    let selector = match &object["spec"]["selector"] {
+        s if s["matchLabels"].is_object() || s["matchExpressions"].is_array() => seawall_api::cell::selector(s),
+        s => seawall_api::cell::labels(s),
+    };
+    let meta = &object["metadata"];
+    json!({"kind": "Scale", "apiVersion": "autoscaling/v1",
+        "metadata": {"name": meta["name"], "namespace": meta["namespace"], "uid": meta["uid"],
+            "resourceVersion": revision.to_string(), "creationTimestamp": meta["creationTimestamp"]},
+        "spec": {"replicas": object["spec"]["replicas"].as_i64().unwrap_or_default()},
+        "status": {"replicas": object["status"]["replicas"].as_i64().unwrap_or_default(), "selector": selector}})
 }
 
 /// Sets a condition by its type.

@@ -274,7 +274,7 @@ impl Server {
             Some(managed) => apply::write(&mut object, &managed),
             None => self.record(context, &mut object, None, sent.as_ref())?,
         }
-        self.admit(context, Operation::Create, &mut object, None).await?;
+        self.admit_mutating(context, Operation::Create, &mut object, None).await?;
         row.fill_in(&mut object);
         row.prepare_new(&mut object);
         let name = name_of(&object).to_owned();
@@ -286,8 +286,16 @@ impl Server {
                 if name.is_empty() { object["metadata"]["generateName"].as_str().unwrap_or_default() } else { &name };
             return Err(ApiError::invalid(row, shown, &errors));
         }
+        self.admit_validating(context, Operation::Create, &object, None).await?;
         let dry = context.dry_run()?;
-        let claimed = self.allocate(row, &mut object, None, dry).await?;
+        let reserved = self.reserve(context, &object, None, dry).await?;
+        let claimed = match self.allocate(row, &mut object, None, dry).await {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                self.give_back(context.namespace(), reserved).await;
+                return Err(error);
+            }
+        };
         let key = row.key(object["metadata"]["namespace"].as_str().unwrap_or_default(), &name);
         if dry {
             let taken = self.consistent().await?.get(context.served.id, &key).is_some();
@@ -301,6 +309,7 @@ impl Server {
             }
             Err(error) => {
                 self.release(claimed).await;
+                self.give_back(context.namespace(), reserved).await;
                 Err(match error {
                     store::Error::Conflict { .. } => ApiError::already_exists(row, &name),
                     other => ApiError::store(other),
@@ -441,7 +450,18 @@ impl Server {
             Some(managed) => apply::write(&mut new, &managed),
             None => self.record(context, &mut new, Some(&old), sent.as_ref())?,
         }
-        self.admit(context, Operation::Update, &mut new, Some(&old)).await?;
+        if self.admit_mutating(context, Operation::Update, &mut new, Some(&old)).await? {
+            // What the request could not have changed, nobody else can change on its behalf.
+            let managed = new["metadata"]["managedFields"].take();
+            carry_over(row, sub, &mut new, &old);
+            row.fill_in(&mut new);
+            if sub.is_empty() {
+                (row.prepare_update)(&mut new, &old);
+            }
+            if !managed.is_null() {
+                new["metadata"]["managedFields"] = managed;
+            }
+        }
         if row.generation && sub.is_empty() && content(row, &new) != content(row, &old) {
             let generation = old["metadata"]["generation"].as_i64().unwrap_or_default() + 1;
             new["metadata"]["generation"] = generation.into();
@@ -452,9 +472,24 @@ impl Server {
         if !errors.is_empty() {
             return Err(ApiError::invalid(row, current.name(), &errors).into());
         }
+        self.admit_validating(context, Operation::Update, &new, Some(&old)).await?;
         let dry = context.dry_run()?;
-        let claimed = self.allocate(row, &mut new, Some(&old), dry).await?;
-        let bytes = self.stored_form(row, &new).await?;
+        let reserved = self.reserve(context, &new, Some(&old), dry).await?;
+        let claimed = match self.allocate(row, &mut new, Some(&old), dry).await {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                self.give_back(context.namespace(), reserved).await;
+                return Err(error.into());
+            }
+        };
+        let bytes = match self.stored_form(row, &new).await {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                self.release(claimed).await;
+                self.give_back(context.namespace(), reserved).await;
+                return Err(error.into());
+            }
+        };
         if bytes == *current.stored() {
             return Ok((new, current.revision));
         }
@@ -471,10 +506,12 @@ impl Server {
             Ok(revision) => {
                 self.in_force(row, revision).await;
                 self.after_write(row, &old, (!finished).then_some(&new)).await;
+                self.free(row, &old, (!finished).then_some(&new)).await;
                 Ok((new, revision))
             }
             Err(error) => {
                 self.release(claimed).await;
+                self.give_back(context.namespace(), reserved).await;
                 Err(match error {
                     store::Error::Conflict { .. } => Replace::Raced,
                     other => ApiError::store(other).into(),

@@ -392,6 +392,16 @@ pub fn apply(
     Ok((new, managed))
 }
 
+/// Lays a configuration over an object without asking whose fields it changes: what a policy says holds.
+///
+/// # Errors
+/// If the configuration is not what its type says.
+pub fn overlay(types: Types<'_>, live: &mut Value, config: Value) -> Result<(), TypedError> {
+    types.fields(&config)?;
+    Typed(types.schemas).merge(types.at(), live, config);
+    Ok(())
+}
+
 /// The configuration that an annotation of `kubectl apply` holds: what those have applied who did so on the client.
 pub const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 

@@ -2,6 +2,7 @@
 
 use crate::row::{Row, Subresource, col, row};
 
+mod admission;
 mod autoscaling;
 mod certificate_signing_request;
 mod config;
@@ -18,6 +19,7 @@ mod node;
 mod pod;
 pub mod pod_spec;
 mod policy;
+mod quota;
 mod rbac;
 mod replicaset;
 mod service;
@@ -67,14 +69,21 @@ fn with_status(row: Row) -> Row {
 pub fn all() -> Vec<Row> {
     use k8s_openapi::{
         api::{
-            admissionregistration::v1 as admission, apps::v1::ControllerRevision, authentication::v1 as authentication,
-            authorization::v1 as authorization, certificates::v1 as certificates, core::v1 as core,
-            flowcontrol::v1 as flow, networking::v1 as networking, node::v1::RuntimeClass, resource::v1 as resource,
-            scheduling::v1::PriorityClass,
+            apps::v1::ControllerRevision, authentication::v1 as authentication, authorization::v1 as authorization,
+            certificates::v1 as certificates, flowcontrol::v1 as flow, networking::v1 as networking,
+            node::v1::RuntimeClass, resource::v1 as resource, scheduling::v1::PriorityClass,
         },
         kube_aggregator::pkg::apis::apiregistration::v1::APIService,
     };
     let review = |row: Row| Row { stored: false, ..row };
+    let [
+        mutating_webhooks,
+        validating_webhooks,
+        validating_policy,
+        validating_binding,
+        mutating_policy,
+        mutating_binding,
+    ] = admission::rows();
     let [cluster_role_binding, cluster_role, role, role_binding] = rbac::rows();
     vec![
         pod::row(),
@@ -86,8 +95,8 @@ pub fn all() -> Vec<Row> {
         config::secret(),
         config::service_account(),
         event::row(),
-        Row { short_names: &["limits"], ..row::<core::LimitRange>() },
-        Row { short_names: &["quota"], ..with_status(row::<core::ResourceQuota>()) },
+        quota::limit_range(),
+        quota::resource_quota(),
         storage::volume(),
         storage::claim(),
         template::pod_template(),
@@ -202,12 +211,12 @@ pub fn all() -> Vec<Row> {
         certificate_signing_request::row(),
         Row { subresources: STATUS, prepare_create: drop_status, ..row::<certificates::PodCertificateRequest>() },
         row::<certificates::ClusterTrustBundle>(),
-        row::<admission::MutatingWebhookConfiguration>(),
-        row::<admission::ValidatingWebhookConfiguration>(),
-        with_status(row::<admission::ValidatingAdmissionPolicy>()),
-        row::<admission::ValidatingAdmissionPolicyBinding>(),
-        row::<admission::MutatingAdmissionPolicy>(),
-        row::<admission::MutatingAdmissionPolicyBinding>(),
+        mutating_webhooks,
+        validating_webhooks,
+        validating_policy,
+        validating_binding,
+        mutating_policy,
+        mutating_binding,
         with_status(row::<flow::FlowSchema>()),
         with_status(row::<flow::PriorityLevelConfiguration>()),
         with_status(row::<resource::ResourceClaim>()),

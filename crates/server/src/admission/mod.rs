@@ -1,18 +1,41 @@
 //! Admission: what is completed or refused between decoding and storing
 //! (<https://kubernetes.io/docs/reference/access-authn-authz/admission-controllers/>).
+//!
+//! It has two halves, as upstream's: what changes an object ([`Server::admit_mutating`]), and, after defaults and
+//! validation, what only looks at it ([`Server::admit_validating`]). In each half the built-in part comes first, then
+//! policies, then webhooks; quotas come last of all, since they take something. Whatever fails refuses the request,
+//! unless whoever configured it said otherwise.
 
+mod call;
 mod certificates;
+mod conditions;
+mod defaults;
+mod limits;
+mod mutating_policy;
 mod node_restriction;
+mod pod_security;
+mod pods;
+mod policy;
+mod quota;
 mod rbac;
+pub(crate) mod registered;
+pub(crate) mod request;
+mod rules;
+mod webhook;
 
 use std::sync::Arc;
 
-use seawall_api::{Row, Scope};
+pub(crate) use call::Caller;
+pub(crate) use quota::Turns;
+use registered::Index;
+use request::{CONNECT, CREATE, DELETE, Request, UPDATE};
+use seawall_api::{Row, Scope, schema::check::conform};
 use seawall_store::Revision;
 use serde_json::{Value, json};
 
 use crate::{
-    Context, Server, Tolerations,
+    Context, Server,
+    apply::Recording,
     cache::Snapshot,
     definitions,
     error::{ApiError, Result},
@@ -22,12 +45,208 @@ use crate::{
 
 /// Namespaces that cannot be deleted.
 const IMMORTAL: [&str; 3] = ["default", "kube-system", "kube-public"];
-/// Where a pod finds its service account's token.
-const TOKEN_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 impl Server {
-    /// Admits a create or an update.
-    pub(crate) async fn admit(
+    /// The first half: completes and changes what is to be written. Says whether anything but the server itself changed
+    /// the object, so that what nobody may change can be put back.
+    pub(crate) async fn admit_mutating(
+        &self,
+        context: &Context<'_>,
+        operation: Operation,
+        object: &mut Value,
+        old: Option<&Value>,
+    ) -> Result<bool> {
+        self.mutate_built_in(context, operation, object, old).await?;
+        let index = self.registered();
+        if index.mutating_policies.is_empty() && index.mutating_webhooks.is_empty() {
+            return Ok(false);
+        }
+        let name = if operation == Operation::Create { CREATE } else { UPDATE };
+        let mut request = Request::new(context, name, Value::Null, old)?;
+        request.present(object, old);
+        if request.name.is_empty() {
+            request.name = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        }
+        let namespace = self.namespace_of(&request).await?;
+        let before = request.object.clone();
+        let reinvoke = self.mutate_registered(&index, &mut request, &namespace, None).await?;
+        if !reinvoke.is_empty() {
+            // The built-in part sees what the others have added (containers, most of all), once.
+            if request.other.is_none() {
+                let mut changed = std::mem::take(&mut request.object);
+                self.mutate_built_in(context, operation, &mut changed, old).await?;
+                request.object = changed;
+            }
+            self.mutate_registered(&index, &mut request, &namespace, Some(&reinvoke)).await?;
+        }
+        let changed = request.object != before;
+        if changed {
+            request.accept(object);
+        }
+        Ok(changed)
+    }
+
+    /// Asks policies and webhooks in their order, or again those that want to see what came after them. Gives the
+    /// states that each of them left, if the object has changed.
+    async fn mutate_registered(
+        &self,
+        index: &Index,
+        request: &mut Request<'_>,
+        namespace: &Value,
+        again: Option<&[Value]>,
+    ) -> Result<Vec<Value>> {
+        let (mut left, mut changed) = (Vec::new(), false);
+        let mut place = 0;
+        // The one that left an object as it is now has nothing new to see.
+        let due = |reinvoke: bool, place: usize, object: &Value| match again {
+            None => true,
+            Some(left) => reinvoke && left.get(place).is_none_or(|seen| seen != object),
+        };
+        for (policy, bindings) in &index.mutating_policies {
+            if due(policy.reinvoke, place, &request.object) {
+                changed |= self.mutate_by_policy(policy, bindings, request, namespace).await?;
+            }
+            left.push(request.object.clone());
+            place += 1;
+        }
+        for webhook in &index.mutating_webhooks {
+            if due(webhook.reinvoke, place, &request.object) {
+                changed |= self.mutate_by_webhook(webhook, request, namespace).await?;
+            }
+            left.push(request.object.clone());
+            place += 1;
+        }
+        Ok(if changed { left } else { Vec::new() })
+    }
+
+    /// The second half: refuses, after defaults and validation, what policies and webhooks do not want.
+    pub(crate) async fn admit_validating(
+        &self,
+        context: &Context<'_>,
+        operation: Operation,
+        object: &Value,
+        old: Option<&Value>,
+    ) -> Result<()> {
+        self.check_limits(context, object, operation == Operation::Create)?;
+        self.pod_security(context, object, old).await?;
+        let index = self.registered();
+        if index.validating_policies.is_empty() && index.validating_webhooks.is_empty() {
+            return Ok(());
+        }
+        let name = if operation == Operation::Create { CREATE } else { UPDATE };
+        let mut request = Request::new(context, name, Value::Null, old)?;
+        request.present(object, old);
+        if request.name.is_empty() {
+            request.name = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        }
+        self.validate_registered(&request).await
+    }
+
+    async fn validate_registered(&self, request: &Request<'_>) -> Result<()> {
+        let namespace = self.namespace_of(request).await?;
+        self.validate_by_policies(request, &namespace).await?;
+        self.validate_by_webhooks(request, &namespace).await
+    }
+
+    /// Both halves for what is sent to a subresource and is no object of the resource: a binding, an eviction, a
+    /// connection. What mutating webhooks make of it is what is carried out.
+    pub(crate) async fn admit_other(&self, request: &mut Request<'_>) -> Result<()> {
+        let index = self.registered();
+        if !index.mutating_policies.is_empty() || !index.mutating_webhooks.is_empty() {
+            let namespace = self.namespace_of(request).await?;
+            let left = self.mutate_registered(&index, request, &namespace, None).await?;
+            if !left.is_empty() {
+                self.mutate_registered(&index, request, &namespace, Some(&left)).await?;
+            }
+        }
+        match index.validating_policies.is_empty() && index.validating_webhooks.is_empty() {
+            true => Ok(()),
+            false => self.validate_registered(request).await,
+        }
+    }
+
+    /// Admits a connection into a pod, as it was asked for in the URL.
+    pub(crate) async fn admit_connect(&self, context: &Context<'_>) -> Result<()> {
+        let index = self.registered();
+        if index.is_empty() {
+            return Ok(());
+        }
+        let kind = match context.path.subresource.as_deref() {
+            Some("exec") => "PodExecOptions",
+            Some("attach") => "PodAttachOptions",
+            _ => "PodPortForwardOptions",
+        };
+        let mut options = json!({});
+        for (key, value) in context.query.pairs() {
+            match key.as_str() {
+                "stdin" | "stdout" | "stderr" | "tty" => options[key] = context.query.flag(key).into(),
+                "container" => options[key] = value.as_str().into(),
+                "command" => pods::push(&mut options, key, value.as_str().into()),
+                "ports" => pods::push(&mut options, key, value.parse::<u16>().map_or(Value::Null, Value::from)),
+                _ => {}
+            }
+        }
+        let mut request = Request::of_other(context, CONNECT, options, ("", "v1", kind))?;
+        // Options of a connection are what the URL says; there are none beside them.
+        request.options = Value::Null;
+        self.admit_other(&mut request).await
+    }
+
+    /// Admits a deletion.
+    pub(crate) async fn admit_delete(&self, context: &Context<'_>, object: &Value, dry_run: bool) -> Result<()> {
+        self.restrict_node_deletion(context, object)?;
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        if context.row.plural == "namespaces" && context.row.group.is_empty() && IMMORTAL.contains(&name) {
+            return Err(ApiError::forbidden(&context.row, name, "this namespace may not be deleted"));
+        }
+        let mut request = Request::new(context, DELETE, Value::Null, Some(object))?;
+        request.name = name.to_owned();
+        request.dry_run |= dry_run;
+        self.admit_other(&mut request).await
+    }
+
+    /// What is registered, as the cache has it.
+    pub(crate) fn registered(&self) -> Arc<Index> {
+        self.registered.index(&self.registry, &self.cache.snapshot())
+    }
+
+    /// The namespace that a request is about; null if it is about none.
+    async fn namespace_of(&self, request: &Request<'_>) -> Result<Value> {
+        let name = request.namespace();
+        if name.is_empty() {
+            return Ok(Value::Null);
+        }
+        Ok(self.find("", "namespaces", "", name).await?.map(|found| found.value()).unwrap_or_default())
+    }
+
+    /// Takes what a webhook or policy made of an object, if it is one of its type. Says whether it is another one.
+    fn take_mutated(
+        &self,
+        request: &mut Request<'_>,
+        mut object: Value,
+        version: (&'static str, &'static str),
+    ) -> Result<bool, String> {
+        if request.other.is_none() {
+            let served = self.registry.find(version.0, version.1, request.row().plural);
+            let ty = served.map(|served| served.ty).ok_or("the version is not served")?;
+            conform(&self.registry.schemas, ty, &mut object).map_err(|e| e.to_string())?;
+            if !object["metadata"].is_object() {
+                return Err("the object has lost its metadata".to_owned());
+            }
+        } else if !object.is_object() {
+            return Err("it is no object any more".to_owned());
+        }
+        request.restore(&mut object, version);
+        for key in ["apiVersion", "kind"] {
+            object[key] = request.object[key].clone();
+        }
+        let changed = object != request.object;
+        request.object = object;
+        Ok(changed)
+    }
+
+    /// What is built in and may change an object, and what is known before anything changes it.
+    async fn mutate_built_in(
         &self,
         context: &Context<'_>,
         operation: Operation,
@@ -47,65 +266,55 @@ impl Server {
             // As upstream: nothing new while everything is being deleted.
             return Err(ApiError::method_not_allowed());
         }
-        self.not_enforced(context, object)?;
+        self.not_enforced(context);
         if context.row.scope == Scope::Namespaced {
             self.namespace_lifecycle(context).await?;
         }
+        self.default_classes(context, object);
         if context.row.plural == "pods" && context.row.group.is_empty() {
             self.service_account(context, object).await?;
             self.priority(context, object)?;
             self.namespace_tolerations(context, object).await?;
-            default_tolerations(object, self.config.tolerations);
+            pods::default_tolerations(object, self.config.tolerations);
+            self.runtime_class(context, object).await?;
+            self.fill_limits(context, object);
         }
         if context.row.plural == "nodes" && context.row.group.is_empty() {
-            taint_new_node(object);
+            pods::taint_new_node(object);
         }
         Ok(())
     }
 
-    /// Refuses what would promise protection that is not given, and says of what is only kept that it has no effect.
-    fn not_enforced(&self, context: &Context<'_>, object: &Value) -> Result<()> {
+    /// Says of what is only kept that it has no effect.
+    fn not_enforced(&self, context: &Context<'_>) {
         let row = &context.row;
         match (row.group, row.plural) {
-            ("admissionregistration.k8s.io", _) => {
-                let name = object["metadata"]["name"].as_str().unwrap_or_default();
-                Err(ApiError::forbidden(
-                    row,
-                    name,
-                    "admission webhooks and policies are not called by this version of Seawall; without it nothing would be checked",
-                ))
-            }
             ("apiregistration.k8s.io" | "flowcontrol.apiserver.k8s.io", _)
-            | ("", "resourcequotas" | "limitranges")
             | ("networking.k8s.io", "networkpolicies" | "ingresses")
             | ("autoscaling", _) => {
                 context.warn(vec![format!(
                     "{} are stored, but have no effect in this version of Seawall",
                     row.qualified()
                 )]);
-                Ok(())
             }
-            _ => Ok(()),
+            _ => {}
         }
     }
 
     /// Waits until what was written counts for whoever asks this server next, if it says who may do what.
     pub(crate) async fn in_force(&self, row: &Row, revision: Revision) {
-        let decides = matches!(row.group, "rbac.authorization.k8s.io" | "scheduling.k8s.io" | "apiextensions.k8s.io");
+        let decides = matches!(
+            (row.group, row.plural),
+            ("rbac.authorization.k8s.io" | "scheduling.k8s.io" | "apiextensions.k8s.io" | registered::GROUP, _)
+                | ("node.k8s.io", _)
+                | ("storage.k8s.io", "storageclasses")
+                | ("networking.k8s.io", "ingressclasses")
+                | ("", "limitranges" | "resourcequotas" | "namespaces")
+        );
         // It is stored: that it will be seen a little later is no reason to say otherwise.
         if decides && let Err(error) = self.cache.at_least(revision).await {
             tracing::debug!(error = error.message, "the cache is behind");
         }
-    }
-
-    /// Admits a deletion.
-    pub(crate) fn admit_delete(&self, context: &Context<'_>, object: &Value) -> Result<()> {
-        self.restrict_node_deletion(context, object)?;
-        let name = object["metadata"]["name"].as_str().unwrap_or_default();
-        if context.row.plural == "namespaces" && context.row.group.is_empty() && IMMORTAL.contains(&name) {
-            return Err(ApiError::forbidden(&context.row, name, "this namespace may not be deleted"));
-        }
-        Ok(())
     }
 
     /// An object by group, plural, namespace and name, of which a slightly old state will do.
@@ -148,220 +357,57 @@ impl Server {
         }
         Ok(())
     }
+}
 
-    /// Gives a pod its service account, and a volume with a token that the node agent keeps fresh.
-    async fn service_account(&self, context: &Context<'_>, pod: &mut Value) -> Result<()> {
-        // Pods that mirror a node's own have none.
-        if !pod["metadata"]["annotations"]["kubernetes.io/config.mirror"].is_null() {
-            return Ok(());
-        }
-        let spec = &mut pod["spec"];
-        if !spec.is_object() {
-            return Ok(());
-        }
-        let name = match spec["serviceAccountName"].as_str() {
-            Some(name) if !name.is_empty() => name.to_owned(),
-            _ => "default".to_owned(),
-        };
-        spec["serviceAccountName"] = name.as_str().into();
-        spec["serviceAccount"] = name.as_str().into();
-        let namespace = context.namespace();
-        let Some(account) = self.find("", "serviceaccounts", namespace, &name).await? else {
-            let pod_name = pod["metadata"]["name"].as_str().unwrap_or_default();
-            let why = format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found");
-            return Err(ApiError::forbidden(&context.row, pod_name, why));
-        };
-        let account = account.value();
-        if spec["imagePullSecrets"].as_array().is_none_or(|s| s.is_empty()) && !account["imagePullSecrets"].is_null() {
-            spec["imagePullSecrets"] = account["imagePullSecrets"].clone();
-        }
-        let wanted =
-            spec["automountServiceAccountToken"].as_bool().or(account["automountServiceAccountToken"].as_bool());
-        if wanted == Some(false) {
-            return Ok(());
-        }
-        let mounted =
-            |c: &Value| c["volumeMounts"].as_array().into_iter().flatten().any(|m| m["mountPath"] == TOKEN_PATH);
-        let lists = ["initContainers", "containers"];
-        let all_have = lists.iter().flat_map(|l| spec[*l].as_array().into_iter().flatten()).all(mounted);
-        if all_have {
-            return Ok(());
-        }
-        let volume = format!("kube-api-access-{}", &uuid::Uuid::new_v4().simple().to_string()[..5]);
-        for list in lists {
-            for container in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
-                if !mounted(container) && container.is_object() {
-                    let mount = json!({"name": volume, "readOnly": true, "mountPath": TOKEN_PATH});
-                    push(container, "volumeMounts", mount);
-                }
-            }
-        }
-        let projected = json!({"name": volume, "projected": {"defaultMode": 0o644, "sources": [
-            {"serviceAccountToken": {"expirationSeconds": 3607, "path": "token"}},
-            {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
-            {"downwardAPI": {"items": [{"path": "namespace", "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}]}},
-        ]}});
-        push(spec, "volumes", projected);
-        Ok(())
-    }
-
-    /// What the pods of a namespace tolerate, unless they say otherwise themselves. Upstream's PodTolerationRestriction has
-    /// the annotation too; there it can only add to what pods tolerate by default, here it comes first.
-    async fn namespace_tolerations(&self, context: &Context<'_>, pod: &mut Value) -> Result<()> {
-        let Some(namespace) = self.find("", "namespaces", "", context.namespace()).await? else { return Ok(()) };
-        let namespace = namespace.value();
-        let Some(text) = namespace["metadata"]["annotations"][NAMESPACE_TOLERATIONS].as_str() else { return Ok(()) };
-        let Ok(Value::Array(tolerations)) = serde_json::from_str(text) else {
-            let why = format!(
-                "the annotation {NAMESPACE_TOLERATIONS} of namespace {} is {text:?}, which is no JSON list of tolerations: \
-                 correct it, or remove it",
-                context.namespace()
-            );
-            return Err(ApiError::forbidden(&context.row, pod["metadata"]["name"].as_str().unwrap_or_default(), why));
-        };
-        let spec = &mut pod["spec"];
-        if !spec.is_object() {
-            return Ok(());
-        }
-        for toleration in tolerations {
-            let same = |t: &Value| t["key"] == toleration["key"] && t["effect"] == toleration["effect"];
-            if !spec["tolerations"].as_array().into_iter().flatten().any(same) {
-                push(spec, "tolerations", toleration);
-            }
-        }
-        Ok(())
-    }
-
-    /// Turns the name of a priority class into a number.
-    fn priority(&self, context: &Context<'_>, pod: &mut Value) -> Result<()> {
-        let snapshot = self.cache.snapshot();
-        let spec = &mut pod["spec"];
-        if !spec.is_object() {
-            return Ok(());
-        }
-        let class = match spec["priorityClassName"].as_str().filter(|n| !n.is_empty()) {
-            Some(name) => {
-                let found = self.lookup(&snapshot, "scheduling.k8s.io", "priorityclasses", "", name);
-                let Some(class) = found else {
-                    let name = name.to_owned();
-                    let pod_name = pod["metadata"]["name"].as_str().unwrap_or_default();
-                    return Err(ApiError::forbidden(
-                        &context.row,
-                        pod_name,
-                        format!("no PriorityClass with name {name} was found"),
-                    ));
+impl Request<'_> {
+    /// Shows an object as clients send and get it: with its version; of a scale, as a Scale.
+    fn present(&mut self, object: &Value, old: Option<&Value>) {
+        match self.context.recording {
+            Recording::As("scale") => {
+                let form = |object: &Value| {
+                    let revision = object["metadata"]["resourceVersion"].as_str().and_then(|v| v.parse().ok());
+                    crate::subresource::scale_form(object, Revision(revision.unwrap_or_default()))
                 };
-                Some(class.value())
+                self.other = Some(("autoscaling", "v1", "Scale"));
+                self.object = form(object);
+                self.old = old.map(form).unwrap_or_default();
+                self.object["metadata"]["resourceVersion"] = self.old["metadata"]["resourceVersion"].clone();
             }
-            None => {
-                let (id, row) = match self.registry.by_name("scheduling.k8s.io", "priorityclasses") {
-                    Some(found) => found,
-                    None => return Ok(()),
-                };
-                let prefix = row.prefix();
-                let mut classes = snapshot.range(id, &prefix, None).map(|o| o.value());
-                classes.find(|c| c["globalDefault"] == true)
-            }
-        };
-        match class {
-            Some(class) => {
-                spec["priorityClassName"] = class["metadata"]["name"].clone();
-                spec["priority"] = class["value"].clone();
-                if spec["preemptionPolicy"].is_null() {
-                    spec["preemptionPolicy"] = class["preemptionPolicy"].clone();
-                }
-            }
-            None => {
-                spec["priority"] = 0.into();
-                if spec["preemptionPolicy"].is_null() {
-                    spec["preemptionPolicy"] = "PreemptLowerPriority".into();
+            _ => {
+                self.object = object.clone();
+                if let Some(old) = old {
+                    self.object["metadata"]["resourceVersion"] = old["metadata"]["resourceVersion"].clone();
                 }
             }
         }
-        Ok(())
     }
-}
 
-fn push(object: &mut Value, key: &str, item: Value) {
-    match object.get_mut(key).and_then(Value::as_array_mut) {
-        Some(list) => list.push(item),
-        None => object[key] = json!([item]),
-    }
-}
-
-const NOT_READY: &str = "node.kubernetes.io/not-ready";
-const UNREACHABLE: &str = "node.kubernetes.io/unreachable";
-/// What the pods of a namespace tolerate, if they do not say: a JSON list of tolerations.
-const NAMESPACE_TOLERATIONS: &str = "scheduler.alpha.kubernetes.io/defaultTolerations";
-
-/// Whether a toleration speaks of a taint with this key, and of being sent away.
-fn covers(toleration: &Value, key: &str) -> bool {
-    let any_key = toleration["key"].as_str().unwrap_or_default().is_empty() && toleration["operator"] == "Exists";
-    let effect = toleration["effect"].as_str().unwrap_or_default();
-    (any_key || toleration["key"] == key) && (effect.is_empty() || effect == "NoExecute")
-}
-
-/// A pod stays a while on a node that is not ready or cannot be reached, unless it says otherwise
-/// (<https://kubernetes.io/docs/reference/access-authn-authz/admission-controllers/#defaulttolerationseconds>).
-fn default_tolerations(pod: &mut Value, defaults: Tolerations) {
-    let spec = &mut pod["spec"];
-    if !spec.is_object() {
-        return;
-    }
-    for (key, seconds) in [(NOT_READY, defaults.not_ready), (UNREACHABLE, defaults.unreachable)] {
-        if !spec["tolerations"].as_array().into_iter().flatten().any(|t| covers(t, key)) {
-            let toleration =
-                json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds});
-            push(spec, "tolerations", toleration);
+    /// Takes over what was made of the object, but for what says which object it is.
+    fn accept(&mut self, object: &mut Value) {
+        if self.other.is_some() {
+            object["spec"]["replicas"] = self.object["spec"]["replicas"].clone();
+            return;
         }
-    }
-}
-
-/// Nothing is put on a node before it has said that it is ready (upstream's TaintNodesByCondition).
-fn taint_new_node(node: &mut Value) {
-    let taint = json!({"key": NOT_READY, "effect": "NoSchedule"});
-    let spec = &mut node["spec"];
-    if spec.is_null() {
-        *spec = json!({});
-    }
-    let has = |t: &Value| t["key"] == taint["key"] && t["effect"] == taint["effect"];
-    if spec.is_object() && !spec["taints"].as_array().into_iter().flatten().any(has) {
-        push(spec, "taints", taint);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn how_long_pods_stay() {
-        let check = |tolerations: Value, expect: &[(&str, i64)]| {
-            let mut pod = json!({"spec": {"tolerations": tolerations}});
-            default_tolerations(&mut pod, Tolerations { not_ready: 5, unreachable: 7 });
-            let all = pod["spec"]["tolerations"].as_array().cloned().unwrap_or_default();
-            let added = &all[tolerations.as_array().map_or(0, Vec::len)..];
-            let found: Vec<_> =
-                added.iter().map(|t| (t["key"].as_str().unwrap(), t["tolerationSeconds"].as_i64().unwrap())).collect();
-            assert_eq!(found, expect, "{tolerations}");
-        };
-        check(json!(null), &[(NOT_READY, 5), (UNREACHABLE, 7)]);
-        check(json!([{"operator": "Exists"}]), &[]);
-        check(json!([{"key": UNREACHABLE, "operator": "Exists", "effect": "NoExecute"}]), &[(NOT_READY, 5)]);
-        check(json!([{"key": NOT_READY, "operator": "Exists"}]), &[(UNREACHABLE, 7)]);
-        check(
-            json!([{"key": NOT_READY, "operator": "Exists", "effect": "NoSchedule"}]),
-            &[(NOT_READY, 5), (UNREACHABLE, 7)],
-        );
-    }
-
-    #[test]
-    fn a_new_node_is_tainted_once() {
-        let mut node = json!({"metadata": {"name": "n"}});
-        taint_new_node(&mut node);
-        let tainted = node.clone();
-        taint_new_node(&mut node);
-        assert_eq!(node, tainted);
-        assert_eq!(node["spec"]["taints"], json!([{"key": NOT_READY, "effect": "NoSchedule"}]));
+        let before = std::mem::replace(object, std::mem::take(&mut self.object));
+        let kept = [
+            "name",
+            "namespace",
+            "uid",
+            "creationTimestamp",
+            "deletionTimestamp",
+            "deletionGracePeriodSeconds",
+            "generation",
+            "generateName",
+            "managedFields",
+            "selfLink",
+            "resourceVersion",
+        ];
+        let meta = crate::write::meta(object);
+        for key in kept {
+            match before["metadata"].get(key) {
+                Some(value) => meta.insert(key.to_owned(), value.clone()),
+                None => meta.remove(key),
+            };
+        }
     }
 }

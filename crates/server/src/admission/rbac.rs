@@ -49,7 +49,7 @@ impl Server {
                         let mut error = ApiError::forbidden(&context.row, "", "");
                         error.message = format!("{plural}.{GROUP} {:?} not found", role.name);
                         error.code = http::StatusCode::NOT_FOUND;
-                        error.reason = "NotFound";
+                        error.reason = "NotFound".into();
                         Err(error)
                     }
                 }

@@ -103,7 +103,18 @@ impl Api {
         assert!(!status.is_success(), "{value}");
         assert_eq!(value["kind"], "Status", "{value}");
         assert_eq!(value["code"], status.as_u16());
-        (status.as_u16(), value["reason"].as_str().unwrap().to_owned(), value["message"].as_str().unwrap().to_owned())
+        (
+            status.as_u16(),
+            value["reason"].as_str().unwrap_or_default().to_owned(),
+            value["message"].as_str().unwrap().to_owned(),
+        )
+    }
+
+    /// The message of a request that fails with this code, whether or not the error has a reason.
+    pub(crate) async fn fails_with(&self, method: Method, path: &str, body: Value, code: u16) -> String {
+        let (status, value) = self.call(method, path, "application/json", body).await;
+        assert_eq!(status.as_u16(), code, "{value}");
+        value["message"].as_str().unwrap().to_owned()
     }
 
     pub(crate) async fn watch(&self, path: &str) -> Watch {

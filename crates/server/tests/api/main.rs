@@ -12,8 +12,12 @@ mod apply;
 mod conversion;
 mod crd;
 mod harness;
+mod pod_security;
+mod policies;
 mod protobuf;
+mod quota;
 mod rbac;
+mod webhooks;
 
 use harness::Api;
 
