@@ -11,7 +11,7 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::Value;
 
 use crate::{
-    custom::{self, validate::NoRules},
+    custom::{self, rules::Expressions},
     field::Errors,
     names,
     schema::{Schemas, TypeId},
@@ -256,7 +256,7 @@ impl Row {
     /// Says everything that is wrong, beyond the metadata.
     pub fn check(&self, validation: &Validation<'_>, errors: &mut Errors) {
         match &self.custom {
-            Some(custom) => custom.validate(validation.new, validation.old, &NoRules, errors),
+            Some(custom) => custom.validate(validation.new, validation.old, &Expressions::default(), errors),
             None => (self.validate)(validation, errors),
         }
     }

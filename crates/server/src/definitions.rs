@@ -60,18 +60,6 @@ fn terminating(definition: &mut Value, status: &str, reason: &str, message: &str
     names::set_condition(&mut definition["status"]["conditions"], condition, now.as_str().unwrap_or_default());
 }
 
-/// Says of rules that nobody evaluates them.
-pub(crate) fn rules_are_not_evaluated(context: &Context<'_>, object: &Value) {
-    if context.row.plural != "customresourcedefinitions" || context.row.group != "apiextensions.k8s.io" {
-        return;
-    }
-    let versions = object["spec"]["versions"].as_array().into_iter().flatten();
-    let ruled = versions.into_iter().any(|v| Node::parse(&v["schema"]["openAPIV3Schema"]).has_rules());
-    if ruled {
-        context.warn(vec!["x-kubernetes-validations are stored, but not evaluated by this version of Seawall".into()]);
-    }
-}
-
 /// What is remembered of a definition.
 struct Known {
     group: String,

@@ -177,7 +177,10 @@ pub(crate) struct Context<'a> {
 }
 
 impl<'a> Context<'a> {
-    #[allow(clippy::too_many_arguments, reason = "each is a part of a request, and this is the only place that puts them together")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "each is a part of a request, and this is the only place that puts them together"
+    )]
     fn of(
         registry: &'a Registry,
         user: UserInfo,

@@ -67,6 +67,9 @@ impl<'a> Session<'a> {
         if let Some((_, value)) = self.variables.iter().find(|(known, _)| *known == name) {
             return Ok(Val::from(*value));
         }
+        if let Some((_, value)) = self.optional.filter(|(known, _)| *known == name) {
+            return Ok(value.map_or(Val::Optional(None), |value| Val::some(Val::from(value))));
+        }
         if name == "authorizer" && self.authorizer.is_some() {
             return Ok(Val::Authorizer(Rc::new(Question::default())));
         }

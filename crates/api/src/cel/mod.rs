@@ -153,6 +153,7 @@ impl Program {
 /// Evaluates expressions over the same variables.
 pub struct Session<'a> {
     variables: Vec<(&'a str, &'a Value)>,
+    optional: Option<(&'a str, Option<&'a Value>)>,
     named: &'a [(String, Program)],
     memory: RefCell<HashMap<usize, Option<Result<Val<'a>, EvalError>>>>,
     authorizer: Option<&'a dyn Authorizer>,
@@ -165,6 +166,7 @@ impl<'a> Session<'a> {
     pub fn new(variables: Vec<(&'a str, &'a Value)>) -> Session<'a> {
         Session {
             variables,
+            optional: None,
             named: &[],
             memory: RefCell::default(),
             authorizer: None,
@@ -178,6 +180,19 @@ impl<'a> Session<'a> {
     #[must_use]
     pub fn with_named(self, named: &'a [(String, Program)]) -> Session<'a> {
         Session { named, ..self }
+    }
+
+    /// With one more variable.
+    #[must_use]
+    pub fn with(mut self, name: &'a str, value: &'a Value) -> Session<'a> {
+        self.variables.push((name, value));
+        self
+    }
+
+    /// With a variable that is an optional value.
+    #[must_use]
+    pub fn with_optional(self, name: &'a str, value: Option<&'a Value>) -> Session<'a> {
+        Session { optional: Some((name, value)), ..self }
     }
 
     /// With somebody who answers what is asked of `authorizer`.

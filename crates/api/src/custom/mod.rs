@@ -9,6 +9,7 @@ pub mod format;
 pub mod jsonpath;
 pub mod names;
 pub mod prune;
+pub mod rules;
 pub mod schema;
 pub mod structural;
 pub mod validate;

@@ -3,6 +3,7 @@
 //!
 //! Reading is lenient: what is wrong with a schema is said by [`super::structural`] when its definition is written.
 
+use super::rules::Compiled;
 use std::collections::BTreeMap;
 
 use regex::Regex;
@@ -73,7 +74,7 @@ pub enum Additional {
 
 /// A rule in CEL, as it stands in `x-kubernetes-validations`
 /// (<https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#validation-rules>).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Rule {
     /// The expression.
     pub rule: String,
@@ -87,6 +88,8 @@ pub struct Rule {
     pub field_path: String,
     /// `oldSelf` is optional, and the rule is evaluated on create as well.
     pub optional_old_self: Option<bool>,
+    /// What its expressions mean.
+    pub compiled: Compiled,
 }
 
 /// The least or the greatest that a number may be.
@@ -264,5 +267,6 @@ fn rule(value: &Value) -> Rule {
         reason: text("reason"),
         field_path: text("fieldPath"),
         optional_old_self: value["optionalOldSelf"].as_bool(),
+        compiled: Compiled::new(&text("rule"), &text("messageExpression")),
     }
 }

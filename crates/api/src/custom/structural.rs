@@ -1,6 +1,7 @@
 //! What a schema in a CustomResourceDefinition must be
 //! (<https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#specifying-a-structural-schema>).
 
+use super::rules::Compiled;
 use regex::Regex;
 use serde_json::{Value, json};
 
@@ -481,8 +482,26 @@ fn rules(schema: &Value, path: Path<'_>, errors: &mut Errors) {
     let all = path.at("x-kubernetes-validations");
     for (index, rule) in list(schema, "x-kubernetes-validations") {
         let at = all.index(index);
-        if of(rule, "rule").trim().is_empty() {
-            errors.required(at.at("rule"), "rule is not specified");
+        let compiled = Compiled::new(of(rule, "rule"), of(rule, "messageExpression"));
+        match compiled.rule {
+            _ if of(rule, "rule").trim().is_empty() => errors.required(at.at("rule"), "rule is not specified"),
+            Err(error) => errors.invalid(at.at("rule"), of(rule, "rule"), error),
+            Ok(program) if program.never("bool").is_some() => {
+                errors.invalid(at.at("rule"), of(rule, "rule"), "cel expression must evaluate to a bool");
+            }
+            Ok(_) if rule["optionalOldSelf"].is_boolean() && !compiled.transition => {
+                let why = "may not be set unless rule uses the variable oldSelf";
+                errors.invalid(at.at("optionalOldSelf"), rule["optionalOldSelf"].clone(), why);
+            }
+            Ok(_) => {}
+        }
+        match compiled.message {
+            Some(Err(error)) => errors.invalid(at.at("messageExpression"), of(rule, "messageExpression"), error),
+            Some(Ok(program)) if program.never("string").is_some() => {
+                let why = "messageExpression must evaluate to a string";
+                errors.invalid(at.at("messageExpression"), of(rule, "messageExpression"), why);
+            }
+            _ => {}
         }
         if of(rule, "message").contains('\n') {
             errors.invalid(at.at("message"), of(rule, "message"), "message must not contain line breaks");

@@ -37,7 +37,6 @@ use crate::{
     Context, Server,
     apply::Recording,
     cache::Snapshot,
-    definitions,
     error::{ApiError, Result},
     object::Object,
     write::Operation,
@@ -258,7 +257,6 @@ impl Server {
             self.admit_signing_request(context, object, old)?;
         }
         self.guard_roles(context, object, old)?;
-        definitions::rules_are_not_evaluated(context, object);
         if operation != Operation::Create {
             return Ok(());
         }

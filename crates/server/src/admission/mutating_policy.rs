@@ -128,7 +128,7 @@ impl Server {
             return Err("the identity of an object (apiVersion, kind, name, namespace) may not be applied".to_owned());
         }
         let served = self.registry.find(group, version, request.row().plural).ok_or("the version is not served")?;
-        let types = Types { schemas: &self.registry.schemas, ty: served.ty, without: &[] };
+        let types = Types { schemas: &self.registry.schemas, ty: served.ty, without: &[], nulls: false };
         let config = without_nulls(made);
         managed::overlay(types, &mut object, config).map_err(|e| e.to_string())?;
         Ok(object)
