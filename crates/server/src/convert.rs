@@ -17,8 +17,12 @@ use crate::{
     Server,
     error::{ApiError, Result},
     object::{Object, encode},
-    webhook,
 };
+
+/// How long a conversion may take, in seconds; upstream's limit.
+const TIMEOUT: u64 = 30;
+/// The largest answer of a conversion, in bytes: it may hold a whole list.
+const LARGEST: usize = 64 << 20;
 
 /// How deep an object may be nested. Patches can build what could not be read again: the decoder has a limit, too.
 pub(crate) const DEEPEST: usize = 100;
@@ -122,8 +126,7 @@ impl Server {
         let uid = uuid::Uuid::new_v4().to_string();
         let review = json!({"kind": "ConversionReview", "apiVersion": "apiextensions.k8s.io/v1",
             "request": {"uid": uid, "desiredAPIVersion": to, "objects": values}});
-        let target = self.webhook_target(&config["clientConfig"])?;
-        let mut answer = webhook::call(&target, &review, webhook::TIMEOUT).await?;
+        let mut answer = self.call_webhook(&config["clientConfig"], &review, TIMEOUT, LARGEST).await?;
         if answer["kind"] != "ConversionReview" || answer["apiVersion"] != "apiextensions.k8s.io/v1" {
             return Err("the answer is no ConversionReview of apiextensions.k8s.io/v1".to_owned());
         }

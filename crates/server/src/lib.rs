@@ -127,7 +127,7 @@ pub struct Server {
     rbac: Arc<Rbac>,
     kubelet: kubelet::Client,
     registered: admission::registered::Registered,
-    webhooks: admission::Caller,
+    webhooks: webhook::Caller,
     turns: admission::Turns,
     /// What this server says of itself beside its address: annotations of its Lease.
     notes: Mutex<std::collections::BTreeMap<String, String>>,

@@ -6,7 +6,6 @@
 //! policies, then webhooks; quotas come last of all, since they take something. Whatever fails refuses the request,
 //! unless whoever configured it said otherwise.
 
-mod call;
 mod certificates;
 mod conditions;
 mod defaults;
@@ -25,7 +24,6 @@ mod webhook;
 
 use std::sync::Arc;
 
-pub(crate) use call::Caller;
 pub(crate) use quota::Turns;
 use registered::Index;
 use request::{CONNECT, CREATE, DELETE, Request, UPDATE};

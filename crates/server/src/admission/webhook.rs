@@ -14,7 +14,7 @@ use super::{
     rules::Scope,
 };
 use crate::{
-    Server,
+    MAX_BODY, Server,
     error::{ApiError, Result},
 };
 
@@ -165,7 +165,7 @@ impl Server {
         described["object"] = request.convert(&request.object, version);
         described["oldObject"] = request.convert(&request.old, version);
         let review = json!({"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1", "request": described});
-        let called = self.call_webhook(&webhook.client, &review, webhook.timeout).await;
+        let called = self.call_webhook(&webhook.client, &review, webhook.timeout, MAX_BODY).await;
         let answer = called
             .map_err(|why| format!("failed to call webhook: {why}"))
             .and_then(|review| read(webhook, &review, &uid));
