@@ -95,7 +95,7 @@ fn quoted(mut texts: Vec<&str>) -> String {
     texts.iter().map(|text| format!("{text:?}")).collect::<Vec<_>>().join(", ")
 }
 
-fn bad_containers<'a>(spec: &'a Value, bad: impl Fn(&Value) -> bool) -> Vec<&'a str> {
+fn bad_containers(spec: &Value, bad: impl Fn(&Value) -> bool) -> Vec<&str> {
     containers(spec).into_iter().filter(|container| bad(container)).map(name).collect()
 }
 
