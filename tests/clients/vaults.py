@@ -16,7 +16,7 @@ def begin(settings, **_):
 
 @kopf.on.create(*GROUP)
 @kopf.on.update(*GROUP, field="spec.keys")
-def keep(name, namespace, spec, patch, logger, **_):
+def keep(body, name, namespace, spec, patch, **_):
     core, wanted = client.CoreV1Api(), set(spec.get("keys", []))
     kept = core.list_namespaced_config_map(namespace, label_selector=f"vault={name}").items
     for config_map in kept:
@@ -25,11 +25,11 @@ def keep(name, namespace, spec, patch, logger, **_):
     have = {config_map.metadata.name for config_map in kept}
     for key in sorted(wanted):
         if f"{name}-{key}" not in have:
-            body = {"metadata": {"name": f"{name}-{key}", "labels": {"vault": name}}, "data": {"key": key}}
-            kopf.adopt(body)
-            core.create_namespaced_config_map(namespace, body)
+            child = {"metadata": {"name": f"{name}-{key}", "labels": {"vault": name}}, "data": {"key": key}}
+            kopf.adopt(child)
+            core.create_namespaced_config_map(namespace, child)
     patch.status["count"] = len(wanted)
-    logger.info("kept %s", sorted(wanted))
+    kopf.event(body, type="Normal", reason="Kept", message=f"{len(wanted)} keys")
 
 
 @kopf.on.delete(*GROUP)

@@ -60,7 +60,7 @@ async fn kubectl_is_told_what_is_not_allowed() {
         ],
     );
     k.run("create deployment web --image=web:1 --replicas=2").await.ok();
-    has(&k.run("scale deployment/web --replicas=1").await.ok(), &["scaled"]);
+    has(k.run("scale deployment/web --replicas=1").await.ok(), &["scaled"]);
 
     k.apply(LIMITS).await;
     k.reaches("-n small serviceaccount/default", "{.metadata.name}", "default").await;
@@ -69,12 +69,12 @@ async fn kubectl_is_told_what_is_not_allowed() {
     k.run("-n small create configmap a").await.ok();
     k.run("-n small create configmap b").await.ok();
     has(
-        &k.run("-n small create configmap c").await.fails(),
+        k.run("-n small create configmap c").await.fails(),
         &["exceeded quota: q, requested: configmaps=1, used: configmaps=3, limited: configmaps=3"],
     );
     k.run("-n small delete configmap a").await.ok();
     k.run("-n small create configmap c").await.ok();
-    has(&k.run("-n small describe quota q").await.ok(), &["configmaps  3", "pods        0"]);
+    has(k.run("-n small describe quota q").await.ok(), &["configmaps  3", "pods        0"]);
 
     k.pipe("create -f -", &pod("p", "")).await.ok();
     k.reaches("-n small pod/p", "{.spec.containers[0].resources.limits.memory}", "128Mi").await;

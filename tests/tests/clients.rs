@@ -77,7 +77,7 @@ async fn an_operator_made_with_kopf() {
     assert_eq!(k.path("configmaps -l vault=v", kept).await, "v-b v-c v-d");
     kubectl::has(k.run("get vaults").await.ok(), &["NAME   COUNT", "v      3"]);
     // What it says of what it does.
-    k.reaches("events --field-selector involvedObject.kind=Vault,reason=Logging", "{.items[0].type}", "Normal").await;
+    k.reaches("events --field-selector involvedObject.kind=Vault,reason=Kept", "{.items[0].type}", "Normal").await;
 
     // Its last handler runs before the object goes, and what the object owned goes with it.
     k.run("delete vault/v --timeout=60s").await.ok();

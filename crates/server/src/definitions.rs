@@ -14,10 +14,7 @@ use http::HeaderMap;
 use jiff::Timestamp;
 use seawall_api::{
     Row,
-    custom::{
-        names::{self, Taken},
-        schema::Node,
-    },
+    custom::names::{self, Taken},
 };
 use seawall_store::{self as store, Expect};
 use serde_json::{Value, json};

@@ -154,8 +154,8 @@ impl Server {
     ) -> Result<Vec<Value>, String> {
         let Some((api_version, kind)) = &policy.params else { return Ok(vec![Value::Null]) };
         let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
-        let mut rows = self.registry.rows();
-        let found = rows.find(|(_, row)| row.stored && row.group == group && row.kind == kind);
+        let rows = self.registry.all_rows();
+        let found = rows.iter().find(|(_, row)| row.stored && row.group == group && row.kind == kind);
         let Some((id, row)) = found else {
             return Err(format!("failed to find resource referenced by paramKind: '{group}/{version}, Kind={kind}'"));
         };
@@ -177,8 +177,14 @@ impl Server {
         };
         let found: Vec<Value> = match &binding.param_selector {
             None => {
-                let one = self.find(row.group, row.plural, namespace, &binding.param_name).await;
-                one.map_err(|e| e.message)?.map(|object| object.value()).into_iter().collect()
+                let key = row.key(namespace, &binding.param_name);
+                let known = self.cache.snapshot().get(*id, &key).cloned();
+                let found = match known {
+                    Some(object) => Some(object),
+                    // It may be newer than what is known here.
+                    None => self.consistent().await.map_err(|e| e.message)?.get(*id, &key).cloned(),
+                };
+                found.map(|object| object.value()).into_iter().collect()
             }
             Some(selector) => {
                 let prefix = match row.scope {
@@ -186,7 +192,7 @@ impl Server {
                     RowScope::Cluster => row.prefix(),
                 };
                 let snapshot = self.consistent().await.map_err(|e| e.message)?;
-                let objects = snapshot.range(id, &prefix, None).map(|object| object.value());
+                let objects = snapshot.range(*id, &prefix, None).map(|object| object.value());
                 objects.filter(|object| selector.picks(&object["metadata"]["labels"])).collect()
             }
         };

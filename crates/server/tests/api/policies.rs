@@ -84,6 +84,34 @@ async fn a_policy_refuses() {
     api.create(DEPLOYMENTS, deployment("ugly", 9)).await;
 }
 
+/// Parameters are usually of a kind that was made for them.
+#[tokio::test]
+async fn parameters_of_a_custom_kind() {
+    let api = Api::new().await;
+    let schema = json!({"type": "object", "properties": {"most": {"type": "integer"}}});
+    crate::crd::define(
+        &api,
+        json!({"metadata": {"name": "limits.example.com"}, "spec": {
+        "group": "example.com", "scope": "Namespaced", "names": {"plural": "limits", "kind": "Limit"},
+        "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": schema}}]}}),
+    )
+    .await;
+    let param = json!({"apiVersion": "example.com/v1", "kind": "Limit"});
+    let check = json!([{"expression": "object.spec.replicas <= params.most"}]);
+    policy(&api, "p", rule("apps", "deployments"), json!({"validations": check, "paramKind": param})).await;
+    let reference = json!({"name": "l", "namespace": "default", "parameterNotFoundAction": "Deny"});
+    bind(&api, "p", json!({"paramRef": reference})).await;
+    assert_eq!(api.fails(Method::POST, DEPLOYMENTS, deployment("a", 1)).await.0, 422);
+    api.create(
+        "/apis/example.com/v1/namespaces/default/limits",
+        json!({"apiVersion": "example.com/v1", "kind": "Limit",
+        "metadata": {"name": "l"}, "most": 2}),
+    )
+    .await;
+    api.create(DEPLOYMENTS, deployment("a", 2)).await;
+    assert_eq!(api.fails(Method::POST, DEPLOYMENTS, deployment("b", 3)).await.0, 422);
+}
+
 #[tokio::test]
 async fn parameters_actions_and_failures() {
     let api = Api::new().await;
