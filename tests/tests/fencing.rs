@@ -57,12 +57,18 @@ fn instances(file: &Path) -> Vec<(f64, f64)> {
     all
 }
 
+/// How long a pod may go on when its machine thaws, in seconds: its processes wake up together with the watchdog, which is
+/// what software on the machine cannot rule out (`crates/node/src/fence.rs`). The drills allow the same.
+const WAKES: f64 = 0.1;
+
+/// `thawed` is the instance whose machine was frozen.
 #[track_caller]
-fn never_two(file: &Path) {
+fn never_two(file: &Path, thawed: usize) {
     let all = instances(file);
     println!("{all:?}");
-    for pair in all.windows(2) {
-        assert!(pair[0].1 < pair[1].0, "two at a time: {:?} and {:?}", pair[0], pair[1]);
+    for (index, pair) in all.windows(2).enumerate() {
+        let grace = if index == thawed { WAKES } else { 0.0 };
+        assert!(pair[0].1 < pair[1].0 + grace, "two at a time: {:?} and {:?}", pair[0], pair[1]);
     }
 }
 
@@ -123,7 +129,7 @@ async fn a_stateful_pod_moves_by_itself_and_never_runs_twice() {
     kubectl.run(&format!("wait node/{lost} --for=condition=Ready --timeout=60s")).await.ok();
     node_of(&kubectl).await;
 
-    never_two(&file);
+    never_two(&file, 2);
     assert_eq!(instances(&file).len(), 5, "one for each loss");
 }
 
