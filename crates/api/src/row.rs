@@ -339,24 +339,12 @@ where
         plural: T::URL_PATH_SEGMENT,
         // Rows are made once for the life of the process.
         singular: T::KIND.to_lowercase().leak(),
-        short_names: &[],
-        categories: &[],
         scope: T::Scope::SCOPE,
-        subresources: &[],
-        aliases: &[],
-        stored: true,
         type_name: name_of::<T>(),
         schema: schema_of::<T>,
-        name: names::dns_subdomain,
         columns: AGE,
         cells: |object, now| vec![crate::cell::age(object, now)],
-        defaults: nothing,
-        validate: valid,
-        selectable: &[],
-        prepare_create: nothing,
-        prepare_update: unchanged,
-        generation: false,
-        custom: None,
+        ..minimal()
     }
 }
 
@@ -410,7 +398,7 @@ impl Row {
     }
 }
 
-/// A row without anything of its own, to be filled in by a definition.
+/// A row without anything of its own.
 pub(crate) fn minimal() -> Row {
     Row {
         group: "",

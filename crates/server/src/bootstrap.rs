@@ -3,18 +3,13 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use http::HeaderMap;
 use serde_json::{Value, json};
 
 use crate::{
     Context, Server,
-    auth::{
-        MASTERS, UserInfo,
-        rbac::{self, policy},
-    },
-    encode::{Form, Media, Shape},
+    auth::rbac::{self, policy},
     error::{ApiError, Result},
-    request::{Query, ResourcePath},
+    request::ResourcePath,
 };
 
 impl Server {
@@ -134,26 +129,14 @@ impl Server {
         object["apiVersion"] = row.api_version().into();
         let text = |v: &Value| v.as_str().map(str::to_owned);
         let (name, namespace) = (text(&object["metadata"]["name"]), text(&object["metadata"]["namespace"]));
-        let mut context = Context {
-            user: UserInfo::new("system:apiserver", &[MASTERS]),
-            path: ResourcePath {
-                group: group.into(),
-                version: row.version.into(),
-                resource: plural.into(),
-                namespace,
-                ..Default::default()
-            },
-            row: row.clone(),
-            served: &served,
-            schemas: &self.registry.schemas,
-            query: Query::default(),
-            headers: HeaderMap::new(),
-            body: bytes::Bytes::new(),
-            form: Form { shape: Shape::Full, media: Media::Json },
-            fence: None,
-            recording: crate::apply::Recording::OfPath,
-            warnings: Arc::default(),
+        let path = ResourcePath {
+            group: group.into(),
+            version: row.version.into(),
+            resource: plural.into(),
+            namespace,
+            ..Default::default()
         };
+        let mut context = Context::own(&self.registry, path, &served);
         let key = row.key(context.namespace(), name.as_deref().unwrap_or_default());
         let there = self.consistent().await?.get(id, &key).is_some();
         if there && update {

@@ -10,7 +10,6 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderMap;
 use jiff::Timestamp;
 use seawall_api::{
     Row,
@@ -20,14 +19,12 @@ use seawall_store::{self as store, Expect};
 use serde_json::{Value, json};
 
 use crate::{
-    Context, Server, apply,
-    auth::{MASTERS, UserInfo},
+    Context, Server,
     delete::DeleteOptions,
-    encode::{Form, Media, Shape},
     error::{ApiError, Result},
     object::{Object, encode},
     registry::ResourceId,
-    request::{Query, ResourcePath},
+    request::ResourcePath,
     write::{meta, timestamp},
 };
 
@@ -240,26 +237,14 @@ impl Server {
         let mut left = objects.len();
         for object in objects.iter().filter(|object| !going(object)).take(AT_ONCE) {
             let namespace = Some(object.namespace(row).to_owned()).filter(|n| !n.is_empty());
-            let context = Context {
-                user: UserInfo::new("system:apiserver", &[MASTERS]),
-                path: ResourcePath {
-                    group: row.group.into(),
-                    version: served.version.into(),
-                    resource: row.plural.into(),
-                    namespace,
-                    ..Default::default()
-                },
-                row: served.row.clone(),
-                served: &served,
-                schemas: &self.registry.schemas,
-                query: Query::default(),
-                headers: HeaderMap::new(),
-                body: bytes::Bytes::new(),
-                form: Form { shape: Shape::Full, media: Media::Json },
-                fence: None,
-                recording: apply::Recording::OfPath,
-                warnings: Arc::default(),
+            let path = ResourcePath {
+                group: row.group.into(),
+                version: served.version.into(),
+                resource: row.plural.into(),
+                namespace,
+                ..Default::default()
             };
+            let context = Context::own(&self.registry, path, &served);
             match self.delete_object(&context, object.name(), &DeleteOptions::default()).await {
                 Ok((_, _, true)) => left -= 1,
                 Ok(_) => {}

@@ -207,6 +207,12 @@ impl<'a> Context<'a> {
         }
     }
 
+    /// A request that the server makes of itself.
+    pub(crate) fn own(registry: &'a Registry, path: ResourcePath, served: &'a Served) -> Context<'a> {
+        let (user, row) = (UserInfo::new("system:apiserver", &[auth::MASTERS]), served.row.clone());
+        Context::of(registry, user, path, row, served, Query::default(), HeaderMap::new(), Bytes::new())
+    }
+
     /// The name in the URL.
     pub fn name(&self) -> Result<&str> {
         self.path.name.as_deref().ok_or_else(ApiError::method_not_allowed)
