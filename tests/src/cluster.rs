@@ -11,6 +11,7 @@ use seawall_drill::lab::{Cluster as Settings, Lab, Machine, Options};
 use tempfile::TempDir;
 
 use crate::{
+    failure,
     kubectl::{Kubectl, has},
     seawall,
 };
@@ -32,6 +33,7 @@ impl Cluster {
     /// Without root, or if it does not come up.
     pub async fn up(name: &str, servers: u8, agents: u8, cluster: Option<Settings>) -> Cluster {
         assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
+        failure::listen();
         let dir = tempfile::Builder::new().prefix("seawall-cluster-test-").tempdir_in("/var/lib").unwrap();
         let options = Options {
             name: name.into(),
@@ -99,6 +101,7 @@ impl Drop for Cluster {
                 let lines: Vec<&str> = text.lines().collect();
                 eprintln!("--- {}\n{}", machine.name(), lines[lines.len().saturating_sub(25)..].join("\n"));
             }
+            failure::repeat();
         }
         let down = Command::new(seawall())
             .args(["lab", "down", "--name", self.lab.name(), "--dir"])
@@ -118,7 +121,7 @@ pub async fn on(machine: &Machine, words: &str) -> (bool, String) {
     command.args(words.split_whitespace()).stdin(Stdio::null());
     let output = tokio::time::timeout(LONG, command.output()).await.expect("it ends").unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    eprintln!("{}: seawall {words}\n{text}", machine.name());
+    eprintln!("{}: seawall {words}\n{}", machine.name(), failure::shortened(&text, 1500));
     (output.status.success(), text)
 }
 

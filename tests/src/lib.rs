@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod cluster;
+pub mod failure;
 pub mod http;
 pub mod kubectl;
 pub mod machine;

@@ -70,6 +70,7 @@ impl Server {
     /// # Panics
     /// If it does not become ready.
     pub async fn start_in(directory: TempDir, options: Options) -> Server {
+        crate::failure::listen();
         let kubeconfig = directory.path().join("data/admin.kubeconfig");
         let kubectl = Kubectl { kubeconfig, home: directory.path().join("home") };
         std::fs::create_dir_all(&kubectl.home).unwrap();
@@ -310,6 +311,7 @@ impl Drop for Server {
         if std::thread::panicking() && self.directory.is_some() {
             self.kubectl.post_mortem();
             eprintln!("--- the end of the server's log\n{}\n---", self.log_tail());
+            crate::failure::repeat();
         }
         if let Some(process) = &self.process {
             let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);

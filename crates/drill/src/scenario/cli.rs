@@ -141,9 +141,14 @@ async fn one(args: &Args, lab: &Lab, scenario: &Scenario<'_>, round: u32) -> any
 
 /// The steps, with the longest stay as long as was asked for.
 fn stays(steps: &[Step], wanted: Option<f64>) -> Vec<Step> {
-    let longest = steps.iter().filter_map(|s| if let Step::Stay(n) = s { Some(*n) } else { None }).fold(0.0, f64::max);
+    let length = |step: &Step| match step {
+        Step::Stay(seconds) | Step::StarveAtTimes(_, seconds) => Some(*seconds),
+        _ => None,
+    };
+    let longest = steps.iter().filter_map(length).fold(0.0, f64::max);
     let other = |step: &Step| match (step, wanted) {
         (Step::Stay(n), Some(wanted)) if *n >= longest => Step::Stay(wanted),
+        (Step::StarveAtTimes(programs, n), Some(wanted)) if *n >= longest => Step::StarveAtTimes(*programs, wanted),
         (step, _) => *step,
     };
     steps.iter().map(other).collect()
@@ -197,6 +202,7 @@ mod tests {
         let steps = [Step::Stay(3.0), Step::Well, Step::Stay(32.0)];
         assert_eq!(stays(&steps, None), steps);
         assert_eq!(stays(&steps, Some(400.0)), [Step::Stay(3.0), Step::Well, Step::Stay(400.0)]);
+        assert_eq!(stays(&[Step::StarveAtTimes(4, 120.0)], Some(400.0)), [Step::StarveAtTimes(4, 400.0)]);
     }
 
     #[test]

@@ -58,6 +58,8 @@ pub enum Step {
     Loss(f64),
     /// Keeps every CPU of the host busy with so many other programs for each, for so many seconds.
     Starve(usize, f64),
+    /// Does so for 10 s of every 30, for so many seconds altogether.
+    StarveAtTimes(usize, f64),
     /// Empties each machine in turn as `kubectl drain` does.
     Drain(Who),
     /// Mends all cables.

@@ -108,5 +108,11 @@ pub const OF_NODES: &[Scenario<'static>] = &[
         NONE,
     ),
     of("loss-5-percent", "one packet in twenty is lost, for a minute", &[Loss(5.0), Stay(60.0), Heal, Well], NONE),
+    of(
+        "loss-and-starved",
+        "one packet in twenty is lost, and now and then four busy programs run for each CPU, for two minutes",
+        &[Loss(5.0), StarveAtTimes(4, 120.0), Heal, Well],
+        NONE,
+    ),
     of("cpu-starved", "eight busy programs for each CPU, for half a minute", &[Starve(8, 30.0), Well], NONE),
 ];

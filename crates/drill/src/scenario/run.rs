@@ -209,6 +209,15 @@ impl<'a> Stage<'a> {
                 self.mark(format!("{programs} busy programs for each CPU of the host"));
                 starve(programs, Duration::from_secs_f64(seconds)).await?;
             }
+            Step::StarveAtTimes(programs, seconds) => {
+                let end = Instant::now() + Duration::from_secs_f64(seconds);
+                while Instant::now() < end {
+                    self.mark(format!("{programs} busy programs for each CPU of the host"));
+                    starve(programs, STARVED.min(end.saturating_duration_since(Instant::now()))).await?;
+                    self.mark("they end".into());
+                    tokio::time::sleep(FED.min(end.saturating_duration_since(Instant::now()))).await;
+                }
+            }
             Step::Drain(who) => {
                 for machine in self.find(who).await? {
                     self.mark(format!("drain {}", machine.name()));
@@ -283,6 +292,10 @@ pub(super) async fn well(lab: &Lab) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// How long the host is busy at a time, and then is not.
+const STARVED: Duration = Duration::from_secs(10);
+const FED: Duration = Duration::from_secs(20);
 
 /// Keeps the host busy.
 async fn starve(programs: usize, time: Duration) -> anyhow::Result<()> {
