@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    path::Path,
     process::{Command, Stdio},
     sync::Arc,
     time::Duration,
@@ -97,9 +98,8 @@ impl Drop for Cluster {
                 self.kubectl(&server).post_mortem();
             }
             for machine in self.lab.machines() {
-                let text = fs::read_to_string(machine.log()).unwrap_or_default();
-                let lines: Vec<&str> = text.lines().collect();
-                eprintln!("--- {}\n{}", machine.name(), lines[lines.len().saturating_sub(25)..].join("\n"));
+                last_lines(machine.name(), &machine.log(), 25);
+                last_lines(&format!("etcd of {}", machine.name()), &machine.on_disk("/var/lib/seawall/etcd.log"), 12);
             }
             failure::repeat();
         }
@@ -110,6 +110,12 @@ impl Drop for Cluster {
             .status();
         assert!(down.is_ok_and(|s| s.success()) || std::thread::panicking(), "the lab is not taken away");
     }
+}
+
+fn last_lines(of: &str, path: &Path, count: usize) {
+    let Ok(text) = fs::read_to_string(path) else { return };
+    let lines: Vec<&str> = text.lines().collect();
+    eprintln!("--- {of}\n{}", lines[lines.len().saturating_sub(count)..].join("\n"));
 }
 
 /// Runs `seawall` on a machine; gives what it printed, and whether it succeeded.

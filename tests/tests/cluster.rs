@@ -6,7 +6,7 @@ use std::{
     fs,
     path::Path,
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use seawall_drill::lab::{Machine, Service};
@@ -113,9 +113,34 @@ async fn servers_join_are_lost_and_replaced() {
     })
     .await;
 
-    // One leaves for good: two are left, which is warned about.
+    // One leaves for good: two are left, which is warned about. What is written meanwhile is sent to it in vain, and is
+    // more than its connections hold.
     s3.power_off(false).await.unwrap();
+    let much = format!("--from-literal=a={}", "x".repeat(100_000));
+    for i in 0..8 {
+        kubectl.args(&["create", "configmap", &format!("much-{i}"), &much]).await.ok();
+    }
+    // Writes go on while it is removed: etcd's leader does not wait for the one that is gone.
+    let writes = tokio::spawn({
+        let kubectl = kubectl.clone();
+        async move {
+            let mut longest = Duration::ZERO;
+            for i in 0.. {
+                let started = Instant::now();
+                let written = kubectl.run(&format!("create configmap during-{i} --request-timeout=30s")).await;
+                longest = longest.max(started.elapsed());
+                if !written.status.success() || kubectl.run("get configmap removed").await.status.success() {
+                    written.ok();
+                    break;
+                }
+            }
+            longest
+        }
+    });
     has(works(&s1, "--log error member replace s3").await, &["s3 is no member any more", "--node-name s3 --token"]);
+    kubectl.run("create configmap removed").await.ok();
+    let longest = writes.await.unwrap();
+    assert!(longest < Duration::from_secs(4), "a write waited {longest:?} for the removal of a member");
     assert_eq!(voters(&works(&s1, "--log error member list").await), 2);
     // It must not start again with what it has.
     s3.power_on().await.unwrap();

@@ -16,7 +16,7 @@ use seawall_store::{
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Certificates, Local, client_url, peer_url};
+use super::{Certificates, Local, PEER_PORT, client_url, cut, peer_address, peer_url};
 use crate::{
     files::{Files, ServerState, StoreKind},
     pki::Authority,
@@ -155,9 +155,13 @@ impl Members {
         let mut learners: std::collections::BTreeMap<MemberId, (u64, Instant)> = Default::default();
         let mut advised = None;
         loop {
+            let mut pause = REFRESH;
             match self.list().await {
                 Ok(members) => {
                     self.follow(&store, &members)?;
+                    if self.cut_off_silent(&members).await {
+                        pause = REFRESH / 4;
+                    }
                     let own = members.iter().find(|(m, _)| m.name == self.name);
                     let leads = own.is_some_and(|(m, s)| s.as_ref().is_some_and(|s| s.leader == Some(m.id)));
                     if leads {
@@ -180,10 +184,25 @@ impl Members {
                 Err(error) => tracing::debug!(%error, "etcd's members cannot be listed"),
             }
             tokio::select! {
-                () = tokio::time::sleep(REFRESH) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = stop.cancelled() => return Ok(()),
             }
         }
+    }
+
+    /// Ends what is open to machines that are gone, so that etcd does not wait for them ([`cut`]). Whether somebody is silent.
+    async fn cut_off_silent(&self, members: &[(admin::Member, Option<admin::Status>)]) -> bool {
+        let silent = members.iter().filter(|(m, status)| m.name != self.name && status.is_none());
+        let addresses: Vec<IpAddr> =
+            silent.flat_map(|(m, _)| &m.peer_urls).filter_map(|url| Some(peer_address(url)?.ip())).collect();
+        for ip in &addresses {
+            match cut::cut(*ip, PEER_PORT).await {
+                Ok(0) => {}
+                Ok(count) => tracing::info!(%ip, count, "connections to a member that is gone are ended"),
+                Err(error) => tracing::debug!("connections to {ip} are not ended: {error:#}"),
+            }
+        }
+        !addresses.is_empty()
     }
 
     /// The store and the next start use the members that there are now.

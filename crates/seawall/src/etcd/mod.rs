@@ -1,5 +1,6 @@
 //! Stacked etcd: a member on every server, started, kept alive and looked after by it.
 
+mod cut;
 pub mod members;
 pub mod process;
 
@@ -39,6 +40,11 @@ pub struct Local {
 /// The address of a member for other members.
 pub fn peer_url(ip: IpAddr) -> String {
     format!("https://{}", std::net::SocketAddr::new(ip, PEER_PORT))
+}
+
+/// The address in such a URL.
+fn peer_address(url: &str) -> Option<std::net::SocketAddr> {
+    url.strip_prefix("https://")?.parse().ok()
 }
 
 /// The address of a member for clients.
