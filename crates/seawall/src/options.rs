@@ -161,6 +161,30 @@ pub struct Cluster {
     pub timing: Profile,
 }
 
+/// How many requests a server carries out at a time, by upstream's names
+/// (<https://kubernetes.io/docs/concepts/cluster-administration/flow-control/>).
+#[derive(clap::Args)]
+pub struct InflightOptions {
+    /// How many requests that change nothing are carried out at a time. With those that change something, the seats that are
+    /// shared out by priority. 0 for as many as come.
+    #[arg(long, default_value_t = 400, value_name = "COUNT")]
+    max_requests_inflight: u32,
+    /// How many requests that change something are carried out at a time.
+    #[arg(long, default_value_t = 200, value_name = "COUNT")]
+    max_mutating_requests_inflight: u32,
+    /// Whether requests wait for their turn by priority and fairness; without, what is too much is refused.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "true|false")]
+    enable_priority_and_fairness: bool,
+}
+
+impl InflightOptions {
+    /// What the API server is told.
+    pub fn get(&self) -> seawall_server::Inflight {
+        let most = self.max_requests_inflight.saturating_add(self.max_mutating_requests_inflight).min(1_000_000);
+        seawall_server::Inflight { most, fair: self.enable_priority_and_fairness }
+    }
+}
+
 /// Options of the server that begins a cluster.
 #[derive(clap::Args)]
 pub struct ClusterOptions {

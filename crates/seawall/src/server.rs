@@ -40,7 +40,7 @@ use crate::{
     etcd::{members, process},
     files::{Files, ServerState, StoreKind},
     gossip, join, leave, node,
-    options::{ClusterOptions, Component, EvictionOptions, Machine, MachineOptions, TimingOptions},
+    options::{ClusterOptions, Component, EvictionOptions, InflightOptions, Machine, MachineOptions, TimingOptions},
     paths::Joining,
     supervise::component,
 };
@@ -97,6 +97,8 @@ pub struct Args {
     timing: TimingOptions,
     #[command(flatten)]
     eviction: EvictionOptions,
+    #[command(flatten)]
+    inflight: InflightOptions,
 }
 
 impl Args {
@@ -455,6 +457,7 @@ fn server_config(
             not_ready: timing.not_ready_toleration.as_secs(),
             unreachable: timing.unreachable_toleration.as_secs(),
         },
+        inflight: args.inflight.get(),
     })
 }
 

@@ -38,6 +38,7 @@ impl Server {
         for (plural, object) in policy::objects() {
             self.ensure_policy(plural, object).await?;
         }
+        self.ensure_flow().await?;
         self.kubernetes_service().await
     }
 
@@ -115,7 +116,7 @@ impl Server {
     }
 
     /// Creates an object if it is not there; `update` makes it as given if it is.
-    async fn ensure(
+    pub(crate) async fn ensure(
         self: &Arc<Self>,
         group: &'static str,
         plural: &str,

@@ -17,6 +17,7 @@ mod discovery;
 mod encode;
 mod error;
 mod expire;
+mod flow;
 mod kubelet;
 mod metrics;
 mod object;
@@ -98,6 +99,25 @@ pub struct Config {
     pub shared_store: bool,
     /// How long pods stay on nodes that are not well, if they do not say.
     pub tolerations: Tolerations,
+    /// How many requests are carried out at a time.
+    pub inflight: Inflight,
+}
+
+/// How many requests are carried out at a time
+/// (<https://kubernetes.io/docs/concepts/cluster-administration/flow-control/>).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inflight {
+    /// `--max-requests-inflight` and `--max-mutating-requests-inflight` together; 0 for as many as come.
+    pub most: u32,
+    /// `--enable-priority-and-fairness`: whether they are shared out to levels, and wait for their turn. If not, what is
+    /// too much is refused.
+    pub fair: bool,
+}
+
+impl Default for Inflight {
+    fn default() -> Inflight {
+        Inflight { most: 600, fair: true }
+    }
 }
 
 /// How many seconds a pod stays on a node that is not ready, or not heard of, if it does not say.
@@ -135,6 +155,7 @@ pub struct Server {
     metrics: metrics::Metrics,
     store_health: metrics::StoreHealth,
     reads: consistent::Reads,
+    flow: Arc<flow::Flow>,
     ready: std::sync::atomic::AtomicBool,
     stop: CancellationToken,
 }
@@ -257,6 +278,7 @@ impl Server {
         let rbac = Arc::new(Rbac::default());
         let known = Known { registry: registry.clone(), cache: cache.clone(), rbac: rbac.clone() };
         let reads = consistent::Reads::new(store.clone());
+        let flow = flow::Flow::new(config.inflight);
         let server = Arc::new(Server {
             config,
             registry,
@@ -275,6 +297,7 @@ impl Server {
             metrics: metrics::Metrics::default(),
             store_health: metrics::StoreHealth::default(),
             reads,
+            flow,
             ready: false.into(),
             stop,
         });
@@ -285,6 +308,7 @@ impl Server {
         tokio::spawn(expire::events(server.clone()));
         tokio::spawn(presence::keep(server.clone()));
         tokio::spawn(definitions::keep(server.clone()));
+        tokio::spawn(flow::bootstrap::keep(server.clone()));
         let repair = server.clone();
         tokio::spawn(async move {
             if let Err(error) = repair.repair_allocations(REQUEST_TIMEOUT + REQUEST_TIMEOUT / 6).await {
@@ -366,18 +390,47 @@ impl Server {
         let query = Query::parse(parts.uri.query());
         let Some(target) = ResourcePath::parse(&path) else {
             let verb = parts.method.as_str().to_lowercase();
-            if paths::is_open(&path) || path.starts_with(paths::PREFIX) {
-                return self.extra_path(&user, &verb, parts, body).await;
-            }
-            self.authorize_path(&user, &verb, &path)?;
-            return self.plain(&parts.method, &path, &query, &parts.headers).await;
+            let attributes = Attributes { verb: &verb, path: &path, ..Default::default() };
+            let seat = self.seat(&user, &attributes, None).await?;
+            let response = if paths::is_open(&path) || path.starts_with(paths::PREFIX) {
+                self.extra_path(&user, &verb, parts, body).await?
+            } else {
+                self.authorize_path(&user, &verb, &path)?;
+                self.plain(&parts.method, &path, &query, &parts.headers).await?
+            };
+            return Ok(match seat {
+                Some(seat) => seat.leave(response, false),
+                None => response,
+            });
         };
         let verb = verb(&parts.method, &target, &query);
         let fields = field_selector(verb, &query);
         let attributes = Attributes::of(verb, &target, &fields);
+        let seat = self.seat(&user, &attributes, Some((&target, &query))).await?;
         if let Err(why) = self.authorizer.authorize(&user, &attributes) {
             return Err(denied(&user, &attributes, &why));
         }
+        let response = self.resource(parts, body, user, target.clone(), query, verb).await?;
+        Ok(match seat {
+            Some(seat) => seat.leave(response, verb == "watch"),
+            None => response,
+        })
+    }
+
+    /// Answers a request for a resource, by somebody who may make it.
+    async fn resource<B>(
+        self: &Arc<Self>,
+        parts: &mut Parts,
+        body: B,
+        user: UserInfo,
+        target: ResourcePath,
+        query: Query,
+        verb: &str,
+    ) -> Result<Response<Body>>
+    where
+        B: http_body::Body<Data = Bytes> + Send,
+        B::Error: Into<BodyError>,
+    {
         let served = self.served(&target).await?;
         let row = served.row.clone();
         if let Some(sub) = &target.subresource

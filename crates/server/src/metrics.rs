@@ -181,9 +181,8 @@ impl Server {
         if let Err(error) = encode(&mut text, &self.metrics.registry) {
             tracing::warn!(%error, "the metrics cannot be encoded");
         }
-        if let Some(more) = self.metrics.more.get() {
-            text = joined(&text, &more());
-        }
+        let more = self.metrics.more.get().map_or(String::new(), |more| more());
+        text = joined(&text, &(self.flow.metrics() + &more));
         let mut response = Response::new(full(text));
         let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);

@@ -12,6 +12,7 @@ mod daemonset;
 mod deployment;
 mod discovery;
 mod event;
+mod flow;
 mod job;
 mod meta;
 mod namespace;
@@ -70,8 +71,8 @@ pub fn all() -> Vec<Row> {
     use k8s_openapi::{
         api::{
             apps::v1::ControllerRevision, authentication::v1 as authentication, authorization::v1 as authorization,
-            certificates::v1 as certificates, flowcontrol::v1 as flow, networking::v1 as networking,
-            node::v1::RuntimeClass, resource::v1 as resource, scheduling::v1::PriorityClass,
+            certificates::v1 as certificates, networking::v1 as networking, node::v1::RuntimeClass,
+            resource::v1 as resource, scheduling::v1::PriorityClass,
         },
         kube_aggregator::pkg::apis::apiregistration::v1::APIService,
     };
@@ -217,8 +218,8 @@ pub fn all() -> Vec<Row> {
         validating_binding,
         mutating_policy,
         mutating_binding,
-        with_status(row::<flow::FlowSchema>()),
-        with_status(row::<flow::PriorityLevelConfiguration>()),
+        flow::schema(),
+        flow::level(),
         with_status(row::<resource::ResourceClaim>()),
         row::<resource::ResourceClaimTemplate>(),
         row::<resource::ResourceSlice>(),

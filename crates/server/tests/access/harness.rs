@@ -55,6 +55,7 @@ impl Api {
             paths: None,
             shared_store: false,
             tolerations: Default::default(),
+            inflight: Default::default(),
         };
         let stop = CancellationToken::new();
         let server = Server::start(config, store, stop.clone()).await.unwrap();

@@ -24,12 +24,17 @@ pub(crate) struct Api {
 
 impl Api {
     pub(crate) async fn new() -> Api {
+        Api::configured(|_| {}).await
+    }
+
+    /// A server that is told something else than usual.
+    pub(crate) async fn configured(change: impl FnOnce(&mut Config)) -> Api {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let dir = Arc::new(tempfile::tempdir().unwrap());
         let store: Arc<dyn Store> = Arc::new(Embedded::open(&dir.path().join("store"), Default::default()).unwrap());
         let authority = Authority::open(&dir.path().join("tls")).unwrap();
         let client = authority.client("kubelet-client", MASTERS).unwrap();
-        let config = Config {
+        let mut config = Config {
             service_cidr: "10.96.0.0/24".parse().unwrap(),
             node_ports: 30000..=30009,
             advertise: ("192.0.2.1".parse().unwrap(), 6443),
@@ -43,7 +48,9 @@ impl Api {
             paths: None,
             shared_store: false,
             tolerations: Default::default(),
+            inflight: Default::default(),
         };
+        change(&mut config);
         let server = Server::start(config.clone(), store.clone(), CancellationToken::new()).await.unwrap();
         let api = Api { server, config, store, user: Some(UserInfo::new("admin", &[MASTERS])), _dir: dir };
         api.create("/api/v1/namespaces/default/serviceaccounts", json!({"metadata": {"name": "default"}})).await;

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 mod apply;
 mod conversion;
 mod crd;
+mod flow;
 mod harness;
 mod pod_security;
 mod policies;
