@@ -38,6 +38,7 @@ async fn server(dir: &std::path::Path) -> Client {
         shared_store: false,
         tolerations: Default::default(),
         inflight: Default::default(),
+        goaway_chance: 0.0,
     };
     let server = Server::start(config, store, CancellationToken::new()).await.unwrap();
     seawall_client::in_process(move |request| {

@@ -43,6 +43,7 @@ impl Cluster {
             shared_store: false,
             tolerations: Default::default(),
             inflight: Default::default(),
+            goaway_chance: 0.0,
         };
         let stop = CancellationToken::new();
         let server = Server::start(config, Arc::new(store), stop.clone()).await.unwrap();

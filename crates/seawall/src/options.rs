@@ -175,9 +175,25 @@ pub struct InflightOptions {
     /// Whether requests wait for their turn by priority and fairness; without, what is too much is refused.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "true|false")]
     enable_priority_and_fairness: bool,
+    /// With which probability, at most 0.02, a request tells its HTTP/2 client to come again on another connection, which
+    /// spreads clients over several servers behind one entry.
+    #[arg(long, default_value_t = 0.0, value_name = "PROBABILITY")]
+    goaway_chance: f64,
 }
 
 impl InflightOptions {
+    /// Reads and checks it.
+    ///
+    /// # Errors
+    /// If it is no such probability.
+    pub fn goaway_chance(&self) -> anyhow::Result<f64> {
+        let chance = self.goaway_chance;
+        if !(0.0..=0.02).contains(&chance) {
+            bail!("--goaway-chance {chance}: must be between 0 and 0.02, or clients would do nothing but connect");
+        }
+        Ok(chance)
+    }
+
     /// What the API server is told.
     pub fn get(&self) -> seawall_server::Inflight {
         let most = self.max_requests_inflight.saturating_add(self.max_mutating_requests_inflight).min(1_000_000);

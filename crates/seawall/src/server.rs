@@ -458,6 +458,7 @@ fn server_config(
             unreachable: timing.unreachable_toleration.as_secs(),
         },
         inflight: args.inflight.get(),
+        goaway_chance: args.inflight.goaway_chance()?,
     })
 }
 

@@ -60,7 +60,7 @@ use registry::{Registry, Served};
 use request::{Query, ResourcePath, verb};
 use seawall_api::{Row, proto, schema::Schemas};
 use seawall_store::{Fence, Revision, Store};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// The largest body of a request, in bytes; upstream's limit.
 pub const MAX_BODY: usize = 3 * 1024 * 1024;
@@ -101,6 +101,9 @@ pub struct Config {
     pub tolerations: Tolerations,
     /// How many requests are carried out at a time.
     pub inflight: Inflight,
+    /// `--goaway-chance`: with which probability a request tells an HTTP/2 client to come again on another connection, which
+    /// spreads clients over servers.
+    pub goaway_chance: f64,
 }
 
 /// How many requests are carried out at a time
@@ -156,6 +159,8 @@ pub struct Server {
     store_health: metrics::StoreHealth,
     reads: consistent::Reads,
     flow: Arc<flow::Flow>,
+    /// Requests that are being answered and end by themselves.
+    requests: TaskTracker,
     ready: std::sync::atomic::AtomicBool,
     stop: CancellationToken,
 }
@@ -298,6 +303,7 @@ impl Server {
             store_health: metrics::StoreHealth::default(),
             reads,
             flow,
+            requests: TaskTracker::new(),
             ready: false.into(),
             stop,
         });
@@ -362,6 +368,7 @@ impl Server {
         let form = encode::negotiate(&parts.headers, false);
         let media = form.map_or(encode::Media::Json, |form| form.media);
         let observed = metrics::Observed::of(&parts);
+        let _answering = observed.ends().then(|| self.requests.token());
         let response = match self.route(&mut parts, body, user).await {
             Ok(response) => response,
             Err(error) => {

@@ -18,7 +18,7 @@ use crate::{
     Server,
     encode::{Body, full},
     error::{ApiError, Result},
-    request::{Query, ResourcePath, verb},
+    request::{Query, ResourcePath, is_stream, verb},
 };
 
 /// What is counted, by upstream's names.
@@ -69,6 +69,12 @@ impl Observed {
         let query = Query::parse(parts.uri.query());
         let verb = path.as_ref().map_or("get", |p| verb(&parts.method, p, &query));
         Observed { verb, path }
+    }
+
+    /// Whether such a request ends by itself: others go on for as long as their clients want.
+    pub fn ends(&self) -> bool {
+        let subresource = self.path.as_ref().and_then(|path| path.subresource.as_deref());
+        self.verb != "watch" && !subresource.is_some_and(is_stream)
     }
 }
 

@@ -114,6 +114,11 @@ impl Query {
     }
 }
 
+/// Whether a subresource is a stream, which goes on for as long as its client wants.
+pub fn is_stream(subresource: &str) -> bool {
+    matches!(subresource, "exec" | "attach" | "portforward" | "log" | "proxy")
+}
+
 /// The verb, as authorization and the audit log know it.
 pub fn verb(method: &Method, path: &ResourcePath, query: &Query) -> &'static str {
     match *method {

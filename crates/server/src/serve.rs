@@ -1,22 +1,22 @@
 //! Connections: TLS, HTTP/1.1 and HTTP/2.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
 use http::Request;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
+    server::conn::auto,
 };
 use jiff::Timestamp;
 use rustls::ServerConfig;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_rustls::TlsAcceptor;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    Server, StartError,
+    REQUEST_TIMEOUT, Server, StartError,
     auth::UserInfo,
     pki::Pair,
     tls::{self, ClientAuthorities, ServingCertificate, server_config},
@@ -26,8 +26,10 @@ use crate::{
 const CONNECTIONS: usize = 10_000;
 /// How long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// How long requests have to end when the server stops.
+/// How long connections have to end when the server stops, if no request is being answered any more.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How long the last answers may take to be sent.
+const FLUSH: Duration = Duration::from_secs(1);
 
 /// A TLS configuration that stays as it is: our certificate, and clients known by those that the authority signed.
 pub fn tls(pair: &Pair, ca_pem: &str) -> Result<ServerConfig, StartError> {
@@ -49,7 +51,7 @@ pub fn serve(
 async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, stop: CancellationToken) {
     let acceptor = TlsAcceptor::from(Arc::new(tls));
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
-    let graceful = GracefulShutdown::new();
+    let connections = TaskTracker::new();
     let mut http = auto::Builder::new(TokioExecutor::new());
     http.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(30));
     http.http2()
@@ -80,8 +82,10 @@ async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, s
             continue;
         };
         let _ = stream.set_nodelay(true);
-        let (acceptor, server, http, watcher) = (acceptor.clone(), server.clone(), http.clone(), graceful.watcher());
-        tokio::spawn(async move {
+        let (acceptor, server, http) = (acceptor.clone(), server.clone(), http.clone());
+        // Tells this client to come again, with its next request, on another connection.
+        let leave = stop.child_token();
+        connections.spawn(async move {
             let _slot = slot;
             let stream = match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
                 Ok(Ok(stream)) => stream,
@@ -99,13 +103,26 @@ async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, s
             if life.is_zero() {
                 return;
             }
+            let chance = server.config.goaway_chance;
+            let go = leave.clone();
             let service = service_fn(move |request: Request<Incoming>| {
                 let (server, user) = (server.clone(), user.clone());
+                if chance > 0.0 && request.version() == http::Version::HTTP_2 && rand::random_bool(chance.min(1.0)) {
+                    go.cancel();
+                }
                 async move { Ok::<_, Infallible>(server.handle(request, user).await) }
             });
             let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
+            let mut connection = pin!(connection);
+            let served = async {
+                tokio::select! {
+                    result = connection.as_mut() => return result,
+                    () = leave.cancelled() => connection.as_mut().graceful_shutdown(),
+                }
+                connection.await
+            };
             // Who somebody is was proved by their certificate, so it ends with it; whoever has a new one comes again.
-            match tokio::time::timeout(life, watcher.watch(connection)).await {
+            match tokio::time::timeout(life, served).await {
                 Ok(Err(error)) => tracing::debug!(error, "a connection ended"),
                 Ok(Ok(())) => {}
                 Err(_) => tracing::info!("a connection was closed: the certificate of its client has ended"),
@@ -113,8 +130,19 @@ async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, s
         });
     }
     drop(listener);
-    // Watches end by themselves when the server stops; HTTP/2 clients are told to go.
-    if tokio::time::timeout(DRAIN, graceful.shutdown()).await.is_err() {
-        tracing::info!("connections were still open after {} s and are closed", DRAIN.as_secs());
+    // Watches end by themselves when the server stops; clients are told to go. Requests that are being answered are answered.
+    connections.close();
+    let mut ended = pin!(connections.wait());
+    if tokio::time::timeout(DRAIN, ended.as_mut()).await.is_ok() {
+        return;
+    }
+    server.requests.close();
+    let answered = async {
+        let _ = tokio::time::timeout(REQUEST_TIMEOUT, server.requests.wait()).await;
+        tokio::time::sleep(FLUSH).await;
+    };
+    tokio::select! {
+        () = ended => {}
+        () = answered => tracing::info!(open = connections.len(), "connections were still open and are closed"),
     }
 }

@@ -42,6 +42,7 @@ impl Cluster {
             shared_store: false,
             tolerations: Default::default(),
             inflight: Default::default(),
+            goaway_chance: 0.0,
         };
         let store = Arc::new(Embedded::open(&directory.path().join("store"), Default::default()).unwrap());
         let server = Server::start(config, store, CancellationToken::new()).await.unwrap();

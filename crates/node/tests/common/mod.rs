@@ -113,6 +113,7 @@ impl Cluster {
             shared_store: false,
             tolerations: Default::default(),
             inflight: Default::default(),
+            goaway_chance: 0.0,
         };
         let tls = serve::tls(&serving, &authority.pem).unwrap();
         let server = Server::start(server_config, store, stop.child_token()).await.unwrap();

@@ -39,7 +39,7 @@ use crate::{
     encode::{Body, BodyError},
     error::{ApiError, Result},
     registry::{Registry, ResourceId},
-    request::{Query, ResourcePath},
+    request::{Query, ResourcePath, is_stream},
 };
 
 /// The group of levels and schemas.
@@ -363,9 +363,7 @@ impl Server {
         what: &Attributes<'_>,
         target: Option<(&ResourcePath, &Query)>,
     ) -> Result<Option<Seat>> {
-        let long =
-            matches!(what.subresource, "exec" | "attach" | "portforward" | "log" | "proxy") || what.verb == "proxy";
-        if self.flow.inflight.most == 0 || long {
+        if self.flow.inflight.most == 0 || is_stream(what.subresource) {
             return Ok(None);
         }
         let snapshot = self.cache.snapshot();

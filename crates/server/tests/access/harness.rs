@@ -18,6 +18,8 @@ pub const ISSUER: &str = "https://kubernetes.default.svc";
 pub struct Api {
     pub server: Arc<Server>,
     pub authority: Authority,
+    /// Stops the server.
+    pub stop: CancellationToken,
     _stop: tokio_util::sync::DropGuard,
     _dir: tempfile::TempDir,
 }
@@ -36,12 +38,17 @@ pub fn message(answer: &Answer) -> &str {
 
 impl Api {
     pub async fn new() -> Api {
+        Api::configured(|_| {}).await
+    }
+
+    /// A server that is told something else than usual.
+    pub async fn configured(change: impl FnOnce(&mut Config)) -> Api {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let dir = tempfile::tempdir().unwrap();
         let store: Arc<dyn Store> = Arc::new(Embedded::open(&dir.path().join("store"), Default::default()).unwrap());
         let authority = Authority::open(&dir.path().join("tls")).unwrap();
         let client = authority.client("kubelet-client", MASTERS).unwrap();
-        let config = Config {
+        let mut config = Config {
             service_cidr: "10.96.0.0/24".parse().unwrap(),
             node_ports: 30000..=30009,
             advertise: ("192.0.2.1".parse().unwrap(), 6443),
@@ -56,10 +63,12 @@ impl Api {
             shared_store: false,
             tolerations: Default::default(),
             inflight: Default::default(),
+            goaway_chance: 0.0,
         };
+        change(&mut config);
         let stop = CancellationToken::new();
         let server = Server::start(config, store, stop.clone()).await.unwrap();
-        let api = Api { server, authority, _stop: stop.drop_guard(), _dir: dir };
+        let api = Api { server, authority, stop: stop.clone(), _stop: stop.drop_guard(), _dir: dir };
         api.create("/api/v1/namespaces/default/serviceaccounts", json!({"metadata": {"name": "default"}})).await;
         api
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
 use seawall_server::{
+    auth::MASTERS,
     pki::{Authority, Pair},
     serve,
     tls::{ClientAuthorities, ServingCertificate, server_config},
@@ -187,4 +188,91 @@ fn what_cannot_be_used_is_refused_and_changes_nothing() {
     let broken = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
     let error = clients.replace(broken).unwrap_err();
     assert!(error.to_string().starts_with("the certificate authority of clients cannot be used: "), "{error}");
+}
+
+/// A server that is asked over HTTP/2 by an administrator, and who stops it.
+async fn over_http2(api: &Api) -> (u16, Arc<ClientConfig>, tokio_util::sync::CancellationToken) {
+    let certificate = api.authority.server("api", "", &["localhost".into()], &[]).unwrap();
+    let tls = server_config(
+        ServingCertificate::new(&certificate).unwrap(),
+        ClientAuthorities::new(&api.authority.pem).unwrap(),
+        &["h2", "http/1.1"],
+    );
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let stop = tokio_util::sync::CancellationToken::new();
+    tokio::spawn(serve::serve(api.server.clone(), listener, tls.unwrap(), stop.clone()));
+    let admin = api.authority.client("admin", MASTERS).unwrap();
+    let mut config = ClientConfig::clone(&client(&api.authority.pem, Some(&admin)));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    (port, Arc::new(config), stop)
+}
+
+type Http2 = hyper::client::conn::http2::SendRequest<http_body_util::Full<bytes::Bytes>>;
+
+async fn http2(port: u16, config: &Arc<ClientConfig>) -> (Http2, tokio::task::JoinHandle<()>) {
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+    let stream = connect(port, config).await.unwrap();
+    let (sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+    (sender, tokio::spawn(async move { drop(connection.await) }))
+}
+
+fn request(method: &str, path: &str, body: &str) -> http::Request<http_body_util::Full<bytes::Bytes>> {
+    let request = http::Request::builder().method(method).uri(format!("https://localhost{path}"));
+    request.header("content-type", "application/json").body(http_body_util::Full::from(body.to_owned())).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_stops_answers_what_it_was_asked() {
+    use http_body_util::BodyExt;
+    let api = Api::new().await;
+    let (port, config, stop) = over_http2(&api).await;
+    let (mut watching, watched) = http2(port, &config).await;
+    let watch = watching.send_request(request("GET", "/api/v1/namespaces?watch=1", "")).await.unwrap();
+    let (first, _connection) = http2(port, &config).await;
+    // Requests come without a pause, on a connection that is open when the server stops.
+    let busy = tokio::spawn(async move {
+        let mut answered = 0;
+        for i in 0.. {
+            let mut sender = first.clone();
+            // A connection that takes no more has been told to go.
+            if sender.ready().await.is_err() {
+                break;
+            }
+            let map = format!(r#"{{"metadata":{{"name":"m{i}"}}}}"#);
+            let path = "/api/v1/namespaces/default/configmaps";
+            match sender.try_send_request(request("POST", path, &map)).await {
+                Ok(response) => {
+                    assert_eq!(response.status(), 201);
+                    response.into_body().collect().await.unwrap();
+                    answered += 1;
+                }
+                // Not sent at all, which a client may do again elsewhere.
+                Err(error) if error.message().is_some() => break,
+                Err(error) => panic!("a request was cut off: {}", error.into_error()),
+            }
+        }
+        answered
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    stop.cancel();
+    api.stop.cancel();
+    let limit = std::time::Duration::from_secs(20);
+    let answered = tokio::time::timeout(limit, busy).await.expect("the connection is left").unwrap();
+    assert!(answered > 0);
+    let ended = tokio::time::timeout(limit, watch.into_body().collect()).await.expect("the watch ends");
+    assert!(ended.is_ok(), "and ends well: {:?}", ended.err());
+    tokio::time::timeout(limit, watched).await.expect("its connection is closed").unwrap();
+}
+
+#[tokio::test]
+async fn clients_are_told_to_come_again_elsewhere() {
+    let api = Api::configured(|config| config.goaway_chance = 1.0).await;
+    let (port, config, _stop) = over_http2(&api).await;
+    let (mut sender, connection) = http2(port, &config).await;
+    let response = sender.send_request(request("GET", "/version", "")).await.unwrap();
+    assert_eq!(response.status(), 200);
+    drop(response);
+    tokio::time::timeout(std::time::Duration::from_secs(20), connection).await.expect("it is told to go").unwrap();
 }

@@ -49,6 +49,7 @@ impl Api {
             shared_store: false,
             tolerations: Default::default(),
             inflight: Default::default(),
+            goaway_chance: 0.0,
         };
         change(&mut config);
         let server = Server::start(config.clone(), store.clone(), CancellationToken::new()).await.unwrap();
