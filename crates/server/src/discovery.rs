@@ -29,12 +29,21 @@ impl Server {
             ["api"] => json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}),
             ["apis"] => {
                 let names = self.group_names();
-                let groups: Vec<Value> = names.iter().map(|name| self.group(name)).collect();
+                let mut groups: Vec<Value> = names.iter().map(|name| self.group(name)).collect();
+                groups
+                    .extend(self.remote_groups().iter().map(|(group, versions)| Server::remote_group(group, versions)));
                 json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
             }
             ["api", version] => self.resources("", version)?,
-            ["apis", group] if self.group_names().contains(&group) => {
-                let mut document = self.group(group);
+            ["apis", group] => {
+                let mut document = match self.group_names().contains(&group) {
+                    true => self.group(group),
+                    false => {
+                        let remote = self.remote_groups().into_iter().find(|(name, _)| name == group);
+                        let (group, versions) = remote.ok_or_else(ApiError::no_route)?;
+                        Server::remote_group(&group, &versions)
+                    }
+                };
                 document["kind"] = "APIGroup".into();
                 document["apiVersion"] = "v1".into();
                 document
@@ -128,7 +137,12 @@ impl Server {
             };
             json!({"metadata": meta, "versions": versions})
         };
-        names.iter().map(group).collect()
+        let mut groups: Vec<Value> = names.iter().map(group).collect();
+        if !core {
+            let remote = self.remote_groups();
+            groups.extend(remote.iter().map(|(group, versions)| self.remote_discovery(group, versions)));
+        }
+        groups
     }
 }
 

@@ -15,6 +15,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject
 use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     Context, Server,
@@ -180,28 +181,37 @@ impl Server {
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(refusal(response).await);
         }
-        let upstream = hyper::upgrade::on(&mut response);
-        let stop = self.stop.clone();
-        tokio::spawn(async move {
-            let (client, upstream) = match tokio::try_join!(client, upstream) {
-                Ok(both) => both,
-                Err(error) => {
-                    tracing::debug!(%error, "a connection into a pod was not taken over");
-                    return;
-                }
-            };
-            let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
-            let copy = tokio::io::copy_bidirectional(&mut client, &mut upstream);
-            tokio::select! {
-                result = copy => if let Err(error) = result { tracing::debug!(%error, "a connection into a pod ended") },
-                () = stop.cancelled() => {}
-            }
-        });
-        let mut out = Response::new(full(Bytes::new()));
-        *out.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-        *out.headers_mut() = response.headers().clone();
-        Ok(out)
+        Ok(join(client, &mut response, self.stop.clone()))
     }
+}
+
+/// Passes what comes on a client's connection on to the server that has just taken over its own, and back, until one of
+/// them ends or this server stops. Gives the answer for the client.
+pub(crate) fn join(
+    client: hyper::upgrade::OnUpgrade,
+    response: &mut Response<hyper::body::Incoming>,
+    stop: CancellationToken,
+) -> Response<Body> {
+    let upstream = hyper::upgrade::on(&mut *response);
+    tokio::spawn(async move {
+        let (client, upstream) = match tokio::try_join!(client, upstream) {
+            Ok(both) => both,
+            Err(error) => {
+                tracing::debug!(%error, "a connection was not taken over");
+                return;
+            }
+        };
+        let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
+        let copy = tokio::io::copy_bidirectional(&mut client, &mut upstream);
+        tokio::select! {
+            result = copy => if let Err(error) = result { tracing::debug!(%error, "a connection that was passed on ended") },
+            () = stop.cancelled() => {}
+        }
+    });
+    let mut out = Response::new(full(Bytes::new()));
+    *out.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    *out.headers_mut() = response.headers().clone();
+    out
 }
 
 fn request(method: Method, path: &str, agent: &Agent) -> Result<Request<Empty<Bytes>>> {

@@ -4,6 +4,7 @@
 //! and then a verb ([`read`], [`watch`], [`write`]) or a special one ([`subresource`], [`kubelet`], [`review`]).
 
 mod admission;
+mod aggregation;
 mod allocate;
 mod apply;
 pub mod auth;
@@ -159,6 +160,9 @@ pub struct Server {
     store_health: metrics::StoreHealth,
     reads: consistent::Reads,
     flow: Arc<flow::Flow>,
+    aggregation: aggregation::Aggregation,
+    /// The authorities by which clients are known, in PEM: what other API servers are told.
+    client_ca: arc_swap::ArcSwap<String>,
     /// Requests that are being answered and end by themselves.
     requests: TaskTracker,
     ready: std::sync::atomic::AtomicBool,
@@ -284,6 +288,7 @@ impl Server {
         let known = Known { registry: registry.clone(), cache: cache.clone(), rbac: rbac.clone() };
         let reads = consistent::Reads::new(store.clone());
         let flow = flow::Flow::new(config.inflight);
+        let client_ca = arc_swap::ArcSwap::from_pointee(config.ca_pem.clone());
         let server = Arc::new(Server {
             config,
             registry,
@@ -303,6 +308,8 @@ impl Server {
             store_health: metrics::StoreHealth::default(),
             reads,
             flow,
+            aggregation: Default::default(),
+            client_ca,
             requests: TaskTracker::new(),
             ready: false.into(),
             stop,
@@ -315,6 +322,7 @@ impl Server {
         tokio::spawn(presence::keep(server.clone()));
         tokio::spawn(definitions::keep(server.clone()));
         tokio::spawn(flow::bootstrap::keep(server.clone()));
+        tokio::spawn(aggregation::available::keep(server.clone()));
         let repair = server.clone();
         tokio::spawn(async move {
             if let Err(error) = repair.repair_allocations(REQUEST_TIMEOUT + REQUEST_TIMEOUT / 6).await {
@@ -340,7 +348,9 @@ impl Server {
     /// # Errors
     /// If they cannot be used; then the ones before stay.
     pub fn call_agents_with(&self, ca_pem: &str, pair: &(String, String)) -> Result<(), StartError> {
-        self.kubelet.replace(ca_pem, pair).map_err(|e| StartError::Key(e.to_string()))
+        self.kubelet.replace(ca_pem, pair).map_err(|e| StartError::Key(e.to_string()))?;
+        self.client_ca.store(Arc::new(ca_pem.to_owned()));
+        Ok(())
     }
 
     /// Answers a request. `user` is who the connection proved to be: by client certificate, or a component in this
@@ -386,11 +396,12 @@ impl Server {
         response
     }
 
-    async fn route<B>(self: &Arc<Self>, parts: &mut Parts, body: B, user: Option<UserInfo>) -> Result<Response<Body>>
-    where
-        B: http_body::Body<Data = Bytes> + Send,
-        B::Error: Into<BodyError>,
-    {
+    async fn route(
+        self: &Arc<Self>,
+        parts: &mut Parts,
+        body: RequestBody,
+        user: Option<UserInfo>,
+    ) -> Result<Response<Body>> {
         let user = self.authenticate(parts, user).await?;
         let user = auth::impersonate(&*self.authorizer, user, &mut parts.headers)?;
         let path = parts.uri.path().to_owned();
@@ -403,7 +414,10 @@ impl Server {
                 self.extra_path(&user, &verb, parts, body).await?
             } else {
                 self.authorize_path(&user, &verb, &path)?;
-                self.plain(&parts.method, &path, &query, &parts.headers).await?
+                match self.remote_of_document(&path) {
+                    Some(remote) => self.pass_on(&remote, parts, body, &user).await?,
+                    None => self.plain(&parts.method, &path, &query, &parts.headers).await?,
+                }
             };
             return Ok(match seat {
                 Some(seat) => seat.leave(response, false),
@@ -425,20 +439,22 @@ impl Server {
     }
 
     /// Answers a request for a resource, by somebody who may make it.
-    async fn resource<B>(
+    async fn resource(
         self: &Arc<Self>,
         parts: &mut Parts,
-        body: B,
+        body: RequestBody,
         user: UserInfo,
         target: ResourcePath,
         query: Query,
         verb: &str,
-    ) -> Result<Response<Body>>
-    where
-        B: http_body::Body<Data = Bytes> + Send,
-        B::Error: Into<BodyError>,
-    {
-        let served = self.served(&target).await?;
+    ) -> Result<Response<Body>> {
+        let served = match self.served(&target).await {
+            Ok(served) => served,
+            Err(error) => match self.remote(&target.group, &target.version) {
+                Some(remote) => return self.pass_on(&remote, parts, body, &user).await,
+                None => return Err(error),
+            },
+        };
         let row = served.row.clone();
         if let Some(sub) = &target.subresource
             && row.has(seawall_api::Subresource::Exec)
@@ -473,6 +489,14 @@ impl Server {
             }
         }
         Ok(response)
+    }
+
+    /// Who serves a document of discovery or of OpenAPI, if somebody else does.
+    fn remote_of_document(&self, path: &str) -> Option<Arc<aggregation::Remote>> {
+        let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+        let (["apis", group, version] | ["openapi", "v3", "apis", group, version]) = parts[..] else { return None };
+        let own = self.registry.group_versions().iter().any(|(g, v)| *g == group && *v == version);
+        if own { None } else { self.remote(group, version) }
     }
 
     /// The resource that a path names. One that another server has made known a moment ago is known here as well.

@@ -65,8 +65,14 @@ impl Server {
                     let url = format!("/openapi/v3/{name}?hash={}", self.hash(group, version));
                     (name, json!({"serverRelativeURL": url}))
                 };
-                let paths: Map<String, Value> = self.registry.group_versions().into_iter().map(entry).collect();
-                json!({"paths": paths})
+                let mut paths: Map<String, Value> = self.registry.group_versions().into_iter().map(entry).collect();
+                for remote in self.remotes().iter() {
+                    let name = format!("apis/{}/{}", remote.group, remote.version);
+                    let url = json!({"serverRelativeURL": format!("/openapi/v3/{name}")});
+                    paths.entry(name).or_insert(url);
+                }
+                // It changes with other things than custom resources.
+                return Ok(json_bytes(StatusCode::OK, json!({"paths": paths}).to_string().into()));
             }
             rest => {
                 let parts: Vec<&str> = rest.split('/').collect();

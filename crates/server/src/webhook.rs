@@ -28,7 +28,7 @@ const IDLE: usize = 8;
 /// How long an idle connection is kept.
 const KEEP: Duration = Duration::from_secs(90);
 /// How long one address is tried before the next one is.
-const CONNECT: Duration = Duration::from_secs(3);
+pub(crate) const CONNECT: Duration = Duration::from_secs(3);
 /// Where systems keep the authorities that they trust.
 const SYSTEM: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
@@ -240,39 +240,49 @@ impl Server {
     }
 
     async fn webhook_addresses(&self, place: &Place) -> Result<Vec<SocketAddr>, String> {
-        let resolve = async |host: &str, port: u16| {
-            let found = tokio::net::lookup_host((host, port)).await.map_err(|e| format!("lookup {host}: {e}"))?;
-            Ok::<Vec<SocketAddr>, String>(found.collect())
-        };
-        let Some((namespace, name)) = &place.service else {
-            return resolve(&place.name, place.port).await;
-        };
+        match &place.service {
+            Some((namespace, name)) => self.service_addresses(namespace, name, place.port).await,
+            None => resolve(&place.name, place.port).await,
+        }
+    }
+
+    /// Where a port of a Service is reached from this machine, whether or not it balances Services.
+    pub(crate) async fn service_addresses(
+        &self,
+        namespace: &str,
+        name: &str,
+        wanted: u16,
+    ) -> Result<Vec<SocketAddr>, String> {
         let snapshot = self.cache.snapshot();
         let service = self.lookup(&snapshot, "", "services", namespace, name);
         let service = service.ok_or_else(|| format!("service {name:?} not found"))?.value();
         let spec = &service["spec"];
         if spec["type"] == "ExternalName" {
-            return resolve(spec["externalName"].as_str().unwrap_or_default(), place.port).await;
+            return resolve(spec["externalName"].as_str().unwrap_or_default(), wanted).await;
         }
         let ports = spec["ports"].as_array().into_iter().flatten();
-        let port = ports.into_iter().find(|port| port["port"].as_u64() == Some(u64::from(place.port)));
-        let port = port.ok_or_else(|| format!("no service port {} found for service {name:?}", place.port))?;
+        let port = ports.into_iter().find(|port| port["port"].as_u64() == Some(u64::from(wanted)));
+        let port = port.ok_or_else(|| format!("no service port {wanted} found for service {name:?}"))?;
         let mut addresses = Vec::new();
         if let Some((id, row)) = self.registry.by_name("discovery.k8s.io", "endpointslices") {
             let prefix = format!("{}{namespace}/", row.prefix());
             for slice in snapshot.range(id, &prefix, None).map(|slice| slice.value()) {
-                if slice["metadata"]["labels"]["kubernetes.io/service-name"] == name.as_str() {
+                if slice["metadata"]["labels"]["kubernetes.io/service-name"] == name {
                     addresses.extend(endpoints(&slice, port["name"].as_str().unwrap_or_default()));
                 }
             }
         }
-        // Endpoints are reached whether or not this machine balances Services; one is taken at random, one more if it
-        // does not answer, and then the Service's own address.
+        // One endpoint is taken at random, one more if it does not answer, and then the Service's own address.
         let mut chosen: Vec<SocketAddr> = addresses.choose_multiple(&mut rand::rng(), 2).copied().collect();
         let own = spec["clusterIP"].as_str().and_then(|ip| ip.parse::<IpAddr>().ok());
-        chosen.extend(own.map(|ip| SocketAddr::new(ip, place.port)));
+        chosen.extend(own.map(|ip| SocketAddr::new(ip, wanted)));
         Ok(chosen)
     }
+}
+
+async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
+    let found = tokio::net::lookup_host((host, port)).await.map_err(|e| format!("lookup {host}: {e}"))?;
+    Ok(found.collect())
 }
 
 /// The ready endpoints of a slice for a port of this name.

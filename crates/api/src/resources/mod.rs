@@ -3,6 +3,7 @@
 use crate::row::{Row, Subresource, col, row};
 
 mod admission;
+mod api_service;
 mod autoscaling;
 mod certificate_signing_request;
 mod config;
@@ -68,13 +69,10 @@ fn with_status(row: Row) -> Row {
 
 /// All built-in resources, in the order in which discovery lists them.
 pub fn all() -> Vec<Row> {
-    use k8s_openapi::{
-        api::{
-            apps::v1::ControllerRevision, authentication::v1 as authentication, authorization::v1 as authorization,
-            certificates::v1 as certificates, networking::v1 as networking, node::v1::RuntimeClass,
-            resource::v1 as resource, scheduling::v1::PriorityClass,
-        },
-        kube_aggregator::pkg::apis::apiregistration::v1::APIService,
+    use k8s_openapi::api::{
+        apps::v1::ControllerRevision, authentication::v1 as authentication, authorization::v1 as authorization,
+        certificates::v1 as certificates, networking::v1 as networking, node::v1::RuntimeClass,
+        resource::v1 as resource, scheduling::v1::PriorityClass,
     };
     let review = |row: Row| Row { stored: false, ..row };
     let [
@@ -227,7 +225,7 @@ pub fn all() -> Vec<Row> {
         with_status(row::<resource::DeviceTaintRule>()),
         with_status(row::<k8s_openapi::api::storagemigration::v1::StorageVersionMigration>()),
         custom_resource_definition::row(),
-        Row { categories: &["api-extensions"], ..with_status(row::<APIService>()) },
+        api_service::row(),
         review(row::<authentication::SelfSubjectReview>()),
         review(row::<authentication::TokenReview>()),
         review(row::<authorization::LocalSubjectAccessReview>()),

@@ -8,6 +8,7 @@ use http::{Method, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 
+mod aggregation;
 mod apply;
 mod conversion;
 mod crd;
