@@ -13,6 +13,8 @@ use ipnet::IpNet;
 use super::{
     conntrack::Flow,
     endpoints::{Endpoints, View},
+    family::Family,
+    rules::{DEAD_PODS, DEAD_PORTS},
 };
 use crate::verdict::Verdict;
 
@@ -38,28 +40,15 @@ impl Target {
     /// The set of the table that it is in.
     pub fn set(&self) -> &'static str {
         match self {
-            Target::Pods(net) => {
-                if net.addr().is_ipv4() {
-                    SETS[0]
-                } else {
-                    SETS[1]
-                }
-            }
-            Target::Port(address) => {
-                if address.is_ipv4() {
-                    SETS[2]
-                } else {
-                    SETS[3]
-                }
-            }
+            Target::Pods(net) => Family::of(net.addr()).pick(DEAD_PODS),
+            Target::Port(address) => Family::of(address.ip()).pick(DEAD_PORTS),
         }
     }
 
     /// Set and element, as the kernel shows it.
     pub fn element(&self) -> (&'static str, String) {
         let element = match self {
-            Target::Pods(net) if net.prefix_len() == net.max_prefix_len() => net.addr().to_string(),
-            Target::Pods(net) => net.to_string(),
+            Target::Pods(net) => range(net),
             Target::Port(address) => format!("{} . {}", address.ip(), address.port()),
         };
         (self.set(), element)
@@ -71,8 +60,18 @@ impl Target {
     }
 }
 
-/// The sets of the table for pods and ports.
-const SETS: [&str; 4] = ["dead_pods4", "dead_pods6", "dead_ports4", "dead_ports6"];
+/// A range as the kernel shows it.
+pub fn range(net: &IpNet) -> String {
+    if net.prefix_len() == net.max_prefix_len() { net.addr().to_string() } else { net.to_string() }
+}
+
+/// Those that lie in no other one, as a set of the kernel wants them.
+pub fn outermost(mut nets: Vec<IpNet>) -> Vec<IpNet> {
+    nets.sort();
+    nets.dedup();
+    let inner = |net: &IpNet| nets.iter().any(|other| other != net && other.contains(net));
+    nets.iter().copied().filter(|net| !inner(net)).collect()
+}
 
 const TCP: u8 = 6;
 
@@ -102,18 +101,15 @@ impl Dead {
                 && !others.iter().any(|m| m.pods.iter().any(overlaps))
         };
         nets.extend(dead.iter().flat_map(|m| &m.pods).filter(|net| alone(net)));
-        for (_, _, service, slices) in view.services() {
-            for port in service.spec.iter().flat_map(|s| s.ports.iter().flatten()) {
-                let known = Endpoints::of(port, &slices, view);
+        for served in view.services() {
+            for port in served.ports() {
+                let known = Endpoints::of(port, &served.slices, view);
                 let tcp = port.protocol.as_deref().unwrap_or("TCP") == "TCP";
                 ports.extend(known.dead_hosts().filter(|_| tcp).map(|e| Target::Port(e.address)));
                 nets.extend(known.dead_pods().map(|e| IpNet::from(e.address.ip())).filter(|net| alone(net)));
             }
         }
-        nets.sort();
-        nets.dedup();
-        let inner = |net: &IpNet| nets.iter().any(|other| other != net && other.contains(net));
-        let mut targets: BTreeSet<Target> = nets.iter().filter(|n| !inner(n)).map(|n| Target::Pods(*n)).collect();
+        let mut targets: BTreeSet<Target> = outermost(nets).into_iter().map(Target::Pods).collect();
         targets.append(&mut ports);
         Dead { targets }
     }
