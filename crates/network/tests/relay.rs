@@ -227,7 +227,8 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
         for family in ["-4", "-6"] {
             for words in [&["rule"][..], &["route", "show", "table", "all"]] {
                 let said = std::process::Command::new("ip").arg(family).args(words).output().unwrap();
-                assert!(!String::from_utf8_lossy(&said.stdout).contains("8383"), "{family} {words:?}");
+                let said = String::from_utf8_lossy(&said.stdout).into_owned();
+                assert!(!said.contains("8383"), "{family} {words:?}: {said}");
             }
         }
         relay::kernel::remove().await.unwrap();

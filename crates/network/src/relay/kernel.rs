@@ -59,10 +59,11 @@ fn has(family: Family) -> bool {
     family == Family::V4 || Path::new("/proc/sys/net/ipv6").exists()
 }
 
-/// The route to everywhere.
-fn route(family: Family) -> anyhow::Result<RouteMessageBuilder<IpAddr>> {
-    let anywhere = family.pick([IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)]);
-    Ok(RouteMessageBuilder::<IpAddr>::new().destination_prefix(anywhere, 0)?.table_id(TABLE))
+const fn number(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
 }
 
 /// Adds the rule and the route of a family.
@@ -72,7 +73,10 @@ fn route(family: Family) -> anyhow::Result<RouteMessageBuilder<IpAddr>> {
 pub async fn prepare(family: Family) -> anyhow::Result<()> {
     ensure!(has(family), "this machine has no {}", family.name());
     let kernel = connect()?;
-    let route = route(family)?
+    let anywhere = family.pick([IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)]);
+    let route = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(anywhere, 0)?
+        .table_id(TABLE)
         .kind(RouteType::Local)
         .scope(RouteScope::Host)
         .output_interface(LOOPBACK)
@@ -80,7 +84,7 @@ pub async fn prepare(family: Family) -> anyhow::Result<()> {
         .build();
     there(kernel.handle.route().add(route).execute().await).context("add the relay's route")?;
     let mut rule = kernel.handle.rule().add().table_id(TABLE).priority(PRIORITY).fw_mark(MARK);
-    rule.message_mut().header.family = family.pick([AddressFamily::Inet, AddressFamily::Inet6]);
+    rule.message_mut().header.family = number(family);
     rule.message_mut().attributes.push(RuleAttribute::FwMask(MARK));
     there(rule.action(RuleAction::ToTable).execute().await).context("add the relay's routing rule")
 }
@@ -102,7 +106,10 @@ pub async fn remove() -> anyhow::Result<()> {
                 kernel.handle.rule().del(rule).execute().await.context("remove the relay's routing rule")?;
             }
         }
-        let mut routes = std::pin::pin!(kernel.handle.route().get(route(family)?.build()).execute());
+        // With a destination the kernel would say what it does with that.
+        let mut question = RouteMessageBuilder::<IpAddr>::new().build();
+        question.header.address_family = number(family);
+        let mut routes = std::pin::pin!(kernel.handle.route().get(question).execute());
         while let Some(route) = routes.try_next().await.context("list the relay's routes")? {
             if route.attributes.contains(&RouteAttribute::Table(TABLE)) {
                 kernel.handle.route().del(route).execute().await.context("remove the relay's route")?;
