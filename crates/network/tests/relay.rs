@@ -86,7 +86,6 @@ impl Running {
         let (runs, until) = (relay.clone(), stop.clone());
         let task = tokio::spawn(async move { runs.run(until).await });
         let listens = link.listens.wait_for(Option::is_some).await.unwrap().unwrap();
-        assert!(listens.six);
         let config = ProxyConfig {
             node_name: "n1".into(),
             node_ips: vec!["192.168.77.1".parse().unwrap(), "fd00::1".parse().unwrap()],
@@ -142,6 +141,7 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
     let both = ["pod1", "pod2"];
     on_node(&net, async {
         let mut relay = Running::start().await;
+        assert!(relay.config.relays.unwrap().listens.six);
         let nobody = BTreeMap::new();
         relay.apply(&known(Value::Null, service(), BOTH), &nobody).await;
         // From outside, from a pod (also to itself), and from the node.
@@ -231,6 +231,24 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
                 assert!(!said.contains("8383"), "{family} {words:?}: {said}");
             }
         }
+        relay::kernel::remove().await.unwrap();
+    });
+}
+
+#[test]
+fn a_machine_without_ipv6_relays_the_rest() {
+    let net = Net::new();
+    net.echo("pod1");
+    let net = std::sync::Arc::new(net);
+    on_node(&net, async {
+        let off = ["sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.lo.disable_ipv6=1"];
+        assert!(net.command("node", &off).status().unwrap().success());
+        let mut relay = Running::start().await;
+        assert!(!relay.config.relays.unwrap().listens.six);
+        relay.apply(&known(Value::Null, service(), BOTH), &BTreeMap::new()).await;
+        assert!(blocking(&net, |net| net.connect("client", SERVICE).is_ok()).await);
+        assert_eq!(relay.count("connections_total"), 1);
+        relay.stop().await;
         relay::kernel::remove().await.unwrap();
     });
 }

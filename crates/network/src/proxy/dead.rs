@@ -67,10 +67,15 @@ pub fn range(net: &IpNet) -> String {
 
 /// Those that lie in no other one, as a set of the kernel wants them.
 pub fn outermost(mut nets: Vec<IpNet>) -> Vec<IpNet> {
+    // What holds others stands right before them.
     nets.sort();
-    nets.dedup();
-    let inner = |net: &IpNet| nets.iter().any(|other| other != net && other.contains(net));
-    nets.iter().copied().filter(|net| !inner(net)).collect()
+    let mut out: Vec<IpNet> = Vec::new();
+    for net in nets {
+        if !out.last().is_some_and(|last| last.contains(&net)) {
+            out.push(net);
+        }
+    }
+    out
 }
 
 const TCP: u8 = 6;
@@ -172,6 +177,29 @@ mod tests {
         // The endpoint names no node, but its address is one's.
         let nameless = json!([{"addresses": ["10.9.0.2"]}, {"addresses": ["10.244.9.9"]}]);
         check(&all, nameless, &[("a", Verdict::Dead)], &[pods[0], pods[1], "dead_ports4 10.9.0.2 . 8080"]);
+    }
+
+    #[test]
+    fn ranges_in_others_are_left_out() {
+        let check = |nets: &[&str], expect: &[&str]| {
+            let found = outermost(nets.iter().map(|net| net.parse().unwrap()).collect());
+            assert_eq!(found.iter().map(IpNet::to_string).collect::<Vec<_>>(), expect);
+        };
+        check(&[], &[]);
+        check(
+            &[
+                "10.1.0.0/24",
+                "10.0.0.0/24",
+                "10.0.0.7/32",
+                "10.0.0.0/16",
+                "10.0.255.0/24",
+                "10.0.0.0/16",
+                "fd00:1::/64",
+                "fd00::/16",
+            ],
+            &["10.0.0.0/16", "10.1.0.0/24", "fd00::/16"],
+        );
+        check(&["::/0", "0.0.0.0/32", "::/128"], &["0.0.0.0/32", "::/0"]);
     }
 
     #[test]

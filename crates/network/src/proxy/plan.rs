@@ -223,6 +223,7 @@ fn hash(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::{Value, json};
 
     use super::*;
@@ -339,6 +340,19 @@ mod tests {
         let all = [mixed("IPv4"), mixed("IPv6"), mixed("FQDN"), mixed("")];
         check(&[one, other], &all, &of_both, &["10.244.0.2:8080", "[fd00::2]:8080"]);
         check(&[one, other, "nonsense", ""], &both, &of_both, &["10.244.0.2:8080", "[fd00::2]:8080"]);
+    }
+
+    proptest! {
+        #[test]
+        fn nonsense_is_no_panic(ip: String, own: Vec<String>, external: Vec<String>, family: String, port: i32) {
+            let service = json!({"clusterIP": ip, "clusterIPs": own, "externalIPs": external,
+                "ports": [{"port": port, "nodePort": port}]});
+            for family in ["IPv4", "IPv6", &family] {
+                let endpoints = own.iter().chain(&external).map(|a| endpoint(a, true, false)).collect::<Vec<_>>();
+                let rules = calm(&in_families(service.clone(), &[(family, json!(endpoints))]), &config());
+                prop_assert_eq!(rules.script(Some(&rules)), "");
+            }
+        }
     }
 
     #[test]
