@@ -146,10 +146,13 @@ mod tests {
         let service = json!({"metadata": {"name": "s", "namespace": "n"},
             "spec": {"clusterIP": "10.96.0.9", "ports": [{"port": 80}]}});
         known.services.extend([state::service(serde_json::from_value(service).unwrap())]);
-        let slice = json!({
-            "metadata": {"name": "s-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
-            "addressType": "IPv4", "ports": [{"name": "", "port": 8080}], "endpoints": endpoints});
-        known.slices.extend([state::slice(serde_json::from_value(slice).unwrap())]);
+        // What is of the other family does not count.
+        for family in ["IPv4", "IPv6"] {
+            let slice = json!({
+                "metadata": {"name": family, "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
+                "addressType": family, "ports": [{"name": "", "port": 8080}], "endpoints": endpoints});
+            known.slices.extend([state::slice(serde_json::from_value(slice).unwrap())]);
+        }
         let verdicts: BTreeMap<String, Verdict> = verdicts.iter().map(|(n, v)| ((*n).to_owned(), *v)).collect();
         let dead = Dead::of(&View::new(&known, "me", &verdicts), &["10.9.0.1".parse().unwrap()]);
         assert_eq!(dead.elements().map(|(set, key)| format!("{set} {key}")).collect::<Vec<_>>(), expect);
@@ -177,6 +180,12 @@ mod tests {
         // The endpoint names no node, but its address is one's.
         let nameless = json!([{"addresses": ["10.9.0.2"]}, {"addresses": ["10.244.9.9"]}]);
         check(&all, nameless, &[("a", Verdict::Dead)], &[pods[0], pods[1], "dead_ports4 10.9.0.2 . 8080"]);
+        // The same in IPv6.
+        let b = node("b", "fd00:9::3", &["fd00:3::/64"]);
+        let on = |address: &str| json!({"addresses": [address], "nodeName": "b"});
+        let endpoints = json!([on("fd00:3::2"), on("fd00:ff::9"), on("fd00:9::3"), on("::ffff:10.244.3.2")]);
+        let expect = ["dead_pods6 fd00:3::/64", "dead_pods6 fd00:ff::9", "dead_ports6 fd00:9::3 . 8080"];
+        check(&[me(), a(), b], endpoints, &[("b", Verdict::Dead)], &expect);
     }
 
     #[test]

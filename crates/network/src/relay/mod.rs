@@ -492,7 +492,9 @@ impl Shared {
 
 /// Where the client wanted to go.
 fn destination(client: &TcpStream, listens: Listens) -> Option<SocketAddr> {
-    let local = client.local_addr().ok()?;
+    // What else stands in an address of IPv6 (its flow label) is nobody's name.
+    let plain = |address: SocketAddr| SocketAddr::new(address.ip(), address.port());
+    let local = plain(client.local_addr().ok()?);
     // Handed over by TPROXY it is the socket's own address.
     if !(local.ip().is_loopback() && local.port() == listens.port) {
         return Some(local);
@@ -503,7 +505,7 @@ fn destination(client: &TcpStream, listens: Listens) -> Option<SocketAddr> {
         Family::V4 => socket.original_dst_v4(),
         Family::V6 => socket.original_dst_v6(),
     };
-    let to = to.ok()?.as_socket()?;
+    let to = plain(to.ok()?.as_socket()?);
     (to != local).then_some(to)
 }
 
