@@ -140,6 +140,8 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
     let net = std::sync::Arc::new(net);
     let both = ["pod1", "pod2"];
     on_node(&net, async {
+        // Addresses of connections then have flow labels.
+        assert!(net.command("node", &["sysctl", "-qw", "net.ipv6.flowlabel_reflect=1"]).status().unwrap().success());
         let mut relay = Running::start().await;
         assert!(relay.config.relays.unwrap().listens.six);
         let nobody = BTreeMap::new();
