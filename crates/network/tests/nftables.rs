@@ -13,25 +13,38 @@ use seawall_network::proxy::{
 };
 use serde_json::{Value, json};
 
+/// The Service `s` with a slice of each family.
 fn state(service: Value, endpoints: &[&str]) -> State {
-    let endpoints: Vec<Value> = endpoints
-        .iter()
-        .map(|a| json!({"addresses": [a], "nodeName": "here", "conditions": {"ready": true}}))
-        .collect();
     let service: Service =
         serde_json::from_value(json!({"metadata": {"name": "s", "namespace": "n"}, "spec": service})).unwrap();
-    let slice: EndpointSlice = serde_json::from_value(json!({
-        "metadata": {"name": "s-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
-        "addressType": "IPv4", "ports": [{"name": "", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints,
-    }))
-    .unwrap();
     let mut known = State::default();
     known.services.extend([state::service(service)]);
-    known.slices.extend([state::slice(slice)]);
+    for (family, mark) in [("IPv4", '.'), ("IPv6", ':')] {
+        let endpoints: Vec<Value> = endpoints
+            .iter()
+            .filter(|a| a.contains(mark))
+            .map(|a| json!({"addresses": [a], "nodeName": "here", "conditions": {"ready": true}}))
+            .collect();
+        let slice: EndpointSlice = serde_json::from_value(json!({
+            "metadata": {"name": format!("s-{family}"), "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
+            "addressType": family, "ports": [{"name": "", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints,
+        }))
+        .unwrap();
+        known.slices.extend([state::slice(slice)]);
+    }
     known
 }
 
-const BOTH: &[&str] = &["10.244.1.2", "10.244.2.2"];
+const BOTH: &[&str] = &["10.244.1.2", "10.244.2.2", "fd00:1::2", "fd00:2::2"];
+const POD1: &[&str] = &["10.244.1.2", "fd00:1::2"];
+const POD2: &[&str] = &["10.244.2.2", "fd00:2::2"];
+
+/// The addresses of the Service.
+const OWN: [&str; 2] = ["10.96.0.9", "fd00:96::9"];
+/// The Service, the node, and one more address, as they are written beside a port.
+const SERVICE: [&str; 2] = ["10.96.0.9", "[fd00:96::9]"];
+const NODE: [&str; 2] = ["192.168.77.1", "[fd00::1]"];
+const EXTERNAL: [&str; 2] = ["192.0.2.7", "[2001:db8::7]"];
 
 async fn apply(config: &ProxyConfig, state: &State, old: Option<&Ruleset>) -> Ruleset {
     let rules = plan(state, config, &BTreeMap::new());
@@ -45,27 +58,120 @@ async fn a_service_is_reached_from_everywhere_and_follows_its_endpoints() {
     net.serve("pod1");
     net.serve("pod2");
     let config = net.config();
-    let service = json!({"type": "NodePort", "clusterIP": "10.96.0.9", "ports": [{"port": 80, "nodePort": 30080}]});
+    let service = json!({"type": "NodePort", "clusterIP": OWN[0], "clusterIPs": OWN,
+        "externalIPs": ["192.0.2.7", "2001:db8::7"], "ports": [{"port": 80, "nodePort": 30080}]});
     let rules = apply(&config, &state(service.clone(), BOTH), None).await;
-    // From the node, from a pod (also to itself), and from outside through the node's port.
-    assert_eq!(net.seen("node", "10.96.0.9", 80), ["pod1", "pod2"]);
-    assert_eq!(net.seen("pod1", "10.96.0.9", 80), ["pod1", "pod2"]);
-    assert_eq!(net.seen("client", "192.168.77.1", 30080), ["pod1", "pod2"]);
+    // From the node, from a pod (also to itself), and from outside through the node's port and one more address.
+    let all = |family: usize| {
+        [
+            ("node", SERVICE[family], 80),
+            ("pod1", SERVICE[family], 80),
+            ("client", SERVICE[family], 80),
+            ("node", NODE[family], 30080),
+            ("pod1", NODE[family], 30080),
+            ("client", NODE[family], 30080),
+            ("client", EXTERNAL[family], 80),
+        ]
+    };
+    let check = |families: &[usize], expect: &[&str]| {
+        for (host, address, port) in families.iter().flat_map(|family| all(*family)) {
+            assert_eq!(net.seen(host, address, port), expect, "from {host} to {address}");
+        }
+    };
+    let refused = |families: &[usize]| {
+        for (host, address, port) in families.iter().flat_map(|family| all(*family)) {
+            let error = net.ask(host, address, port).unwrap_err();
+            assert!(error.contains("(7)"), "{host} {address} was not refused at once: {error}");
+        }
+    };
+    check(&[0, 1], &["pod1", "pod2"]);
+    assert!(intact(&config, &rules).await);
     // An endpoint leaves.
-    let rules = apply(&config, &state(service.clone(), &["10.244.2.2"]), Some(&rules)).await;
-    assert_eq!(net.seen("node", "10.96.0.9", 80), ["pod2"]);
-    assert_eq!(net.seen("client", "192.168.77.1", 30080), ["pod2"]);
+    let rules = apply(&config, &state(service.clone(), POD2), Some(&rules)).await;
+    check(&[0, 1], &["pod2"]);
     // The proxy restarts: the table is made anew.
     drop(rules);
-    let rules = apply(&config, &state(service.clone(), &["10.244.1.2"]), None).await;
-    assert_eq!(net.seen("client", "192.168.77.1", 30080), ["pod1"]);
-    // None are left: connections are refused at once instead of hanging.
-    apply(&config, &state(service, &[]), Some(&rules)).await;
-    for (host, address, port) in
-        [("node", "10.96.0.9", 80), ("pod1", "10.96.0.9", 80), ("client", "192.168.77.1", 30080)]
-    {
-        let error = net.ask(host, address, port).unwrap_err();
-        assert!(error.contains("(7)"), "{host} {address} was not refused at once: {error}");
+    let rules = apply(&config, &state(service.clone(), POD1), None).await;
+    check(&[0, 1], &["pod1"]);
+    // A family loses its last endpoint: connections are refused at once instead of hanging. The other one does not care.
+    let rules = apply(&config, &state(service.clone(), &POD1[..1]), Some(&rules)).await;
+    check(&[0], &["pod1"]);
+    refused(&[1]);
+    let rules = apply(&config, &state(service.clone(), &POD1[1..]), Some(&rules)).await;
+    check(&[1], &["pod1"]);
+    refused(&[0]);
+    let rules = apply(&config, &state(service.clone(), &[]), Some(&rules)).await;
+    refused(&[0, 1]);
+    // One of the two alone.
+    let mut six = service;
+    (six["clusterIP"], six["clusterIPs"]) = (OWN[1].into(), json!([OWN[1]]));
+    let rules = apply(&config, &state(six.clone(), BOTH), Some(&rules)).await;
+    check(&[1], &["pod1", "pod2"]);
+    assert!(net.ask("client", NODE[0], 30080).unwrap_err().contains("(7)"), "the other family has no such port");
+    // Datagrams are refused in words as well.
+    six["ports"][0]["protocol"] = "UDP".into();
+    let rules = apply(&config, &state(six, &[]), Some(&rules)).await;
+    assert!(intact(&config, &rules).await);
+    for (host, to) in [("pod1", "[fd00:96::9]:80"), ("client", "[fd00::1]:30080")] {
+        let socket = net.udp(host, to);
+        socket.send(b"?").unwrap();
+        let error = socket.recv(&mut [0; 8]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "from {host} to {to}");
+    }
+}
+
+#[tokio::test]
+async fn endpoints_see_the_client_where_answers_come_back_this_way() {
+    let net = Net::new();
+    let heard = [net.listen("pod1"), net.listen("pod2")];
+    let config = net.config();
+    let mut service = json!({"type": "NodePort", "clusterIP": OWN[0], "clusterIPs": OWN,
+        "ports": [{"port": 80, "nodePort": 30080}]});
+    let check = |to_pod: usize, host: &str, to: [&str; 2], port: u16, expect: [&str; 2]| {
+        for family in 0..2 {
+            drop(net.connect(host, &format!("{}:{port}", to[family])).unwrap());
+            let (from, _) = heard[to_pod].recv_timeout(std::time::Duration::from_secs(10)).unwrap();
+            assert_eq!(from.to_string(), expect[family], "from {host} to {}", to[family]);
+        }
+    };
+    let rules = apply(&config, &state(service.clone(), POD2), None).await;
+    check(1, "pod1", SERVICE, 80, ["10.244.1.2", "fd00:1::2"]);
+    check(1, "client", SERVICE, 80, ["10.244.2.1", "fd00:2::1"]);
+    check(1, "node", SERVICE, 80, ["10.244.2.1", "fd00:2::1"]);
+    check(1, "client", NODE, 30080, ["10.244.2.1", "fd00:2::1"]);
+    let rules = apply(&config, &state(service.clone(), POD1), Some(&rules)).await;
+    check(0, "pod1", SERVICE, 80, ["10.244.1.1", "fd00:1::1"]);
+    service["externalTrafficPolicy"] = "Local".into();
+    apply(&config, &state(service, POD1), Some(&rules)).await;
+    check(0, "client", NODE, 30080, ["192.168.77.2", "fd00::2"]);
+    check(0, "pod2", NODE, 30080, ["10.244.2.2", "fd00:2::2"]);
+}
+
+/// Pods' ranges come and go with the nodes, where nobody says what they are.
+#[tokio::test]
+async fn the_pods_of_a_family_are_those_of_the_nodes() {
+    let net = Net::new();
+    let heard = net.listen("pod2");
+    let config = ProxyConfig { cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()], ..net.config() };
+    let service = json!({"clusterIP": OWN[1], "ports": [{"port": 80}]});
+    let mut rules = None;
+    for (ranges, expect) in [
+        (&["fd00:2::/64"][..], "fd00:2::1"),
+        (&["fd00:2::/64", "fd00:1::/64"], "fd00:1::2"),
+        (&["fd00:2::/64", "fd00:1::/64", "fd00:1:0:1::/64"], "fd00:1::2"),
+        (&["fd00::/16"], "fd00:1::2"),
+        (&["fd00:2::/64"], "fd00:2::1"),
+    ] {
+        let mut known = state(service.clone(), POD2);
+        known.nodes.extend(ranges.iter().enumerate().map(|(n, range)| {
+            let node = json!({"metadata": {"name": format!("n{n}")}, "spec": {"podCIDRs": [range]}});
+            state::machine(serde_json::from_value(node).unwrap())
+        }));
+        rules = Some(apply(&config, &known, rules.as_ref()).await);
+        assert!(intact(&config, rules.as_ref().unwrap()).await, "{ranges:?}");
+        drop(net.connect("pod1", "[fd00:96::9]:80").unwrap());
+        let (from, _) = heard.recv_timeout(std::time::Duration::from_secs(10)).unwrap();
+        assert_eq!(from.to_string(), expect, "{ranges:?}");
     }
 }
 
@@ -74,7 +180,7 @@ async fn a_service_is_reached_from_everywhere_and_follows_its_endpoints() {
 async fn what_others_do_to_the_table_is_noticed() {
     let net = Net::new();
     let config = net.config();
-    let service = json!({"type": "NodePort", "clusterIP": "10.96.0.9", "sessionAffinity": "ClientIP",
+    let service = json!({"type": "NodePort", "clusterIPs": OWN, "sessionAffinity": "ClientIP",
         "ports": [{"port": 80, "nodePort": 30080}]});
     let mut known = state(service, BOTH);
     let udp = json!({"clusterIP": "10.96.0.10", "ports": [{"port": 53, "protocol": "UDP"}]});
@@ -91,9 +197,12 @@ async fn what_others_do_to_the_table_is_noticed() {
         "flush ruleset",
         "delete table inet seawall",
         "flush chain inet seawall dispatch",
-        "flush map inet seawall services",
+        "flush map inet seawall services4",
+        "flush map inet seawall services6",
         "add rule inet seawall refuse drop",
-        "delete element inet seawall nodeports { tcp . 30080 }",
+        "delete element inet seawall nodeports4 { tcp . 30080 }",
+        "delete element inet seawall nodeports6 { tcp . 30080 }",
+        "flush set inet seawall pods6",
     ] {
         nft(damage);
         assert!(!intact(&config, &rules).await, "{damage} was not noticed");
@@ -111,11 +220,13 @@ async fn a_client_stays_with_its_endpoint() {
     net.serve("pod1");
     net.serve("pod2");
     let config = net.config();
-    let service = json!({"clusterIP": "10.96.0.9", "sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}},
+    let service = json!({"clusterIPs": OWN, "sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}},
         "ports": [{"port": 80}]});
     apply(&config, &state(service, BOTH), None).await;
-    let seen = net.seen("node", "10.96.0.9", 80);
-    assert!(seen == ["pod1"] || seen == ["pod2"], "{seen:?}");
+    for service in SERVICE {
+        let seen = net.seen("node", service, 80);
+        assert!(seen == ["pod1"] || seen == ["pod2"], "{service} {seen:?}");
+    }
 }
 
 /// Ranges that touch each other, and one that is a single address, come and go, also past `nft`.

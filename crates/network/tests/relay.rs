@@ -7,8 +7,7 @@ mod net;
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
-    net::TcpListener,
-    sync::mpsc,
+    net::{IpAddr, TcpListener},
     time::Duration,
 };
 
@@ -28,13 +27,17 @@ use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 const SERVICE: &str = "10.96.0.9:80";
+const SERVICE6: &str = "[fd00:96::9]:80";
 const NODE_PORT: &str = "192.168.77.1:30005";
+const NODE_PORT6: &str = "[fd00::1]:30005";
+const BOTH: &[&str] = &["10.244.1.2", "10.244.2.2", "fd00:1::2", "fd00:2::2"];
 
 fn object<T: serde::de::DeserializeOwned>(value: Value) -> T {
     serde_json::from_value(value).unwrap()
 }
 
-/// The Service `s` with endpoints at these addresses, `10.244.N.x` being on the node `nN`, `10.244.1.x` on this one.
+/// The Service `s` with endpoints at these addresses, `10.244.N.x` and `fd00:N::x` being on the node `nN`, which is this
+/// one if it is `n1`.
 fn known(annotations: Value, spec: Value, endpoints: &[&str]) -> proxy::State {
     let mut known = proxy::State::default();
     let annotations = match annotations {
@@ -43,23 +46,25 @@ fn known(annotations: Value, spec: Value, endpoints: &[&str]) -> proxy::State {
     };
     let service: Service =
         object(json!({"metadata": {"name": "s", "namespace": "n", "annotations": annotations}, "spec": spec}));
-    let endpoints: Vec<_> = endpoints
-        .iter()
-        .map(|address| json!({"addresses": [address], "nodeName": format!("n{}", address.split('.').nth(2).unwrap())}))
-        .collect();
-    let slice: EndpointSlice = object(json!({
-        "metadata": {"name": "s-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
-        "addressType": "IPv4", "ports": [{"name": "", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints,
-    }));
-    let node: Node = object(json!({"metadata": {"name": "n1"}, "spec": {"podCIDRs": ["10.244.1.0/24"]}}));
+    for (family, mark, part) in [("IPv4", '.', 2), ("IPv6", ':', 1)] {
+        let node = |address: &str| format!("n{}", address.split(mark).nth(part).unwrap());
+        let endpoints = endpoints.iter().filter(|address| address.contains(mark));
+        let endpoints: Vec<_> = endpoints.map(|a| json!({"addresses": [a], "nodeName": node(a)})).collect();
+        let slice: EndpointSlice = object(json!({
+            "metadata": {"name": format!("s-{family}"), "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
+            "addressType": family, "ports": [{"name": "", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints,
+        }));
+        known.slices.extend([state::slice(slice)]);
+    }
+    let pods = ["10.244.1.0/24", "fd00:1::/64"];
+    let node: Node = object(json!({"metadata": {"name": "n1"}, "spec": {"podCIDRs": pods}}));
     known.services.extend([state::service(service)]);
-    known.slices.extend([state::slice(slice)]);
     known.nodes.extend([state::machine(node)]);
     known
 }
 
 fn service() -> Value {
-    json!({"type": "NodePort", "clusterIP": "10.96.0.9", "ports": [{"port": 80, "nodePort": 30005}]})
+    json!({"type": "NodePort", "clusterIPs": ["10.96.0.9", "fd00:96::9"], "ports": [{"port": 80, "nodePort": 30005}]})
 }
 
 struct Running {
@@ -80,12 +85,12 @@ impl Running {
         let stop = CancellationToken::new();
         let (runs, until) = (relay.clone(), stop.clone());
         let task = tokio::spawn(async move { runs.run(until).await });
-        let port = link.port.wait_for(Option::is_some).await.unwrap().unwrap();
+        let listens = link.listens.wait_for(Option::is_some).await.unwrap().unwrap();
         let config = ProxyConfig {
             node_name: "n1".into(),
-            node_ips: vec!["192.168.77.1".parse().unwrap()],
-            cluster_cidr: "10.244.0.0/16".parse().unwrap(),
-            relays: Some(Relays { port, default: false }),
+            node_ips: vec!["192.168.77.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            cluster_cidrs: ["10.244.0.0/16", "fd00:1::/64", "fd00:2::/64"].map(|net| net.parse().unwrap()).to_vec(),
+            relays: Some(Relays { listens, default: false }),
             ..Default::default()
         };
         Running { relay, link, config, verdicts, stop, task, applied: None }
@@ -135,18 +140,24 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
     let net = std::sync::Arc::new(net);
     let both = ["pod1", "pod2"];
     on_node(&net, async {
+        // Addresses of connections then have flow labels.
+        assert!(net.command("node", &["sysctl", "-qw", "net.ipv6.flowlabel_reflect=1"]).status().unwrap().success());
         let mut relay = Running::start().await;
+        assert!(relay.config.relays.unwrap().listens.six);
         let nobody = BTreeMap::new();
-        relay.apply(&known(Value::Null, service(), &["10.244.1.2", "10.244.2.2"]), &nobody).await;
+        relay.apply(&known(Value::Null, service(), BOTH), &nobody).await;
         // From outside, from a pod (also to itself), and from the node.
         for (host, to) in [
-            ("client", SERVICE),
-            ("client", NODE_PORT),
-            ("pod1", SERVICE),
-            ("pod1", NODE_PORT),
-            ("node", SERVICE),
-            ("node", NODE_PORT),
-        ] {
+            ("client", [SERVICE, SERVICE6]),
+            ("client", [NODE_PORT, NODE_PORT6]),
+            ("pod1", [SERVICE, SERVICE6]),
+            ("pod1", [NODE_PORT, NODE_PORT6]),
+            ("node", [SERVICE, SERVICE6]),
+            ("node", [NODE_PORT, NODE_PORT6]),
+        ]
+        .into_iter()
+        .flat_map(|(host, both)| both.map(|to| (host, to)))
+        {
             let before = relay.count("connections_total");
             assert_eq!(blocking(&net, move |net| net.answers(host, to)).await, both, "from {host} to {to}");
             assert!(relay.count("connections_total") >= before + 24, "from {host} to {to}: not by the relay");
@@ -155,15 +166,20 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
         assert_eq!(relay.count("retried_total"), 0);
 
         // One that refuses, one that is not there at all: nobody notices.
-        let bad = ["10.244.1.9", "10.244.2.2", "10.244.2.9"];
+        let bad = ["10.244.1.9", "10.244.2.2", "10.244.2.9", "fd00:1::9", "fd00:2::2", "fd00:2::9"];
         net::sh(&format!(
-            "ip -n {0} addr add 10.244.2.9/32 dev eth0; ip netns exec {0} nft add table ip filter; \
-            ip netns exec {0} nft 'add chain ip filter i {{ type filter hook input priority 0; }}'; \
-            ip netns exec {0} nft add rule ip filter i ip daddr 10.244.2.9 reject with tcp reset",
+            "ip -n {0} addr add 10.244.2.9/32 dev eth0; ip -n {0} addr add fd00:2::9/128 dev eth0 nodad; \
+            ip netns exec {0} nft add table inet filter; \
+            ip netns exec {0} nft 'add chain inet filter i {{ type filter hook input priority 0; }}'; \
+            ip netns exec {0} nft add rule inet filter i ip daddr 10.244.2.9 reject with tcp reset; \
+            ip netns exec {0} nft add rule inet filter i ip6 daddr fd00:2::9 reject with tcp reset",
             net.namespace("pod2")
         ));
         relay.apply(&known(Value::Null, service(), &bad), &nobody).await;
-        for (host, to) in [("client", SERVICE), ("client", NODE_PORT), ("pod1", SERVICE), ("node", SERVICE)] {
+        let four = [("client", SERVICE), ("client", NODE_PORT), ("pod1", SERVICE), ("node", SERVICE)];
+        let six = [("client", SERVICE6), ("client", NODE_PORT6), ("pod1", SERVICE6), ("node", SERVICE6)];
+        let all = || four.into_iter().chain(six);
+        for (host, to) in all() {
             let began = Instant::now();
             assert_eq!(blocking(&net, move |net| net.answers(host, to)).await, ["pod2"], "from {host} to {to}");
             eprintln!("24 connections from {host} to {to}, two of three endpoints bad: {:?}", began.elapsed());
@@ -172,14 +188,14 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
         assert_eq!(relay.count("failed_total"), 0);
 
         // A machine falls silent under open connections: they are reset with the verdict, new ones do not even wait.
-        relay.apply(&known(Value::Null, service(), &["10.244.1.2", "10.244.2.2"]), &nobody).await;
-        for host in ["client", "pod1", "node"] {
-            let mut open = blocking(&net, move |net| net.connect_to(host, SERVICE, "pod2")).await;
-            let mut other = blocking(&net, move |net| net.connect_to(host, SERVICE, "pod1")).await;
+        relay.apply(&known(Value::Null, service(), BOTH), &nobody).await;
+        for (host, to) in ["client", "pod1", "node"].into_iter().flat_map(|host| [(host, SERVICE), (host, SERVICE6)]) {
+            let mut open = blocking(&net, move |net| net.connect_to(host, to, "pod2")).await;
+            let mut other = blocking(&net, move |net| net.connect_to(host, to, "pod1")).await;
             net.silence("pod2", true);
             let began = Instant::now();
-            assert_eq!(blocking(&net, move |net| net.answers(host, SERVICE)).await, ["pod1"]);
-            eprintln!("24 connections from {host} before the verdict: {:?}", began.elapsed());
+            assert_eq!(blocking(&net, move |net| net.answers(host, to)).await, ["pod1"]);
+            eprintln!("24 connections from {host} to {to} before the verdict: {:?}", began.elapsed());
             let dead = BTreeMap::from([("n2".to_owned(), Verdict::Dead)]);
             let began = Instant::now();
             relay.verdicts.send_replace(dead.into());
@@ -190,88 +206,102 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
             net.silence("pod2", false);
             relay.verdicts.send_replace(Verdicts::default());
         }
-        assert_eq!(relay.count("dead_total"), 3);
+        assert_eq!(relay.count("dead_total"), 6);
 
         // A process of the node serves.
         net.echo("node");
-        relay.apply(&known(Value::Null, service(), &["192.168.77.1"]), &nobody).await;
-        for (host, to) in [("client", SERVICE), ("client", NODE_PORT), ("pod1", SERVICE), ("node", SERVICE)] {
+        relay.apply(&known(Value::Null, service(), &["192.168.77.1", "fd00::1"]), &nobody).await;
+        for (host, to) in all() {
             assert_eq!(blocking(&net, move |net| net.answers(host, to)).await, ["node"], "from {host} to {to}");
         }
-        relay.apply(&known(Value::Null, service(), &["10.244.1.2", "10.244.2.2"]), &nobody).await;
+        relay.apply(&known(Value::Null, service(), BOTH), &nobody).await;
 
         // The relay goes: what comes from elsewhere is served by the rules; open connections are broken off.
         let mut open = blocking(&net, |net| net.connect("client", SERVICE).unwrap().1).await;
         let link = relay.link.clone();
         relay.stop().await;
-        assert_eq!(*link.port.borrow(), None);
+        assert_eq!(*link.listens.borrow(), None);
         assert!(blocking(&net, move |_| open.read(&mut [0; 8]).is_err()).await);
-        for (host, to) in [("client", SERVICE), ("client", NODE_PORT), ("pod1", SERVICE)] {
+        for (host, to) in all().filter(|(host, _)| *host != "node") {
             assert_eq!(blocking(&net, move |net| net.answers(host, to)).await, both, "from {host} to {to}");
         }
         relay::kernel::remove().await.unwrap();
-        let rules = std::process::Command::new("ip").args(["rule"]).output().unwrap();
-        assert!(!String::from_utf8_lossy(&rules.stdout).contains("8383"));
+        for family in ["-4", "-6"] {
+            for words in [&["rule"][..], &["route", "show", "table", "all"]] {
+                let said = std::process::Command::new("ip").arg(family).args(words).output().unwrap();
+                let said = String::from_utf8_lossy(&said.stdout).into_owned();
+                assert!(!said.contains("8383"), "{family} {words:?}: {said}");
+            }
+        }
         relay::kernel::remove().await.unwrap();
     });
 }
 
-/// Listens in a pod and tells who came, and what they said first.
-fn listen(net: &Net, host: &str) -> mpsc::Receiver<(String, Vec<u8>)> {
-    let listener = inside(&net.namespace(host), || TcpListener::bind("0.0.0.0:8080").unwrap());
-    let (tell, told) = mpsc::channel();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let Ok(mut stream) = stream else { return };
-            let from = stream.peer_addr().unwrap().ip().to_string();
-            let _ = stream.write_all(b"\n");
-            let mut said = Vec::new();
-            let _ = stream.read_to_end(&mut said);
-            if tell.send((from, said)).is_err() {
-                return;
-            }
-        }
+#[test]
+fn a_machine_without_ipv6_relays_the_rest() {
+    let net = Net::new();
+    net.echo("pod1");
+    let net = std::sync::Arc::new(net);
+    on_node(&net, async {
+        let off = ["sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.lo.disable_ipv6=1"];
+        assert!(net.command("node", &off).status().unwrap().success());
+        let mut relay = Running::start().await;
+        assert!(!relay.config.relays.unwrap().listens.six);
+        relay.apply(&known(Value::Null, service(), BOTH), &BTreeMap::new()).await;
+        assert!(blocking(&net, |net| net.connect("client", SERVICE).is_ok()).await);
+        assert_eq!(relay.count("connections_total"), 1);
+        relay.stop().await;
+        relay::kernel::remove().await.unwrap();
     });
-    told
 }
 
 #[test]
 fn endpoints_see_the_client_as_they_do_without_the_relay() {
     let net = Net::new();
-    let heard = [listen(&net, "pod1"), listen(&net, "pod2")];
+    let heard = [net.listen("pod1"), net.listen("pod2")];
     let net = std::sync::Arc::new(net);
     on_node(&net, async {
         let mut relay = Running::start().await;
         let nobody = BTreeMap::new();
-        let check = async |to_pod: usize, host: &'static str, to: &'static str, from: &str, header: Option<&str>| {
-            blocking(&net, move |net| net.connect(host, to).unwrap().1.write_all(b"hi").unwrap()).await;
-            let (seen, mut said) = heard[to_pod].recv_timeout(Duration::from_secs(10)).unwrap();
-            assert_eq!(seen, from, "from {host} to {to}");
-            if let Some(client) = header {
-                let header: Vec<u8> = said.drain(..28).collect();
-                assert_eq!(&header[..12], b"\r\n\r\n\0\r\nQUIT\n");
-                let ip: Vec<String> = header[16..20].iter().map(u8::to_string).collect();
-                assert_eq!(ip.join("."), client);
+        type Both = [&'static str; 2];
+        let check = async |to_pod: usize, host: &'static str, to: Both, from: Both, header: Option<Both>| {
+            for family in 0..2 {
+                let (to, from) = (to[family], from[family]);
+                blocking(&net, move |net| net.connect(host, to).unwrap().1.write_all(b"hi").unwrap()).await;
+                let (seen, mut said) = heard[to_pod].recv_timeout(Duration::from_secs(10)).unwrap();
+                assert_eq!(seen.to_string(), from, "from {host} to {to}");
+                if let Some(client) = header {
+                    let header: Vec<u8> = said.drain(..[28, 52][family]).collect();
+                    assert_eq!(&header[..12], b"\r\n\r\n\0\r\nQUIT\n");
+                    let ip: IpAddr = match family {
+                        0 => <[u8; 4]>::try_from(&header[16..20]).unwrap().into(),
+                        _ => <[u8; 16]>::try_from(&header[16..32]).unwrap().into(),
+                    };
+                    assert_eq!(ip.to_string(), client[family]);
+                }
+                assert_eq!(said, b"hi");
             }
-            assert_eq!(said, b"hi");
         };
-        let here = &["10.244.1.2"][..];
-        let there = &["10.244.2.2"][..];
+        let here = &["10.244.1.2", "fd00:1::2"][..];
+        let there = &["10.244.2.2", "fd00:2::2"][..];
+        let (service_at, node_port) = ([SERVICE, SERVICE6], [NODE_PORT, NODE_PORT6]);
+        let (client, pod1) = (["192.168.77.2", "fd00::2"], ["10.244.1.2", "fd00:1::2"]);
+        let (node_to_1, node_to_2) = (["10.244.1.1", "fd00:1::1"], ["10.244.2.1", "fd00:2::1"]);
         let mut spec = service();
         relay.apply(&known(Value::Null, spec.clone(), there), &nobody).await;
-        check(1, "pod1", SERVICE, "10.244.1.2", None).await;
-        check(1, "client", NODE_PORT, "10.244.2.1", None).await;
-        check(1, "node", SERVICE, "10.244.2.1", None).await;
+        check(1, "pod1", service_at, pod1, None).await;
+        check(1, "client", node_port, node_to_2, None).await;
+        check(1, "node", service_at, node_to_2, None).await;
         relay.apply(&known(Value::Null, spec.clone(), here), &nobody).await;
-        check(0, "pod1", SERVICE, "10.244.1.1", None).await;
+        check(0, "pod1", service_at, node_to_1, None).await;
         spec["externalTrafficPolicy"] = "Local".into();
         relay.apply(&known(Value::Null, spec.clone(), here), &nobody).await;
-        check(0, "client", NODE_PORT, "192.168.77.2", None).await;
+        check(0, "client", node_port, client, None).await;
         // The address in front, for those who asked for it.
         let asked = json!({"seawall.dev/relay": "true", "seawall.dev/relay-proxy-protocol": "v2"});
         relay.apply(&known(asked, service(), there), &nobody).await;
-        check(1, "client", NODE_PORT, "10.244.2.1", Some("192.168.77.2")).await;
-        check(1, "pod1", SERVICE, "10.244.1.2", Some("10.244.1.2")).await;
+        check(1, "client", node_port, node_to_2, Some(client)).await;
+        check(1, "pod1", service_at, pod1, Some(pod1)).await;
         relay.stop().await;
     });
 }
@@ -284,18 +314,21 @@ fn a_client_stays_with_its_endpoint_until_that_is_gone() {
     let net = std::sync::Arc::new(net);
     on_node(&net, async {
         let mut relay = Running::start().await;
-        let spec = json!({"clusterIP": "10.96.0.9", "sessionAffinity": "ClientIP", "ports": [{"port": 80}]});
-        let known = known(Value::Null, spec, &["10.244.1.2", "10.244.2.2"]);
+        let spec =
+            json!({"clusterIPs": ["10.96.0.9", "fd00:96::9"], "sessionAffinity": "ClientIP", "ports": [{"port": 80}]});
+        let known = known(Value::Null, spec, BOTH);
         let nobody = BTreeMap::new();
-        relay.apply(&known, &nobody).await;
-        let seen = blocking(&net, |net| net.answers("client", SERVICE)).await;
-        assert_eq!(seen.len(), 1, "{seen:?}");
-        let (node, other) = if seen == ["pod1"] { ("n1", None) } else { ("n2", Some("pod1")) };
-        // This node does not doubt itself.
-        let doubt = BTreeMap::from([(node.to_owned(), Verdict::Suspect)]);
-        relay.apply(&known, &doubt).await;
-        let expect = other.unwrap_or("pod1");
-        until("it moved on", async || blocking(&net, |net| net.answers("client", SERVICE)).await == [expect]).await;
+        for to in [SERVICE, SERVICE6] {
+            relay.apply(&known, &nobody).await;
+            let seen = blocking(&net, move |net| net.answers("client", to)).await;
+            assert_eq!(seen.len(), 1, "{seen:?}");
+            let (node, other) = if seen == ["pod1"] { ("n1", None) } else { ("n2", Some("pod1")) };
+            // This node does not doubt itself.
+            let doubt = BTreeMap::from([(node.to_owned(), Verdict::Suspect)]);
+            relay.apply(&known, &doubt).await;
+            let expect = other.unwrap_or("pod1");
+            until("it moved on", async || blocking(&net, move |net| net.answers("client", to)).await == [expect]).await;
+        }
         relay.stop().await;
     });
 }

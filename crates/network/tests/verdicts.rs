@@ -33,27 +33,48 @@ use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 const SERVICE: &str = "10.96.0.9:80";
-const STICKY: &str = "10.96.0.11:80";
-const DATAGRAMS: &str = "10.96.0.10:53";
+const SERVICE6: &str = "[fd00:96::9]:80";
+const STICKY: [&str; 2] = ["10.96.0.11:80", "[fd00:96::11]:80"];
+const DATAGRAMS: [&str; 2] = ["10.96.0.10:53", "[fd00:96::10]:53"];
 const NODE_PORT: &str = "192.168.77.1:30005";
+const NODE_PORT6: &str = "[fd00::1]:30005";
 const POD2: &str = "10.244.2.2:8080";
+const POD2_6: &str = "[fd00:2::2]:8080";
 
 fn object<T: serde::de::DeserializeOwned>(value: Value) -> T {
     serde_json::from_value(value).unwrap()
 }
 
-fn slice(name: &str, protocol: &str, second: Value) -> EndpointSlice {
-    object(json!({
-        "metadata": {"name": format!("{name}-1"), "namespace": "default", "labels": {"kubernetes.io/service-name": name}},
-        "addressType": "IPv4", "ports": [{"name": "", "port": 8080, "protocol": protocol}],
-        "endpoints": [{"addresses": ["10.244.1.2"], "nodeName": "n1", "conditions": {"ready": true}},
-            {"addresses": ["10.244.2.2"], "nodeName": "n2", "conditions": second}],
-    }))
+/// What the slices of a Service are called, and whose they are.
+const SLICES: [(&str, &str, [&str; 2]); 2] =
+    [("1", "IPv4", ["10.244.1.2", "10.244.2.2"]), ("6", "IPv6", ["fd00:1::2", "fd00:2::2"])];
+
+/// One for each family.
+fn slices(name: &str, protocol: &str, second: Value) -> [EndpointSlice; 2] {
+    SLICES.map(|(suffix, family, pods)| {
+        object(json!({
+            "metadata": {"name": format!("{name}-{suffix}"), "namespace": "default",
+                "labels": {"kubernetes.io/service-name": name}},
+            "addressType": family, "ports": [{"name": "", "port": 8080, "protocol": protocol}],
+            "endpoints": [{"addresses": [pods[0]], "nodeName": "n1", "conditions": {"ready": true}},
+                {"addresses": [pods[1]], "nodeName": "n2", "conditions": second.clone()}],
+        }))
+    })
+}
+
+/// The second endpoint of `web` is now so.
+async fn put(client: &Client, conditions: Value) {
+    let api: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
+    for slice in slices("web", "TCP", conditions) {
+        let patch = json!({"endpoints": slice.endpoints});
+        api.patch(&slice.metadata.name.unwrap(), &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+    }
 }
 
 /// The ranges of pods are small, since the test's node has addresses beside its pods'.
 ///
-/// Nodes `here`, `n1`, `n2`; a Service on TCP, one that is sticky, one on UDP; an endpoint of each on `n1` and on `n2`.
+/// Nodes `here`, `n1`, `n2`; a Service on TCP, one that is sticky, one on UDP, all of both families; an endpoint of each on
+/// `n1` and on `n2`.
 async fn fill(client: &Client) {
     let nodes: Api<Node> = Api::all(client.clone());
     for (name, address, pods) in [
@@ -71,16 +92,26 @@ async fn fill(client: &Client) {
     for (name, spec, protocol) in [
         (
             "web",
-            json!({"type": "NodePort", "clusterIP": "10.96.0.9", "ports": [{"port": 80, "nodePort": 30005}]}),
+            json!({"type": "NodePort", "clusterIPs": ["10.96.0.9", "fd00:96::9"], "ports": [{"port": 80, "nodePort": 30005}]}),
             "TCP",
         ),
-        ("sticky", json!({"clusterIP": "10.96.0.11", "sessionAffinity": "ClientIP", "ports": [{"port": 80}]}), "TCP"),
-        ("dns", json!({"clusterIP": "10.96.0.10", "ports": [{"port": 53, "protocol": "UDP"}]}), "UDP"),
+        (
+            "sticky",
+            json!({"clusterIPs": ["10.96.0.11", "fd00:96::11"], "sessionAffinity": "ClientIP", "ports": [{"port": 80}]}),
+            "TCP",
+        ),
+        (
+            "dns",
+            json!({"clusterIPs": ["10.96.0.10", "fd00:96::10"], "ports": [{"port": 53, "protocol": "UDP"}]}),
+            "UDP",
+        ),
     ] {
         let service = json!({"metadata": {"name": name}, "spec": spec});
         services.create(&PostParams::default(), &object(service)).await.unwrap();
         let ready = json!({"ready": true});
-        slices.create(&PostParams::default(), &slice(name, protocol, ready)).await.unwrap();
+        for slice in self::slices(name, protocol, ready) {
+            slices.create(&PostParams::default(), &slice).await.unwrap();
+        }
     }
 }
 
@@ -104,8 +135,8 @@ impl Running {
         let (verdicts, heard) = watch::channel(Verdicts::default());
         let config = ProxyConfig {
             node_name: "here".into(),
-            node_ips: vec!["192.168.77.1".parse().unwrap()],
-            cluster_cidr: "10.244.0.0/16".parse().unwrap(),
+            node_ips: vec!["192.168.77.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
             file,
             // Only verdicts act on what was kept, unless a test says otherwise.
             patience: Duration::from_secs(3600),
@@ -182,60 +213,67 @@ fn a_dead_machine_is_left_at_once() {
         let proxy = Running::start(cluster.client(), None);
         listed("10.96.0.9 . tcp . 80", true).await;
         listed("10.96.0.10 . udp . 53", true).await;
-        assert_eq!(net.answers("client", SERVICE), both);
-        assert_eq!(net.answers("client", NODE_PORT), both);
+        listed("fd00:96::10 . udp . 53", true).await;
+        let to_all = || [SERVICE, SERVICE6, NODE_PORT, NODE_PORT6].into_iter();
+        for to in to_all() {
+            assert_eq!(net.answers("client", to), both, "{to}");
+        }
 
         // In doubt: new connections go elsewhere, also those of a client that belongs there; what is open stays open.
-        let mut open = net.connect_to("client", SERVICE, "pod2");
+        let mut open = [SERVICE, SERVICE6].map(|to| net.connect_to("client", to, "pod2"));
         until("the client belongs to pod2", async || {
             sets_of_clients().iter().for_each(|set| nft(&["flush", "set", "inet", "seawall", set]));
-            net.answers("client", STICKY) == ["pod2"]
+            STICKY.iter().all(|to| net.answers("client", to) == ["pod2"])
         })
         .await;
-        let udp = net.udp("client", DATAGRAMS);
-        until("datagrams go to pod2", async || {
-            let _ = std::process::Command::new("conntrack").args(["-D", "-p", "udp"]).output();
-            answer(&udp).as_deref() == Some("pod2")
-        })
-        .await;
+        let udp = DATAGRAMS.map(|to| net.udp("client", to));
+        for (socket, family) in udp.iter().zip(["ipv4", "ipv6"]) {
+            until("datagrams go to pod2", async || {
+                let _ = std::process::Command::new("conntrack").args(["-D", "-f", family, "-p", "udp"]).output();
+                answer(socket).as_deref() == Some("pod2")
+            })
+            .await;
+        }
         proxy.say(&[("n1", Verdict::Alive), ("n2", Verdict::Suspect)]);
         until("pod2 is left", async || net.answers("client", SERVICE) == ["pod1"]).await;
-        assert_eq!(net.answers("client", NODE_PORT), ["pod1"]);
-        assert_eq!(net.answers("node", SERVICE), ["pod1"]);
-        assert_eq!(net.answers("client", STICKY), ["pod1"]);
-        assert!(echoes(&mut open), "a connection to a suspected machine stays");
-        assert_eq!(answer(&udp).as_deref(), Some("pod2"), "a flow of datagrams as well");
+        for (host, to) in [("client", SERVICE6), ("client", NODE_PORT), ("client", NODE_PORT6), ("node", SERVICE)]
+            .into_iter()
+            .chain([("node", SERVICE6), ("client", STICKY[0]), ("client", STICKY[1])])
+        {
+            assert_eq!(net.answers(host, to), ["pod1"], "from {host} to {to}");
+        }
+        assert!(open.iter_mut().all(echoes), "a connection to a suspected machine stays");
+        assert!(udp.iter().all(|udp| answer(udp).as_deref() == Some("pod2")), "a flow of datagrams as well");
         // Everybody in doubt: both are used.
         proxy.say(&[("n1", Verdict::Suspect), ("n2", Verdict::Suspect)]);
-        until("both are used", async || net.answers("client", SERVICE) == both).await;
+        until("both are used", async || to_all().all(|to| net.answers("client", to) == both)).await;
         proxy.say(&[]);
-        until("both are used", async || net.answers("client", SERVICE) == both).await;
-        assert!(echoes(&mut open));
+        until("both are used", async || to_all().all(|to| net.answers("client", to) == both)).await;
+        assert!(open.iter_mut().all(echoes));
 
         // Ending: the same, by the API's word.
-        let slices: Api<EndpointSlice> = Api::namespaced(cluster.client(), "default");
-        let put = async |conditions: Value| {
-            let patch = json!({"endpoints": slice("web", "TCP", conditions).endpoints});
-            slices.patch("web-1", &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
-        };
-        put(json!({"ready": false, "serving": true, "terminating": true})).await;
-        until("pod2 is left", async || net.answers("client", SERVICE) == ["pod1"]).await;
-        assert!(echoes(&mut open), "a connection to a pod that is ending stays");
-        put(json!({"ready": true})).await;
-        until("both are used", async || net.answers("client", SERVICE) == both).await;
+        put(&cluster.client(), json!({"ready": false, "serving": true, "terminating": true})).await;
+        until("pod2 is left", async || to_all().all(|to| net.answers("client", to) == ["pod1"])).await;
+        assert!(open.iter_mut().all(echoes), "a connection to a pod that is ending stays");
+        put(&cluster.client(), json!({"ready": true})).await;
+        until("both are used", async || to_all().all(|to| net.answers("client", to) == both)).await;
 
         // Dead. Connections through the Service, the node's port, directly, from a pod and from this machine; with a
         // client that speaks and with one that only listens.
-        let mut other = net.connect_to("client", SERVICE, "pod1");
+        let mut others = [SERVICE, SERVICE6].map(|to| net.connect_to("client", to, "pod1"));
         let mut broken = Vec::new();
         for (host, to) in [
             ("client", SERVICE),
+            ("client", SERVICE6),
             ("client", NODE_PORT),
+            ("client", NODE_PORT6),
             ("client", POD2),
-            ("client", "[fd00:2::2]:8080"),
+            ("client", POD2_6),
+            ("pod1", SERVICE6),
             ("node", SERVICE),
+            ("node", SERVICE6),
             ("node", POD2),
-            ("node", "[fd00:2::2]:8080"),
+            ("node", POD2_6),
         ] {
             for sends in [true, false] {
                 broken.push((host, to, sends, net.connect_to(host, to, "pod2")));
@@ -246,31 +284,35 @@ fn a_dead_machine_is_left_at_once() {
         proxy.say(&[("n2", Verdict::Dead)]);
         let broken: Vec<_> =
             broken.into_iter().map(|(h, t, sends, stream)| (h, t, sends, breaks(stream, sends))).collect();
-        let open = breaks(open, false);
+        let open = open.map(|open| breaks(open, false));
         until("only pod1 answers", async || net.connect("client", SERVICE).is_ok_and(|(name, _)| name == "pod1")).await;
         eprintln!("a connection to pod1 was made {:?} after the verdict", began.elapsed());
-        until("datagrams go to pod1", async || answer(&udp).as_deref() == Some("pod1")).await;
+        for udp in &udp {
+            until("datagrams go to pod1", async || answer(udp).as_deref() == Some("pod1")).await;
+        }
         eprintln!("a datagram was answered by pod1 {:?} after the verdict", began.elapsed());
-        assert!(net.connect("client", POD2).is_err(), "nobody waits for the dead");
+        assert!([POD2, POD2_6].iter().all(|to| net.connect("client", to).is_err()), "nobody waits for the dead");
         for (host, to, sends, broken) in broken {
             let (took, how) = broken.await.unwrap();
             eprintln!("from {host} to {to}, sending: {sends}: {how} after {took:?}");
             assert!(took < Duration::from_secs(if sends { 1 } else { 2 }), "{host} {to}");
         }
-        assert!(open.await.unwrap().0 < Duration::from_secs(2));
-        assert_eq!(net.answers("client", SERVICE), ["pod1"]);
-        assert_eq!(net.answers("client", NODE_PORT), ["pod1"]);
-        assert_eq!(net.answers("node", SERVICE), ["pod1"]);
-        assert!(echoes(&mut other), "a connection to a machine that lives stays");
+        for open in open {
+            assert!(open.await.unwrap().0 < Duration::from_secs(2));
+        }
+        for (host, to) in to_all().map(|to| ("client", to)).chain([("node", SERVICE), ("node", SERVICE6)]) {
+            assert_eq!(net.answers(host, to), ["pod1"], "from {host} to {to}");
+        }
+        assert!(others.iter_mut().all(echoes), "a connection to a machine that lives stays");
 
         // It lives after all.
         net.silence("pod2", false);
         let began = Instant::now();
         proxy.say(&[("n2", Verdict::Alive)]);
-        until("both are used", async || net.answers("client", SERVICE) == both).await;
+        until("both are used", async || to_all().all(|to| net.answers("client", to) == both)).await;
         eprintln!("pod2 was found in use {:?} after the verdict", began.elapsed());
         assert!(echoes(&mut net.connect_to("node", POD2, "pod2")));
-        assert!(echoes(&mut net.connect_to("client", "[fd00:2::2]:8080", "pod2")));
+        assert!(echoes(&mut net.connect_to("client", POD2_6, "pod2")));
         assert!(!table().contains("10.244.2.2/31"));
         proxy.stop().await;
     });
@@ -288,35 +330,40 @@ fn a_connection_that_nobody_answers_is_led_elsewhere() {
         fill(&cluster.client()).await;
         let proxy = Running::start(cluster.client(), None);
         listed("10.96.0.9 . tcp . 80", true).await;
-        assert_eq!(here.answers("client", SERVICE), ["pod1", "pod2"]);
-        let mut stays = here.connect_to("client", SERVICE, "pod1");
+        for to in [SERVICE, SERVICE6] {
+            assert_eq!(here.answers("client", to), ["pod1", "pod2"]);
+        }
+        let mut stays = [SERVICE, SERVICE6].map(|to| here.connect_to("client", to, "pod1"));
 
         here.silence("pod2", true);
-        let clients: Vec<_> = (0..24)
+        let clients: Vec<_> = (0..48)
             .map(|number| {
                 let net = here.clone();
-                let (host, to) = [("client", SERVICE), ("client", NODE_PORT), ("node", SERVICE)][number % 3];
+                let (four, six) = ([SERVICE, NODE_PORT, SERVICE], [SERVICE6, NODE_PORT6, SERVICE6]);
+                let host = ["client", "client", "node"][number % 3];
+                let to = if number % 2 == 0 { four[number % 3] } else { six[number % 3] };
                 let connect = move || net.connect_within(Duration::from_secs(30), host, to);
                 tokio::task::spawn_blocking(connect)
             })
             .collect();
-        let unanswered = || {
-            let output = std::process::Command::new("conntrack").args(["-L", "-p", "tcp"]).output().unwrap();
+        let unanswered = |family: &str, pod: &str| {
+            let words = ["-L", "-f", family, "-p", "tcp"];
+            let output = std::process::Command::new("conntrack").args(words).output().unwrap();
             let flows = String::from_utf8_lossy(&output.stdout).into_owned();
-            flows.lines().filter(|flow| flow.contains("SYN_SENT") && flow.contains("src=10.244.2.2 ")).count()
+            let waits = |flow: &&str| flow.contains("SYN_SENT") && flow.contains(&format!("src={pod} "));
+            flows.lines().filter(waits).count()
         };
-        until("some wait for pod2", async || unanswered() > 3).await;
+        let both = [("ipv4", "10.244.2.2"), ("ipv6", "fd00:2::2")];
+        until("some wait for pod2", async || both.iter().all(|(family, pod)| unanswered(family, pod) > 3)).await;
         assert!(clients.iter().any(|client| !client.is_finished()));
-        let slices: Api<EndpointSlice> = Api::namespaced(cluster.client(), "default");
-        let patch = json!({"endpoints": slice("web", "TCP", json!({"ready": false})).endpoints});
-        slices.patch("web-1", &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+        put(&cluster.client(), json!({"ready": false})).await;
         for client in clients {
             let (name, _) = client.await.unwrap().expect("the next try goes elsewhere");
             assert_eq!(name, "pod1");
         }
         // Else whoever is given the same port next would be led to pod2.
-        until("nothing is left of them", async || unanswered() == 0).await;
-        assert!(echoes(&mut stays));
+        until("nothing is left of them", async || both.iter().all(|(family, pod)| unanswered(family, pod) == 0)).await;
+        assert!(stays.iter_mut().all(echoes));
         proxy.stop().await;
     });
 }

@@ -61,7 +61,7 @@ pub fn components(
             relearn: timing.verdict_memory,
             node_name: machine.name.clone(),
             node_ips: vec![machine.ip],
-            cluster_cidr: cluster.cluster_cidr,
+            cluster_cidrs: vec![cluster.cluster_cidr],
             file: Some(Files::new(&machine.options.data_dir).agent().join("proxy.json")),
             ..Default::default()
         };

@@ -13,6 +13,8 @@ use ipnet::IpNet;
 use super::{
     conntrack::Flow,
     endpoints::{Endpoints, View},
+    family::Family,
+    rules::{DEAD_PODS, DEAD_PORTS},
 };
 use crate::verdict::Verdict;
 
@@ -38,28 +40,15 @@ impl Target {
     /// The set of the table that it is in.
     pub fn set(&self) -> &'static str {
         match self {
-            Target::Pods(net) => {
-                if net.addr().is_ipv4() {
-                    SETS[0]
-                } else {
-                    SETS[1]
-                }
-            }
-            Target::Port(address) => {
-                if address.is_ipv4() {
-                    SETS[2]
-                } else {
-                    SETS[3]
-                }
-            }
+            Target::Pods(net) => Family::of(net.addr()).pick(DEAD_PODS),
+            Target::Port(address) => Family::of(address.ip()).pick(DEAD_PORTS),
         }
     }
 
     /// Set and element, as the kernel shows it.
     pub fn element(&self) -> (&'static str, String) {
         let element = match self {
-            Target::Pods(net) if net.prefix_len() == net.max_prefix_len() => net.addr().to_string(),
-            Target::Pods(net) => net.to_string(),
+            Target::Pods(net) => range(net),
             Target::Port(address) => format!("{} . {}", address.ip(), address.port()),
         };
         (self.set(), element)
@@ -71,8 +60,23 @@ impl Target {
     }
 }
 
-/// The sets of the table for pods and ports.
-const SETS: [&str; 4] = ["dead_pods4", "dead_pods6", "dead_ports4", "dead_ports6"];
+/// A range as the kernel shows it.
+pub fn range(net: &IpNet) -> String {
+    if net.prefix_len() == net.max_prefix_len() { net.addr().to_string() } else { net.to_string() }
+}
+
+/// Those that lie in no other one, as a set of the kernel wants them.
+pub fn outermost(mut nets: Vec<IpNet>) -> Vec<IpNet> {
+    // What holds others stands right before them.
+    nets.sort();
+    let mut out: Vec<IpNet> = Vec::new();
+    for net in nets {
+        if !out.last().is_some_and(|last| last.contains(&net)) {
+            out.push(net);
+        }
+    }
+    out
+}
 
 const TCP: u8 = 6;
 
@@ -102,18 +106,15 @@ impl Dead {
                 && !others.iter().any(|m| m.pods.iter().any(overlaps))
         };
         nets.extend(dead.iter().flat_map(|m| &m.pods).filter(|net| alone(net)));
-        for (_, _, service, slices) in view.services() {
-            for port in service.spec.iter().flat_map(|s| s.ports.iter().flatten()) {
-                let known = Endpoints::of(port, &slices, view);
+        for served in view.services() {
+            for port in served.ports() {
+                let known = Endpoints::of(port, &served.slices, view);
                 let tcp = port.protocol.as_deref().unwrap_or("TCP") == "TCP";
                 ports.extend(known.dead_hosts().filter(|_| tcp).map(|e| Target::Port(e.address)));
                 nets.extend(known.dead_pods().map(|e| IpNet::from(e.address.ip())).filter(|net| alone(net)));
             }
         }
-        nets.sort();
-        nets.dedup();
-        let inner = |net: &IpNet| nets.iter().any(|other| other != net && other.contains(net));
-        let mut targets: BTreeSet<Target> = nets.iter().filter(|n| !inner(n)).map(|n| Target::Pods(*n)).collect();
+        let mut targets: BTreeSet<Target> = outermost(nets).into_iter().map(Target::Pods).collect();
         targets.append(&mut ports);
         Dead { targets }
     }
@@ -145,10 +146,13 @@ mod tests {
         let service = json!({"metadata": {"name": "s", "namespace": "n"},
             "spec": {"clusterIP": "10.96.0.9", "ports": [{"port": 80}]}});
         known.services.extend([state::service(serde_json::from_value(service).unwrap())]);
-        let slice = json!({
-            "metadata": {"name": "s-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
-            "addressType": "IPv4", "ports": [{"name": "", "port": 8080}], "endpoints": endpoints});
-        known.slices.extend([state::slice(serde_json::from_value(slice).unwrap())]);
+        // What is of the other family does not count.
+        for family in ["IPv4", "IPv6"] {
+            let slice = json!({
+                "metadata": {"name": family, "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
+                "addressType": family, "ports": [{"name": "", "port": 8080}], "endpoints": endpoints});
+            known.slices.extend([state::slice(serde_json::from_value(slice).unwrap())]);
+        }
         let verdicts: BTreeMap<String, Verdict> = verdicts.iter().map(|(n, v)| ((*n).to_owned(), *v)).collect();
         let dead = Dead::of(&View::new(&known, "me", &verdicts), &["10.9.0.1".parse().unwrap()]);
         assert_eq!(dead.elements().map(|(set, key)| format!("{set} {key}")).collect::<Vec<_>>(), expect);
@@ -176,6 +180,35 @@ mod tests {
         // The endpoint names no node, but its address is one's.
         let nameless = json!([{"addresses": ["10.9.0.2"]}, {"addresses": ["10.244.9.9"]}]);
         check(&all, nameless, &[("a", Verdict::Dead)], &[pods[0], pods[1], "dead_ports4 10.9.0.2 . 8080"]);
+        // The same in IPv6.
+        let b = node("b", "fd00:9::3", &["fd00:3::/64"]);
+        let on = |address: &str| json!({"addresses": [address], "nodeName": "b"});
+        let endpoints = json!([on("fd00:3::2"), on("fd00:ff::9"), on("fd00:9::3"), on("::ffff:10.244.3.2")]);
+        let expect = ["dead_pods6 fd00:3::/64", "dead_pods6 fd00:ff::9", "dead_ports6 fd00:9::3 . 8080"];
+        check(&[me(), a(), b], endpoints, &[("b", Verdict::Dead)], &expect);
+    }
+
+    #[test]
+    fn ranges_in_others_are_left_out() {
+        let check = |nets: &[&str], expect: &[&str]| {
+            let found = outermost(nets.iter().map(|net| net.parse().unwrap()).collect());
+            assert_eq!(found.iter().map(IpNet::to_string).collect::<Vec<_>>(), expect);
+        };
+        check(&[], &[]);
+        check(
+            &[
+                "10.1.0.0/24",
+                "10.0.0.0/24",
+                "10.0.0.7/32",
+                "10.0.0.0/16",
+                "10.0.255.0/24",
+                "10.0.0.0/16",
+                "fd00:1::/64",
+                "fd00::/16",
+            ],
+            &["10.0.0.0/16", "10.1.0.0/24", "fd00::/16"],
+        );
+        check(&["::/0", "0.0.0.0/32", "::/128"], &["0.0.0.0/32", "::/0"]);
     }
 
     #[test]

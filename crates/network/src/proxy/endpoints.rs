@@ -13,7 +13,7 @@ use k8s_openapi::api::{
     discovery::v1::{Endpoint as Listed, EndpointPort, EndpointSlice},
 };
 
-use super::state::State;
+use super::{family::Family, state::State};
 use crate::verdict::Verdict;
 
 /// What is known, who we are, and what is thought of the machines.
@@ -47,19 +47,56 @@ impl<'a> View<'a> {
         self.hosts.get(&address).copied()
     }
 
-    /// Every Service with its slices of IPv4.
-    pub fn services(&self) -> impl Iterator<Item = (&'a str, &'a str, &'a Service, Vec<&'a EndpointSlice>)> {
-        let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
+    /// Every Service, once for each family in which it has an address or slices.
+    pub fn services(&self) -> impl Iterator<Item = Served<'a>> {
+        let mut slices: BTreeMap<(Family, &str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
         for ((namespace, _), slice) in &self.state.slices {
             let service = slice.metadata.labels.as_ref().and_then(|l| l.get("kubernetes.io/service-name"));
-            if let Some(service) = service.filter(|_| slice.address_type == "IPv4") {
-                slices.entry((namespace, service)).or_default().push(slice);
+            if let (Some(service), Some(family)) = (service, Family::named(&slice.address_type)) {
+                slices.entry((family, namespace, service)).or_default().push(slice);
             }
         }
-        self.state.services.iter().map(move |((namespace, name), service)| {
-            let slices = slices.remove(&(namespace.as_str(), name.as_str())).unwrap_or_default();
-            (namespace.as_str(), name.as_str(), service.as_ref(), slices)
+        let both = self.state.services.iter().flat_map(|entry| Family::ALL.map(|family| (family, entry)));
+        both.filter_map(move |(family, ((namespace, name), service))| {
+            let slices = slices.remove(&(family, namespace.as_str(), name.as_str())).unwrap_or_default();
+            let cluster_ip = cluster_ip(service, family);
+            let there = cluster_ip.is_some() || !slices.is_empty();
+            there.then_some(Served { namespace, name, service, family, cluster_ip, slices })
         })
+    }
+}
+
+/// A Service in one family of addresses.
+#[derive(Clone, Debug)]
+pub struct Served<'a> {
+    /// Its namespace.
+    pub namespace: &'a str,
+    /// Its name.
+    pub name: &'a str,
+    /// All of it.
+    pub service: &'a Service,
+    /// The family.
+    pub family: Family,
+    /// Its own address, if it has one that is balanced.
+    pub cluster_ip: Option<IpAddr>,
+    /// Its slices.
+    pub slices: Vec<&'a EndpointSlice>,
+}
+
+impl<'a> Served<'a> {
+    /// Its ports.
+    pub fn ports(&self) -> impl Iterator<Item = &'a ServicePort> + use<'a> {
+        self.service.spec.iter().flat_map(|s| s.ports.iter().flatten())
+    }
+
+    /// Its addresses outside the cluster's own: external ones, and those of a load balancer.
+    pub fn external(&self) -> BTreeSet<IpAddr> {
+        let given = self.service.spec.iter().flat_map(|s| s.external_ips.iter().flatten()).map(String::as_str);
+        let status = self.service.status.as_ref().and_then(|s| s.load_balancer.as_ref());
+        let balancers = status.and_then(|l| l.ingress.as_ref()).into_iter().flatten();
+        // `Proxy` says that the load balancer does not want to be gone around (KEP-1860).
+        let balancers = balancers.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_deref());
+        given.chain(balancers).filter_map(|ip| self.family.parse(ip)).collect()
     }
 }
 
@@ -109,10 +146,11 @@ impl Endpoints {
                 && p.protocol.as_deref().unwrap_or("TCP") == port.protocol.as_deref().unwrap_or("TCP")
         };
         for slice in slices {
+            let Some(family) = Family::named(&slice.address_type) else { continue };
             let Some(number) = slice.ports.iter().flatten().find(same).and_then(|p| p.port) else { continue };
             let Ok(number) = u16::try_from(number) else { continue };
             for listed in slice.endpoints.iter().flatten() {
-                let Some(endpoint) = endpoint(listed, number, view) else { continue };
+                let Some(endpoint) = endpoint(listed, family, number, view) else { continue };
                 let conditions = listed.conditions.as_ref();
                 let is_ready = conditions.and_then(|c| c.ready).unwrap_or(true);
                 let is_serving = conditions.and_then(|c| c.serving).unwrap_or(is_ready);
@@ -200,9 +238,9 @@ fn near<'a>(all: &[&'a Endpoint], usable: Vec<&'a Endpoint>, view: &View<'_>) ->
     usable
 }
 
-fn endpoint(listed: &Listed, port: u16, view: &View<'_>) -> Option<Endpoint> {
+fn endpoint(listed: &Listed, family: Family, port: u16, view: &View<'_>) -> Option<Endpoint> {
     // Only the first address of an endpoint counts; that is what the slice's consumers agreed on.
-    let address = listed.addresses.first()?.parse::<IpAddr>().ok().filter(IpAddr::is_ipv4)?;
+    let address = family.parse(listed.addresses.first()?)?;
     let of_address = view.host(address);
     let node = listed.node_name.as_deref().or(of_address);
     let hints = listed.hints.as_ref();
@@ -217,20 +255,10 @@ fn endpoint(listed: &Listed, port: u16, view: &View<'_>) -> Option<Endpoint> {
     })
 }
 
-/// The addresses of a Service outside the cluster's own: external ones, and those of a load balancer.
-pub fn external(service: &Service) -> BTreeSet<std::net::Ipv4Addr> {
-    let given = service.spec.iter().flat_map(|s| s.external_ips.iter().flatten()).map(String::as_str);
-    let status = service.status.as_ref().and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_ref());
-    let balancers = status.into_iter().flatten();
-    // `Proxy` says that the load balancer does not want to be gone around (KEP-1860).
-    let balancers = balancers.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_deref());
-    given.chain(balancers).filter_map(|ip| ip.parse().ok()).collect()
-}
-
-/// A Service's own address, if it has one that is balanced.
-pub fn cluster_ip(service: &Service) -> Option<std::net::Ipv4Addr> {
+/// A Service's own address in a family. `clusterIP` repeats the first of `clusterIPs`.
+fn cluster_ip(service: &Service, family: Family) -> Option<IpAddr> {
     let spec = service.spec.as_ref().filter(|s| s.type_.as_deref() != Some("ExternalName"))?;
-    spec.cluster_ip.as_deref()?.parse().ok()
+    spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip).find_map(|ip| family.parse(ip))
 }
 
 /// For how many seconds a client stays with its endpoint, if it does.

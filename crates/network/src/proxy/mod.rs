@@ -9,6 +9,8 @@ pub mod dead;
 pub mod elements;
 pub mod ending;
 pub mod endpoints;
+pub mod family;
+pub mod faults;
 mod kernel;
 pub mod metrics;
 pub mod netlink;
@@ -58,6 +60,7 @@ use crate::{
 };
 use dead::{Dead, Target};
 use endpoints::View;
+use family::Family;
 use state::{Fed, Kept};
 
 /// How the proxy of a node works.
@@ -67,8 +70,9 @@ pub struct ProxyConfig {
     pub node_name: String,
     /// The addresses of this node.
     pub node_ips: Vec<IpAddr>,
-    /// The addresses of pods: what comes from elsewhere to a cluster address is masqueraded.
-    pub cluster_cidr: IpNet,
+    /// The addresses of pods: what comes from elsewhere to a cluster address is masqueraded. Of a family without any the
+    /// nodes' ranges count.
+    pub cluster_cidrs: Vec<IpNet>,
     /// How long changes are collected before they are applied. Verdicts are not.
     pub debounce: Duration,
     /// How often the kernel's table is compared with ours; less often where that is much work.
@@ -94,7 +98,7 @@ impl Default for ProxyConfig {
         ProxyConfig {
             node_name: String::new(),
             node_ips: Vec::new(),
-            cluster_cidr: IpNet::from(IpAddr::from([10, 244, 0, 0])),
+            cluster_cidrs: Vec::new(),
             debounce: Duration::from_millis(5),
             verify: Duration::from_secs(5),
             nft: vec!["nft".into()],
@@ -111,8 +115,8 @@ impl Default for ProxyConfig {
 /// A relay that listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Relays {
-    /// Where, on 127.0.0.1.
-    pub port: u16,
+    /// Where.
+    pub listens: relay::Listens,
     /// Whether Services are relayed that do not say.
     pub default: bool,
 }
@@ -120,7 +124,21 @@ pub struct Relays {
 impl ProxyConfig {
     /// What is to be relayed.
     pub fn relayed(&self, view: &View<'_>) -> Option<Table> {
-        self.relays.map(|relays| Table::of(view, relays.default, self.cluster_cidr, &self.node_ips))
+        self.relays.map(|relays| Table::of(view, relays.default, self.pods(view), &self.node_ips))
+    }
+
+    /// The addresses of all pods, of both families. None lies in another.
+    pub fn pods(&self, view: &View<'_>) -> Vec<IpNet> {
+        let of = |family: Family| move |net: &&IpNet| Family::of(net.addr()) == family;
+        let mut all = Vec::new();
+        for family in Family::ALL {
+            let given = self.cluster_cidrs.iter().filter(of(family)).map(IpNet::trunc);
+            all.extend(given);
+            if !all.iter().any(|net| of(family)(&net)) {
+                all.extend(view.state.nodes.values().flat_map(|m| m.pods.iter().filter(of(family))));
+            }
+        }
+        dead::outermost(all)
     }
 }
 
@@ -183,7 +201,7 @@ async fn work(
     let (mut of_services, mut of_slices, mut of_nodes) = (Fed::default(), Fed::default(), Fed::default());
     let mut heard = verdicts;
     let mut deaf = false;
-    let mut listens = config.relay.as_ref().map(|relay| relay.port.clone());
+    let mut listens = config.relay.as_ref().map(|relay| relay.listens.clone());
     let mut proxy = Proxy::start(config, &mut heard);
     loop {
         let (due, look, keep) = (proxy.due.filter(|_| proxy.known), proxy.look(), proxy.keep_at());
@@ -242,10 +260,10 @@ fn next<E>(what: &str, event: Result<Option<E>, watcher::Error>) -> anyhow::Resu
 }
 
 /// Returns when the relay began to listen, or ended.
-async fn changes(port: &mut Option<watch::Receiver<Option<u16>>>) {
-    let Some(told) = port else { return std::future::pending().await };
+async fn changes(listens: &mut Option<watch::Receiver<Option<relay::Listens>>>) {
+    let Some(told) = listens else { return std::future::pending().await };
     if told.changed().await.is_err() {
-        *port = None;
+        *listens = None;
     }
 }
 
@@ -343,8 +361,8 @@ impl Proxy {
     /// Connections are handed to the relay while it listens.
     fn listen(&mut self) {
         let Some(relay) = &self.config.relay else { return };
-        let port = *relay.port.borrow();
-        self.config.relays = port.map(|port| Relays { port, default: relay.default });
+        let listens = *relay.listens.borrow();
+        self.config.relays = listens.map(|listens| Relays { listens, default: relay.default });
         if self.applied.is_some() {
             self.due = Some(Instant::now());
         }

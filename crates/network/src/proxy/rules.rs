@@ -5,30 +5,57 @@ use std::{
     fmt::Write as _,
 };
 
-use super::stale::Reach;
+use super::{family::Family, stale::Reach};
 
 /// Our table.
 pub const TABLE: &str = "inet seawall";
 
+/// By address, protocol and port: where new connections to Services go.
+pub const SERVICES: [&str; 2] = ["services4", "services6"];
+/// The same by protocol and port of any node.
+pub const NODE_PORTS: [&str; 2] = ["nodeports4", "nodeports6"];
+/// Services that refuse.
+pub const DEAD_SERVICES: [&str; 2] = ["dead_services4", "dead_services6"];
+/// Node ports that refuse.
+pub const DEAD_NODE_PORTS: [&str; 2] = ["dead_nodeports4", "dead_nodeports6"];
+/// All pods, on whatever node.
+pub const PODS: [&str; 2] = ["pods4", "pods6"];
+/// Pods of dead machines.
+pub const DEAD_PODS: [&str; 2] = ["dead_pods4", "dead_pods6"];
+/// Ports of dead machines.
+pub const DEAD_PORTS: [&str; 2] = ["dead_ports4", "dead_ports6"];
+/// By address and port: what the relay takes.
+pub const RELAYED: [&str; 2] = ["relayed4", "relayed6"];
+/// The same by port of any node.
+pub const RELAYED_PORTS: [&str; 2] = ["relayed_ports4", "relayed_ports6"];
+
 /// The maps from addresses and ports to chains: name and key type.
-pub const MAPS: [(&str, &str); 4] = [
-    ("services", "ipv4_addr . inet_proto . inet_service : verdict"),
-    ("nodeports", "inet_proto . inet_service : verdict"),
-    ("dead_services", "ipv4_addr . inet_proto . inet_service : verdict"),
-    ("dead_nodeports", "inet_proto . inet_service : verdict"),
+pub const MAPS: [(&str, &str); 8] = [
+    (SERVICES[0], "ipv4_addr . inet_proto . inet_service : verdict"),
+    (SERVICES[1], "ipv6_addr . inet_proto . inet_service : verdict"),
+    (NODE_PORTS[0], "inet_proto . inet_service : verdict"),
+    (NODE_PORTS[1], "inet_proto . inet_service : verdict"),
+    (DEAD_SERVICES[0], "ipv4_addr . inet_proto . inet_service : verdict"),
+    (DEAD_SERVICES[1], "ipv6_addr . inet_proto . inet_service : verdict"),
+    (DEAD_NODE_PORTS[0], "inet_proto . inet_service : verdict"),
+    (DEAD_NODE_PORTS[1], "inet_proto . inet_service : verdict"),
 ];
 
 /// The sets of addresses and ports: name and type.
-pub const SETS: [(&str, &str); 6] = [
-    ("dead_pods4", "type ipv4_addr; flags interval;"),
-    ("dead_pods6", "type ipv6_addr; flags interval;"),
-    ("dead_ports4", "type ipv4_addr . inet_service;"),
-    ("dead_ports6", "type ipv6_addr . inet_service;"),
-    ("relayed", "type ipv4_addr . inet_service;"),
-    ("relayed_ports", "type inet_service;"),
+pub const SETS: [(&str, &str); 10] = [
+    (PODS[0], "type ipv4_addr; flags interval;"),
+    (PODS[1], "type ipv6_addr; flags interval;"),
+    (DEAD_PODS[0], "type ipv4_addr; flags interval;"),
+    (DEAD_PODS[1], "type ipv6_addr; flags interval;"),
+    (DEAD_PORTS[0], "type ipv4_addr . inet_service;"),
+    (DEAD_PORTS[1], "type ipv6_addr . inet_service;"),
+    (RELAYED[0], "type ipv4_addr . inet_service;"),
+    (RELAYED[1], "type ipv6_addr . inet_service;"),
+    (RELAYED_PORTS[0], "type inet_service;"),
+    (RELAYED_PORTS[1], "type inet_service;"),
 ];
 
-/// What does not depend on any Service. The mark 0x4000 says that the source address is to be replaced;
+/// What does not depend on any Service; [`base`] writes it. A line with `$` is meant for each family. The mark 0x4000 says that the source address is to be replaced;
 /// [`super::rouse::MARK`] that a packet is to pass as it is; [`crate::relay::kernel::MARK`] that the relay has it.
 ///
 /// What is open to a dead machine is reset in the way of whoever sends next, be it a pod (forward) or a process of this
@@ -39,10 +66,8 @@ chain raw_output {
     meta mark 0x53570001 notrack
 }
 chain reset_dead {
-    ip daddr @dead_pods4 reject with tcp reset
-    ip6 daddr @dead_pods6 reject with tcp reset
-    ip daddr . tcp dport @dead_ports4 reject with tcp reset
-    ip6 daddr . tcp dport @dead_ports6 reject with tcp reset
+    $ip daddr @dead_pods$n reject with tcp reset
+    $ip daddr . tcp dport @dead_ports$n reject with tcp reset
 }
 chain mark_masquerade {
     meta mark set meta mark | 0x4000
@@ -53,12 +78,12 @@ chain refuse {
 }
 chain dispatch {
     meta mark & 0x2000 != 0 return
-    ip daddr . meta l4proto . th dport vmap @services
-    fib daddr type local ip daddr != 127.0.0.0/8 meta l4proto . th dport vmap @nodeports
+    $ip daddr . meta l4proto . th dport vmap @services$n
+    $own meta l4proto . th dport vmap @nodeports$n
 }
 chain refuse_dead {
-    ip daddr . meta l4proto . th dport vmap @dead_services
-    fib daddr type local ip daddr != 127.0.0.0/8 meta l4proto . th dport vmap @dead_nodeports
+    $ip daddr . meta l4proto . th dport vmap @dead_services$n
+    $own meta l4proto . th dport vmap @dead_nodeports$n
 }
 chain nat_prerouting {
     type nat hook prerouting priority dstnat; policy accept;
@@ -90,6 +115,28 @@ chain filter_output {
 }
 ";
 
+/// What does not depend on any Service, for both families.
+fn base() -> String {
+    let mut out = String::new();
+    for line in BASE.lines() {
+        for family in Family::ALL.iter().take(if line.contains('$') { 2 } else { 1 }) {
+            let line = line.replace("$ip", family.ip()).replace("$own", family.own()).replace("$n", family.suffix());
+            out.push_str(&line);
+            out.push('\n');
+        }
+    }
+    out
+}
+
+/// A set of the clients of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Affinity {
+    /// Of their addresses.
+    pub family: Family,
+    /// How long an address stays, in seconds.
+    pub seconds: u32,
+}
+
 /// What the table holds besides the base.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ruleset {
@@ -101,8 +148,8 @@ pub struct Ruleset {
     pub elements: BTreeMap<(&'static str, String), String>,
     /// Elements of sets: set and element.
     pub sets: BTreeSet<(&'static str, String)>,
-    /// Sets of client addresses by name, with how long an address stays, in seconds.
-    pub affinities: BTreeMap<String, u32>,
+    /// Sets of client addresses by name.
+    pub affinities: BTreeMap<String, Affinity>,
     /// Where flows may be that have no end of their own, or have yet to begin.
     pub reach: BTreeSet<Reach>,
 }
@@ -158,7 +205,7 @@ impl Ruleset {
     pub fn outline(&self) -> Outline {
         let mut outline = Outline::default();
         let mut chain = String::new();
-        for line in BASE.lines().map(str::trim) {
+        for line in base().lines().map(str::trim) {
             if let Some(name) = line.strip_prefix("chain ") {
                 chain = name.trim_end_matches(" {").to_owned();
                 outline.chains.insert(chain.clone(), 0);
@@ -193,17 +240,17 @@ impl Ruleset {
                 for (set, ty) in SETS {
                     let _ = writeln!(out, "set {set} {{ {ty} }}");
                 }
-                let _ = writeln!(out, "{BASE}}}");
+                let _ = writeln!(out, "{}}}", base());
                 &empty
             }
         };
         // Sets, then chains, then rules, then elements: each refers only to what stands before.
-        for (set, seconds) in &self.affinities {
-            if old.affinities.get(set) != Some(seconds) {
-                let _ = writeln!(
-                    out,
-                    "add set {TABLE} {set} {{ type ipv4_addr; flags dynamic,timeout; timeout {seconds}s; }}"
-                );
+        for (set, affinity) in &self.affinities {
+            if old.affinities.get(set) != Some(affinity) {
+                let Affinity { family, seconds } = affinity;
+                let ty = family.address_type();
+                let _ =
+                    writeln!(out, "add set {TABLE} {set} {{ type {ty}; flags dynamic,timeout; timeout {seconds}s; }}");
             }
         }
         for chain in self.chains.keys().filter(|c| !old.chains.contains_key(*c)) {

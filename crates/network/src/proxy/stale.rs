@@ -6,11 +6,12 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, SocketAddr},
 };
 
 use super::{
     conntrack::{Flow, TcpState},
+    family::Family,
     rules::Ruleset,
 };
 
@@ -26,13 +27,33 @@ pub enum Kind {
     Opening,
 }
 
+/// Where a Service is reached, beside the port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Front {
+    /// An address of its own.
+    Address(IpAddr),
+    /// Any of the node's: the port is the node's port.
+    Node(Family),
+}
+
+impl Front {
+    /// Whether this is there.
+    fn is(self, port: u16, to: SocketAddr) -> bool {
+        to.port() == port
+            && match self {
+                Front::Address(address) => to.ip() == address,
+                Front::Node(family) => Family::of(to.ip()) == family,
+            }
+    }
+}
+
 /// An endpoint at which flows may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Reach {
     /// Of what kind.
     pub kind: Kind,
-    /// The service's address; none if it is any of the node's, and `port` the node's port.
-    pub address: Option<Ipv4Addr>,
+    /// Where the service is reached.
+    pub front: Front,
     /// The port.
     pub port: u16,
     /// The endpoint's address.
@@ -44,17 +65,14 @@ pub struct Reach {
 pub enum Stale {
     /// The endpoint is gone.
     Endpoint(Reach),
-    /// The service had no endpoint for datagrams before: its address and its port, or the node's port.
-    Service(Option<Ipv4Addr>, u16),
+    /// The service had no endpoint for datagrams before: where it is reached, and the port.
+    Service(Front, u16),
 }
 
 impl Stale {
     /// Whether this is such a flow.
     pub fn is(&self, flow: &Flow) -> bool {
         let to = flow.original.to;
-        let at = |address: Option<Ipv4Addr>, port: u16| {
-            to.port() == port && address.is_none_or(|address| to.ip() == IpAddr::V4(address))
-        };
         match self {
             Stale::Endpoint(reach) => {
                 let kind = match flow.protocol {
@@ -62,12 +80,12 @@ impl Stale {
                     TCP => reach.kind == Kind::Opening && flow.state == Some(TcpState::Unanswered),
                     _ => false,
                 };
-                kind && at(reach.address, reach.port) && flow.reply.from.ip() == reach.endpoint
+                kind && reach.front.is(reach.port, to) && flow.reply.from.ip() == reach.endpoint
             }
             // On its way to the address itself: nobody stood behind it. Of other machines' ports we know nothing, but
             // forgetting such a flow costs nothing either.
-            Stale::Service(address, port) => {
-                flow.protocol == UDP && at(*address, *port) && flow.reply.from.ip() == to.ip()
+            Stale::Service(front, port) => {
+                flow.protocol == UDP && front.is(*port, to) && flow.reply.from.ip() == to.ip()
             }
         }
     }
@@ -77,10 +95,10 @@ impl Stale {
 pub fn stale(old: Option<&Ruleset>, new: &Ruleset) -> BTreeSet<Stale> {
     let Some(old) = old else { return BTreeSet::new() };
     let mut out: BTreeSet<Stale> = old.reach.difference(&new.reach).map(|gone| Stale::Endpoint(*gone)).collect();
-    let served = |rules: &Ruleset| -> BTreeSet<(Option<Ipv4Addr>, u16)> {
-        rules.reach.iter().filter(|r| r.kind == Kind::Datagrams).map(|r| (r.address, r.port)).collect()
+    let served = |rules: &Ruleset| -> BTreeSet<(Front, u16)> {
+        rules.reach.iter().filter(|r| r.kind == Kind::Datagrams).map(|r| (r.front, r.port)).collect()
     };
-    out.extend(served(new).difference(&served(old)).map(|(address, port)| Stale::Service(*address, *port)));
+    out.extend(served(new).difference(&served(old)).map(|(front, port)| Stale::Service(*front, *port)));
     out
 }
 
@@ -89,13 +107,18 @@ mod tests {
     use super::*;
     use crate::proxy::conntrack::Way;
 
-    fn rules(address: Option<&str>, port: u16, endpoints: &[&str]) -> Ruleset {
-        of_kind(Kind::Datagrams, address, port, endpoints)
+    const NODE: Front = Front::Node(Family::V4);
+
+    fn at(address: &str) -> Front {
+        Front::Address(address.parse().unwrap())
     }
 
-    fn of_kind(kind: Kind, address: Option<&str>, port: u16, endpoints: &[&str]) -> Ruleset {
-        let address = address.map(|a| a.parse().unwrap());
-        let of = |e: &&str| Reach { kind, address, port, endpoint: e.parse().unwrap() };
+    fn rules(front: Front, port: u16, endpoints: &[&str]) -> Ruleset {
+        of_kind(Kind::Datagrams, front, port, endpoints)
+    }
+
+    fn of_kind(kind: Kind, front: Front, port: u16, endpoints: &[&str]) -> Ruleset {
+        let of = |e: &&str| Reach { kind, front, port, endpoint: e.parse().unwrap() };
         Ruleset { reach: endpoints.iter().map(of).collect(), ..Default::default() }
     }
 
@@ -111,8 +134,7 @@ mod tests {
 
     #[test]
     fn flows_to_endpoints_that_left_are_forgotten() {
-        let (one, two) =
-            (rules(Some("10.96.0.10"), 53, &["10.244.0.2"]), rules(Some("10.96.0.10"), 53, &["10.244.0.3"]));
+        let (one, two) = (rules(at("10.96.0.10"), 53, &["10.244.0.2"]), rules(at("10.96.0.10"), 53, &["10.244.0.3"]));
         let found = stale(Some(&one), &two);
         assert_eq!(found.len(), 1);
         let check = |protocol: u8, to: &str, endpoint: &str, expect: bool| {
@@ -129,7 +151,7 @@ mod tests {
 
     #[test]
     fn connections_that_nobody_answered_are_forgotten_and_no_others() {
-        let of = |endpoints: &[&str]| of_kind(Kind::Opening, Some("10.96.0.9"), 80, endpoints);
+        let of = |endpoints: &[&str]| of_kind(Kind::Opening, at("10.96.0.9"), 80, endpoints);
         let found = stale(Some(&of(&["10.244.0.2", "10.244.0.3"])), &of(&["10.244.0.3"]));
         let check = |protocol: u8, endpoint: &str, state: Option<TcpState>, expect: bool| {
             let flow = Flow { state, ..flow(protocol, "10.96.0.9:80", endpoint) };
@@ -146,17 +168,36 @@ mod tests {
 
     #[test]
     fn of_a_nodes_port_as_well() {
-        let found = stale(Some(&rules(None, 30053, &["10.244.0.2"])), &Ruleset::default());
+        let found = stale(Some(&rules(NODE, 30053, &["10.244.0.2"])), &Ruleset::default());
         assert!(found.iter().any(|s| s.is(&flow(17, "192.168.77.1:30053", "10.244.0.2:53"))));
         assert!(!found.iter().any(|s| s.is(&flow(17, "192.168.77.1:30053", "10.244.0.3:53"))));
+        assert!(!found.iter().any(|s| s.is(&flow(17, "[fd00::1]:30053", "[fd00:2::2]:53"))));
+    }
+
+    #[test]
+    fn each_family_is_looked_at_by_itself() {
+        let six = rules(Front::Node(Family::V6), 53, &["fd00:2::2"]);
+        let mut both = rules(NODE, 53, &["10.244.0.2"]);
+        let four = both.clone();
+        both.reach.extend(six.reach.clone());
+        let gone = stale(Some(&both), &four);
+        assert!(gone.iter().any(|s| s.is(&flow(17, "[fd00::1]:53", "[fd00:2::2]:53"))));
+        assert!(!gone.iter().any(|s| s.is(&flow(17, "192.168.77.1:53", "10.244.0.2:53"))));
+        // The port was served in one family before: those that the other one had refused are forgotten all the same.
+        let come = stale(Some(&four), &both);
+        assert!(come.iter().any(|s| s.is(&flow(17, "[fd00::1]:53", "[fd00::1]:53"))));
+        assert!(!come.iter().any(|s| s.is(&flow(17, "192.168.77.1:53", "192.168.77.1:53"))));
+        let service = stale(Some(&rules(at("fd00:96::9"), 53, &["fd00:2::2"])), &Ruleset::default());
+        assert!(service.iter().any(|s| s.is(&flow(17, "[fd00:96::9]:53", "[fd00:2::2]:53"))));
+        assert!(!service.iter().any(|s| s.is(&flow(17, "[fd00:96::8]:53", "[fd00:2::2]:53"))));
     }
 
     #[test]
     fn flows_that_were_refused_are_forgotten_when_there_is_somebody() {
-        let found = stale(Some(&Ruleset::default()), &rules(Some("10.96.0.10"), 53, &["10.244.0.2"]));
-        assert_eq!(found.iter().collect::<Vec<_>>(), [&Stale::Service(Some(Ipv4Addr::new(10, 96, 0, 10)), 53)]);
+        let found = stale(Some(&Ruleset::default()), &rules(at("10.96.0.10"), 53, &["10.244.0.2"]));
+        assert_eq!(found.iter().collect::<Vec<_>>(), [&Stale::Service(at("10.96.0.10"), 53)]);
         assert!(found.iter().all(|s| s.is(&flow(17, "10.96.0.10:53", "10.96.0.10:53"))));
         assert!(!found.iter().any(|s| s.is(&flow(17, "10.96.0.10:53", "10.244.0.2:53"))));
-        assert!(stale(None, &rules(None, 1, &["10.244.0.2"])).is_empty(), "what was there is not known");
+        assert!(stale(None, &rules(NODE, 1, &["10.244.0.2"])).is_empty(), "what was there is not known");
     }
 }

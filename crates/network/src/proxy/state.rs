@@ -21,6 +21,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{ResourceExt, runtime::watcher};
 use serde::{Deserialize, Serialize};
 
+use super::faults;
 use crate::{routes::NodeRoutes, verdict::Verdict};
 
 /// A larger state is not kept: a disk is not filled by a proxy.
@@ -72,12 +73,20 @@ fn trim(metadata: &mut ObjectMeta) {
 /// A Service as it is known.
 pub fn service(mut object: Service) -> (Key, Arc<Service>) {
     trim(&mut object.metadata);
+    if let Some(fault) = faults::of_service(&object) {
+        let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+        tracing::warn!("not all of the service {namespace}/{name} is served: {fault}");
+    }
     ((object.namespace().unwrap_or_default(), object.name_any()), Arc::new(object))
 }
 
 /// A slice as it is known.
 pub fn slice(mut object: EndpointSlice) -> (Key, Arc<EndpointSlice>) {
     trim(&mut object.metadata);
+    if let Some(fault) = faults::of_slice(&object) {
+        let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+        tracing::warn!("not all of the endpoint slice {namespace}/{name} is used: {fault}");
+    }
     ((object.namespace().unwrap_or_default(), object.name_any()), Arc::new(object))
 }
 

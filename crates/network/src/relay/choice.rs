@@ -16,7 +16,9 @@ use crate::proxy::endpoints::Scope;
 pub fn scope(door: Door, client: IpAddr, table: &Table) -> Scope {
     match door {
         Door::Internal(scope) => scope,
-        Door::External(_) if table.cluster_cidr.contains(&client) || table.own.contains(&client) => Scope::Cluster,
+        Door::External(_) if table.pods.iter().any(|net| net.contains(&client)) || table.own.contains(&client) => {
+            Scope::Cluster
+        }
         Door::External(scope) => scope,
     }
 }
@@ -56,7 +58,7 @@ pub fn in_clients_name(door: Door, client: IpAddr, backend: &Backend, table: &Ta
     };
     let to = backend.address.ip();
     let own_process = table.own.contains(&to) || (backend.local && !table.own_pods.iter().any(|net| net.contains(&to)));
-    comes_back && !own_process && client.is_ipv4() && client != to
+    comes_back && !own_process && client.is_ipv4() == to.is_ipv4() && client != to
 }
 
 /// Which client belongs to which endpoint (`sessionAffinity: ClientIP`).
@@ -145,9 +147,9 @@ mod tests {
     #[test]
     fn in_whose_name() {
         let table = Table {
-            cluster_cidr: "10.244.0.0/16".parse().unwrap(),
-            own_pods: vec!["10.244.1.0/24".parse().unwrap()],
-            own: vec!["10.9.0.1".parse().unwrap()],
+            pods: vec!["10.244.0.0/16".parse().unwrap(), "fd00:244::/56".parse().unwrap()],
+            own_pods: vec!["10.244.1.0/24".parse().unwrap(), "fd00:244:0:1::/64".parse().unwrap()],
+            own: vec!["10.9.0.1".parse().unwrap(), "fd00:9::1".parse().unwrap()],
             ..Default::default()
         };
         let (internal, external, local) =
@@ -173,6 +175,13 @@ mod tests {
         check(local, "10.244.1.7", &there, all, true);
         check(local, "10.9.0.1", &here, all, false);
         check(Door::Internal(only), "10.244.1.7", &here, only, true);
+        let (here, there) = (backend("[fd00:244:0:1::2]:80", true), backend("[fd00:244:0:2::2]:80", false));
+        check(internal, "fd00:244:0:1::7", &there, all, true);
+        check(internal, "fd00:244:0:1::2", &here, all, false);
+        check(internal, "fd00:244:0:1::7", &backend("[fd00:9::1]:80", true), all, false);
+        check(internal, "fd00:9::1", &there, all, false);
+        check(external, "2001:db8::1", &here, all, false);
+        check(local, "2001:db8::1", &here, only, true);
     }
 
     #[test]

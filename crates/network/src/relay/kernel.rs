@@ -1,20 +1,24 @@
 //! What the kernel has to do so that connections to addresses that are not this machine's end here: packets with
 //! [`MARK`] are delivered locally. The rules of nftables set the mark.
 
-use std::net::Ipv4Addr;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
+};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use futures::TryStreamExt;
 use rtnetlink::{
     Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
-        route::{RouteProtocol, RouteScope, RouteType},
+        AddressFamily,
+        route::{RouteAttribute, RouteProtocol, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute},
     },
 };
 use tokio::task::JoinHandle;
 
-use crate::routes::PROTOCOL;
+use crate::{proxy::family::Family, routes::PROTOCOL};
 
 /// The bit of the packet's mark.
 pub const MARK: u32 = 0x2000;
@@ -50,44 +54,66 @@ fn there(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
     }
 }
 
-/// Adds the rule and the route.
+/// Whether this machine has a family at all.
+fn has(family: Family) -> bool {
+    family == Family::V4 || Path::new("/proc/sys/net/ipv6").exists()
+}
+
+const fn number(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+/// Adds the rule and the route of a family.
 ///
 /// # Errors
-/// If the kernel refuses.
-pub async fn prepare() -> anyhow::Result<()> {
+/// If the machine does not have it, or the kernel refuses.
+pub async fn prepare(family: Family) -> anyhow::Result<()> {
+    ensure!(has(family), "this machine has no {}", family.name());
     let kernel = connect()?;
-    let route = RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+    let anywhere = family.pick([IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)]);
+    let route = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(anywhere, 0)?
+        .table_id(TABLE)
         .kind(RouteType::Local)
         .scope(RouteScope::Host)
         .output_interface(LOOPBACK)
         .protocol(RouteProtocol::from(PROTOCOL))
-        .table_id(TABLE)
         .build();
     there(kernel.handle.route().add(route).execute().await).context("add the relay's route")?;
-    let mut rule = kernel.handle.rule().add().v4().table_id(TABLE).priority(PRIORITY).fw_mark(MARK);
+    let mut rule = kernel.handle.rule().add().table_id(TABLE).priority(PRIORITY).fw_mark(MARK);
+    rule.message_mut().header.family = number(family);
     rule.message_mut().attributes.push(RuleAttribute::FwMask(MARK));
     there(rule.action(RuleAction::ToTable).execute().await).context("add the relay's routing rule")
 }
 
-/// Takes them away.
+/// Takes them away, of both families.
 ///
 /// # Errors
 /// If the kernel refuses.
 pub async fn remove() -> anyhow::Result<()> {
     let kernel = connect()?;
-    let mut rules = std::pin::pin!(kernel.handle.rule().get(IpVersion::V4).execute());
-    while let Some(rule) = rules.try_next().await.context("list routing rules")? {
-        if rule.attributes.contains(&RuleAttribute::Table(TABLE)) {
-            kernel.handle.rule().del(rule).execute().await.context("remove the relay's routing rule")?;
+    for family in Family::ALL.into_iter().filter(|family| has(*family)) {
+        let version = match family {
+            Family::V4 => IpVersion::V4,
+            Family::V6 => IpVersion::V6,
+        };
+        let mut rules = std::pin::pin!(kernel.handle.rule().get(version).execute());
+        while let Some(rule) = rules.try_next().await.context("list routing rules")? {
+            if rule.attributes.contains(&RuleAttribute::Table(TABLE)) {
+                kernel.handle.rule().del(rule).execute().await.context("remove the relay's routing rule")?;
+            }
         }
-    }
-    let question = RouteMessageBuilder::<Ipv4Addr>::new().table_id(TABLE).build();
-    let mut routes = std::pin::pin!(kernel.handle.route().get(question).execute());
-    while let Some(route) = routes.try_next().await.context("list the relay's routes")? {
-        use rtnetlink::packet_route::route::RouteAttribute;
-        if route.attributes.contains(&RouteAttribute::Table(TABLE)) {
-            kernel.handle.route().del(route).execute().await.context("remove the relay's route")?;
+        // With a destination the kernel would say what it does with that.
+        let mut question = RouteMessageBuilder::<IpAddr>::new().build();
+        question.header.address_family = number(family);
+        let mut routes = std::pin::pin!(kernel.handle.route().get(question).execute());
+        while let Some(route) = routes.try_next().await.context("list the relay's routes")? {
+            if route.attributes.contains(&RouteAttribute::Table(TABLE)) {
+                kernel.handle.route().del(route).execute().await.context("remove the relay's route")?;
+            }
         }
     }
     Ok(())

@@ -19,7 +19,7 @@ use std::{
     collections::HashMap,
     fmt::Write as _,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -39,7 +39,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::verdict::{self, Verdict};
+use crate::{
+    proxy::family::Family,
+    verdict::{self, Verdict},
+};
 use carry::{End, Means, finished, fragile};
 use choice::Affinities;
 use table::{Backend, Table};
@@ -47,7 +50,7 @@ use table::{Backend, Table};
 /// How the relay works.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The port on 127.0.0.1 that connections are handed to.
+    /// The port on 127.0.0.1 and ::1 that connections are handed to.
     pub port: u16,
     /// How long an endpoint has before the next one is tried as well.
     pub attempt_delay: Duration,
@@ -93,7 +96,7 @@ pub struct ForProxy {
     /// What is to be relayed.
     pub tables: watch::Sender<Arc<Table>>,
     /// Where the relay listens, while it does.
-    pub port: watch::Receiver<Option<u16>>,
+    pub listens: watch::Receiver<Option<Listens>>,
     /// Whether Services are relayed that do not say.
     pub default: bool,
 }
@@ -104,14 +107,35 @@ pub struct ForRelay {
     /// What is to be relayed.
     pub tables: watch::Receiver<Arc<Table>>,
     /// Where it listens.
-    pub port: watch::Sender<Option<u16>>,
+    pub listens: watch::Sender<Option<Listens>>,
+}
+
+/// Where a relay listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listens {
+    /// The port.
+    pub port: u16,
+    /// Whether on ::1 as well: not every machine has IPv6.
+    pub six: bool,
+}
+
+impl Listens {
+    /// The families of the connections that it takes.
+    pub fn families(self) -> impl Iterator<Item = Family> {
+        Family::ALL.into_iter().filter(move |family| *family == Family::V4 || self.six)
+    }
+
+    /// The address in a family.
+    pub const fn on(self, family: Family) -> SocketAddr {
+        SocketAddr::new(family.pick([IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)]), self.port)
+    }
 }
 
 /// The two ends. `default` is for Services that do not say.
 pub fn link(default: bool) -> (ForProxy, ForRelay) {
     let (tables, table) = watch::channel(Arc::default());
-    let (told, port) = watch::channel(None);
-    (ForProxy { tables, port, default }, ForRelay { tables: table, port: told })
+    let (told, listens) = watch::channel(None);
+    (ForProxy { tables, listens, default }, ForRelay { tables: table, listens: told })
 }
 
 /// Counted since the start.
@@ -175,14 +199,17 @@ impl Relay {
     /// # Errors
     /// If the port is taken, or the kernel cannot hand connections over.
     pub async fn run(&self, stop: CancellationToken) -> anyhow::Result<()> {
-        kernel::prepare().await?;
-        let port = self.shared.config.port;
-        let listener = listen(port).with_context(|| {
+        kernel::prepare(Family::V4).await?;
+        let mut listens = Listens { port: self.shared.config.port, six: false };
+        let listener = listen(listens.on(Family::V4)).with_context(|| {
+            let port = listens.port;
             format!("the relay cannot listen on 127.0.0.1:{port}: choose another port with --relay-port")
         })?;
-        let port = listener.local_addr()?.port();
-        self.shared.link.port.send_replace(Some(port));
-        let _guard = Told(&self.shared.link.port);
+        listens.port = listener.local_addr()?.port();
+        let six = self.six(listens).await;
+        listens.six = six.is_some();
+        self.shared.link.listens.send_replace(Some(listens));
+        let _guard = Told(&self.shared.link.listens);
         let mut verdicts = self.shared.verdicts.clone();
         verdicts.mark_changed();
         let mut deaf = false;
@@ -195,7 +222,7 @@ impl Relay {
                     deaf = changed.is_err();
                     self.shared.judge(&verdicts.borrow_and_update().clone());
                 }
-                accepted = listener.accept() => match accepted {
+                accepted = accept(&listener, six.as_ref()) => match accepted {
                     Ok((client, from)) => {
                         Counters::add(&self.shared.counters.accepted);
                         // Dropped from here on it is reset; a client that is told so connects anew at once.
@@ -204,7 +231,7 @@ impl Relay {
                             Counters::add(&self.shared.counters.full);
                         } else {
                             let shared = self.shared.clone();
-                            connections.spawn(async move { shared.serve(client, from, port).await });
+                            connections.spawn(async move { shared.serve(client, from, listens).await });
                         }
                     }
                     // Out of files, most likely: do not spin.
@@ -217,6 +244,22 @@ impl Relay {
         }
         connections.shutdown().await;
         Ok(())
+    }
+
+    /// Listens for IPv6, if this machine has it. What it does not take is served by the rules.
+    async fn six(&self, listens: Listens) -> Option<TcpListener> {
+        let listening = async {
+            kernel::prepare(Family::V6).await?;
+            let to = listens.on(Family::V6);
+            listen(to).with_context(|| format!("listen on {to}"))
+        };
+        match listening.await {
+            Ok(listener) => Some(listener),
+            Err(error) => {
+                tracing::warn!("the relay takes no connections of IPv6: {error:#}");
+                None
+            }
+        }
     }
 
     /// The counters, for Prometheus.
@@ -254,7 +297,7 @@ impl Relay {
 }
 
 /// Nobody listens any more when this is dropped.
-struct Told<'a>(&'a watch::Sender<Option<u16>>);
+struct Told<'a>(&'a watch::Sender<Option<Listens>>);
 
 impl Drop for Told<'_> {
     fn drop(&mut self) {
@@ -262,15 +305,34 @@ impl Drop for Told<'_> {
     }
 }
 
-fn listen(port: u16) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+fn listen(on: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(on), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     // It takes connections to addresses that are not ours.
-    socket.set_ip_transparent_v4(true)?;
+    transparent(&socket, Family::of(on.ip()))?;
     socket.set_nonblocking(true)?;
-    socket.bind(&SocketAddr::from(([127, 0, 0, 1], port)).into())?;
+    socket.bind(&on.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
+}
+
+/// Lets a socket have an address that is not ours.
+fn transparent(socket: &Socket, family: Family) -> io::Result<()> {
+    match family {
+        Family::V4 => socket.set_ip_transparent_v4(true),
+        Family::V6 => socket.set_ip_transparent_v6(true),
+    }
+}
+
+/// The next connection, of either family.
+async fn accept(four: &TcpListener, six: Option<&TcpListener>) -> io::Result<(TcpStream, SocketAddr)> {
+    match six {
+        None => four.accept().await,
+        Some(six) => tokio::select! {
+            accepted = four.accept() => accepted,
+            accepted = six.accept() => accepted,
+        },
+    }
 }
 
 /// One more open connection; one less when dropped.
@@ -312,8 +374,8 @@ impl Shared {
         }
     }
 
-    async fn serve(&self, client: TcpStream, from: SocketAddr, port: u16) {
-        let Some(to) = destination(&client, port) else {
+    async fn serve(&self, client: TcpStream, from: SocketAddr, listens: Listens) {
+        let Some(to) = destination(&client, listens) else {
             return Counters::add(&self.counters.unknown);
         };
         let table = self.link.tables.borrow().clone();
@@ -384,9 +446,13 @@ impl Shared {
     async fn connect(&self, backend: &Backend, source: Option<IpAddr>) -> io::Result<(TcpStream, CancellationToken)> {
         let alive = self.alive(backend);
         let connecting = async {
-            let socket = TcpSocket::new_v4()?;
+            let family = Family::of(backend.address.ip());
+            let socket = match family {
+                Family::V4 => TcpSocket::new_v4()?,
+                Family::V6 => TcpSocket::new_v6()?,
+            };
             if let Some(source) = source {
-                SockRef::from(&socket).set_ip_transparent_v4(true)?;
+                transparent(&SockRef::from(&socket), family)?;
                 socket.bind(SocketAddr::new(source, 0))?;
             }
             socket.connect(backend.address).await
@@ -425,14 +491,21 @@ impl Shared {
 }
 
 /// Where the client wanted to go.
-fn destination(client: &TcpStream, port: u16) -> Option<SocketAddr> {
-    let local = client.local_addr().ok()?;
+fn destination(client: &TcpStream, listens: Listens) -> Option<SocketAddr> {
+    // What else stands in an address of IPv6 (its flow label) is nobody's name.
+    let plain = |address: SocketAddr| SocketAddr::new(address.ip(), address.port());
+    let local = plain(client.local_addr().ok()?);
     // Handed over by TPROXY it is the socket's own address.
-    if !(local.ip().is_loopback() && local.port() == port) {
+    if !(local.ip().is_loopback() && local.port() == listens.port) {
         return Some(local);
     }
     // Redirected, or somebody came here on purpose.
-    let to = SockRef::from(client).original_dst_v4().ok()?.as_socket()?;
+    let socket = SockRef::from(client);
+    let to = match Family::of(local.ip()) {
+        Family::V4 => socket.original_dst_v4(),
+        Family::V6 => socket.original_dst_v6(),
+    };
+    let to = plain(to.ok()?.as_socket()?);
     (to != local).then_some(to)
 }
 

@@ -11,7 +11,11 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
 
 use crate::{
-    proxy::endpoints::{self, Endpoint, Endpoints, Scope, View},
+    proxy::{
+        endpoints::{self, Endpoint, Endpoints, Scope, View},
+        family::Family,
+        rules::{RELAYED, RELAYED_PORTS},
+    },
     verdict::Verdict,
 };
 
@@ -59,31 +63,18 @@ pub enum Door {
 }
 
 /// All that the relay serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     /// By the Service's address and port.
     pub addresses: BTreeMap<SocketAddr, (Door, Arc<Route>)>,
-    /// By a node's port.
-    pub ports: BTreeMap<u16, (Door, Arc<Route>)>,
+    /// By a node's port, in a family.
+    pub ports: BTreeMap<(Family, u16), (Door, Arc<Route>)>,
     /// The addresses of all pods.
-    pub cluster_cidr: IpNet,
+    pub pods: Vec<IpNet>,
     /// Those of this node's pods.
     pub own_pods: Vec<IpNet>,
     /// This node's own addresses.
     pub own: Vec<IpAddr>,
-}
-
-impl Default for Table {
-    fn default() -> Table {
-        let nobody = IpNet::from(IpAddr::from([0, 0, 0, 0]));
-        Table {
-            addresses: BTreeMap::new(),
-            ports: BTreeMap::new(),
-            cluster_cidr: nobody,
-            own_pods: Vec::new(),
-            own: Vec::new(),
-        }
-    }
 }
 
 /// Whether a Service is the relay's.
@@ -101,22 +92,24 @@ fn annotation<'a>(service: &'a Service, name: &str) -> Option<&'a str> {
 
 impl Table {
     /// What is to be relayed. `default` is for Services that do not say.
-    pub fn of(view: &View<'_>, default: bool, cluster_cidr: IpNet, own: &[IpAddr]) -> Table {
-        let own_pods = view.state.machine(view.me).map(|m| m.pods.clone()).unwrap_or_default();
-        let mut table = Table { cluster_cidr, own_pods, own: own.to_vec(), ..Table::default() };
-        for (namespace, name, service, slices) in view.services() {
-            let Some(cluster_ip) = endpoints::cluster_ip(service).filter(|_| wanted(service, default)) else {
-                continue;
-            };
+    pub fn of(view: &View<'_>, default: bool, pods: Vec<IpNet>, own: &[IpAddr]) -> Table {
+        let me = view.state.machine(view.me);
+        let own_pods = me.map(|m| m.pods.clone()).unwrap_or_default();
+        // One of each family, at least where the Node says so.
+        let own = own.iter().chain(me.iter().flat_map(|m| &m.addresses)).copied().collect();
+        let mut table = Table { pods, own_pods, own, ..Table::default() };
+        for served in view.services() {
+            let service = served.service;
+            let Some(cluster_ip) = served.cluster_ip.filter(|_| wanted(service, default)) else { continue };
             let (internal, external) = endpoints::policies(service);
             let proxy_protocol = annotation(service, PROXY_PROTOCOL) == Some("v2");
             let affinity = endpoints::affinity(service).map(|s| Duration::from_secs(s.into()));
             let tcp = |p: &&k8s_openapi::api::core::v1::ServicePort| p.protocol.as_deref().unwrap_or("TCP") == "TCP";
-            for port in service.spec.iter().flat_map(|s| s.ports.iter().flatten()).filter(tcp) {
+            for port in served.ports().filter(tcp) {
                 let Ok(number) = u16::try_from(port.port) else { continue };
-                let known = Endpoints::of(port, &slices, view);
+                let known = Endpoints::of(port, &served.slices, view);
                 let route = Arc::new(Route {
-                    service: format!("{namespace}/{name}:{number}"),
+                    service: format!("{}/{}:{number}", served.namespace, served.name),
                     cluster: tiers(&known, Scope::Cluster, view),
                     local: tiers(&known, Scope::Local, view),
                     affinity,
@@ -126,17 +119,17 @@ impl Table {
                 let serves = |scope: Scope| !route.tiers(scope).is_empty();
                 if serves(internal) {
                     let door = (Door::Internal(internal), route.clone());
-                    table.addresses.insert(SocketAddr::new(cluster_ip.into(), number), door);
+                    table.addresses.insert(SocketAddr::new(cluster_ip, number), door);
                 }
                 if !serves(external) {
                     continue;
                 }
                 let door = (Door::External(external), route.clone());
-                for ip in endpoints::external(service) {
-                    table.addresses.insert(SocketAddr::new(ip.into(), number), door.clone());
+                for ip in served.external() {
+                    table.addresses.insert(SocketAddr::new(ip, number), door.clone());
                 }
                 if let Some(node_port) = port.node_port.and_then(|n| u16::try_from(n).ok()).filter(|n| *n > 0) {
-                    table.ports.insert(node_port, door.clone());
+                    table.ports.insert((served.family, node_port), door.clone());
                 }
             }
         }
@@ -145,13 +138,14 @@ impl Table {
 
     /// Who serves a connection to this address.
     pub fn find(&self, to: SocketAddr) -> Option<&(Door, Arc<Route>)> {
-        self.addresses.get(&to).or_else(|| self.ports.get(&to.port()))
+        self.addresses.get(&to).or_else(|| self.ports.get(&(Family::of(to.ip()), to.port())))
     }
 
     /// Of the sets of nftables: set and element.
     pub fn elements(&self) -> BTreeSet<(&'static str, String)> {
-        let addresses = self.addresses.keys().map(|a| ("relayed", format!("{} . {}", a.ip(), a.port())));
-        addresses.chain(self.ports.keys().map(|p| ("relayed_ports", p.to_string()))).collect()
+        let addresses =
+            self.addresses.keys().map(|a| (Family::of(a.ip()).pick(RELAYED), format!("{} . {}", a.ip(), a.port())));
+        addresses.chain(self.ports.keys().map(|(f, port)| (f.pick(RELAYED_PORTS), port.to_string()))).collect()
     }
 }
 
@@ -195,7 +189,7 @@ mod tests {
             "addressType": "IPv4", "ports": [{"name": "", "port": 8080}], "endpoints": endpoints});
         known.slices.extend([state::slice(serde_json::from_value(slice).unwrap())]);
         let verdicts: BTreeMap<String, Verdict> = verdicts.iter().map(|(n, v)| ((*n).to_owned(), *v)).collect();
-        Table::of(&View::new(&known, "me", &verdicts), false, "10.244.0.0/16".parse().unwrap(), &[])
+        Table::of(&View::new(&known, "me", &verdicts), false, vec!["10.244.0.0/16".parse().unwrap()], &[])
     }
 
     fn elements(table: &Table) -> Vec<String> {
@@ -211,7 +205,7 @@ mod tests {
         let check = |annotations: &Value, spec: &Value, endpoints: &[(&str, &str)], expect: &[&str]| {
             assert_eq!(elements(&table(annotations.clone(), spec.clone(), endpoints, &[])), expect);
         };
-        let all = ["relayed 10.96.0.9 . 80", "relayed 192.0.2.7 . 80", "relayed_ports 30080"];
+        let all = ["relayed4 10.96.0.9 . 80", "relayed4 192.0.2.7 . 80", "relayed_ports4 30080"];
         check(&yes, &spec, one, &all);
         check(&json!({}), &spec, one, &[]);
         check(&json!({ANNOTATION: "false"}), &spec, one, &[]);

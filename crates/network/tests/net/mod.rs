@@ -3,9 +3,12 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 
@@ -56,7 +59,10 @@ impl Net {
             ));
         }
         // Addresses of Services are routed somewhere on any node that has a default route.
-        sh(&format!("ip -n {0}-node route add default via 192.168.77.2", net.prefix));
+        sh(&format!(
+            "ip -n {0}-node route add default via 192.168.77.2; ip -n {0}-node route add default via fd00:0::2",
+            net.prefix
+        ));
         net
     }
 
@@ -67,7 +73,7 @@ impl Net {
         let nft = ["nsenter".to_owned(), format!("--net=/run/netns/{}-node", self.prefix), "nft".to_owned()];
         ProxyConfig {
             node_name: "here".into(),
-            cluster_cidr: "10.244.0.0/16".parse().unwrap(),
+            cluster_cidrs: ["10.244.0.0/16", "fd00:1::/64", "fd00:2::/64"].map(|net| net.parse().unwrap()).to_vec(),
             nft: nft.to_vec(),
             ..Default::default()
         }
@@ -156,7 +162,7 @@ impl Net {
     /// Says its name on every connection to port 8080 and then repeats what it hears; answers datagrams with its name.
     pub fn echo(&self, host: &'static str) {
         let (tcp, udp) = inside(&self.namespace(host), || {
-            (TcpListener::bind("[::]:8080").unwrap(), UdpSocket::bind("0.0.0.0:8080").unwrap())
+            (TcpListener::bind("[::]:8080").unwrap(), UdpSocket::bind("[::]:8080").unwrap())
         });
         std::thread::spawn(move || {
             for stream in tcp.incoming() {
@@ -178,6 +184,25 @@ impl Net {
                 let _ = udp.send_to(host.as_bytes(), from);
             }
         });
+    }
+
+    /// Listens in a host and tells who came, and what they said first.
+    pub fn listen(&self, host: &str) -> mpsc::Receiver<(IpAddr, Vec<u8>)> {
+        let listener = inside(&self.namespace(host), || TcpListener::bind("[::]:8080").unwrap());
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let from = stream.peer_addr().unwrap().ip().to_canonical();
+                let _ = stream.write_all(b"\n");
+                let mut said = Vec::new();
+                let _ = stream.read_to_end(&mut said);
+                if tell.send((from, said)).is_err() {
+                    return;
+                }
+            }
+        });
+        told
     }
 
     /// Whatever goes to a host or comes from it vanishes, as when its power is cut; or comes through again.
@@ -238,7 +263,8 @@ impl Net {
     pub fn udp(&self, host: &str, to: &str) -> UdpSocket {
         let to: SocketAddr = to.parse().unwrap();
         inside(&self.namespace(host), move || {
-            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            let socket = UdpSocket::bind(any).unwrap();
             socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
             socket.connect(to).unwrap();
             socket
