@@ -37,6 +37,7 @@ async fn server(dir: &std::path::Path) -> Client {
         paths: None,
         shared_store: false,
         tolerations: Default::default(),
+        access: Default::default(),
     };
     let server = Server::start(config, store, CancellationToken::new()).await.unwrap();
     seawall_client::in_process(move |request| {

@@ -42,6 +42,7 @@ impl Cluster {
             paths: None,
             shared_store: false,
             tolerations: Default::default(),
+            access: Default::default(),
         };
         let stop = CancellationToken::new();
         let server = Server::start(config, Arc::new(store), stop.clone()).await.unwrap();

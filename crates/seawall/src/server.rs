@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     VERSION,
+    access::AccessOptions,
     certs::ServerCertificates,
     encryption,
     etcd::{members, process},
@@ -97,6 +98,8 @@ pub struct Args {
     timing: TimingOptions,
     #[command(flatten)]
     eviction: EvictionOptions,
+    #[command(flatten)]
+    access: AccessOptions,
 }
 
 impl Args {
@@ -268,6 +271,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let machine = Arc::new(Machine::new(args.machine.clone())?);
     machine.may_run_pods()?;
     let rules = args.encryption_provider_config.as_deref().map(encryption::read).transpose()?;
+    let access = args.access.resolve()?;
     // As many connections and watches as the machine allows.
     raise_open_files();
     let mut signal = tokio::spawn(wait_for_signal());
@@ -313,7 +317,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {address} (--bind-address, --port): is another server running?"))?;
     let this: Arc<OnceLock<Weak<Server>>> = Arc::default();
     let (store, sealed) = encryption::wrap(&opened.store, rules);
-    let config = server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this)?;
+    let config =
+        Config { access, ..server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this)? };
     let server = tokio::select! {
         server = start(config, &store, &stop) => server?,
         _ = &mut signal => {
@@ -382,6 +387,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     }
     stop.cancel();
     let _ = serving.await;
+    server.flush_audit().await;
     if let Some(members) = &opened.members {
         let _ = tokio::time::timeout(Duration::from_secs(3), members.step_down()).await;
     }
@@ -455,6 +461,7 @@ fn server_config(
             not_ready: timing.not_ready_toleration.as_secs(),
             unreachable: timing.unreachable_toleration.as_secs(),
         },
+        access: Default::default(),
     })
 }
 

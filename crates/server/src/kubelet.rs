@@ -18,6 +18,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
     Context, Server,
+    audit::Trail,
     encode::{Body, full},
     error::{ApiError, Result},
     request::{Query, ResourcePath},
@@ -182,7 +183,10 @@ impl Server {
         }
         let upstream = hyper::upgrade::on(&mut response);
         let stop = self.stop.clone();
+        let trail = parts.extensions.get::<Arc<Trail>>().cloned();
         tokio::spawn(async move {
+            // The request ends with the connection.
+            let _trail = trail;
             let (client, upstream) = match tokio::try_join!(client, upstream) {
                 Ok(both) => both,
                 Err(error) => {

@@ -3,9 +3,11 @@
 //! A request passes, from top to bottom of [`Server::handle`]: authentication, the size limit, routing, authorization,
 //! and then a verb ([`read`], [`watch`], [`write`]) or a special one ([`subresource`], [`kubelet`], [`review`]).
 
+pub mod access;
 mod admission;
 mod allocate;
 mod apply;
+pub mod audit;
 pub mod auth;
 mod bootstrap;
 mod cache;
@@ -98,6 +100,8 @@ pub struct Config {
     pub shared_store: bool,
     /// How long pods stay on nodes that are not well, if they do not say.
     pub tolerations: Tolerations,
+    /// What was said of access to this server.
+    pub access: access::Access,
 }
 
 /// How many seconds a pod stays on a node that is not ready, or not heard of, if it does not say.
@@ -174,6 +178,7 @@ pub(crate) struct Context<'a> {
     pub fence: Option<Fence>,
     pub recording: apply::Recording,
     pub warnings: Arc<Mutex<Vec<String>>>,
+    pub audit: Option<Arc<audit::Trail>>,
 }
 
 impl<'a> Context<'a> {
@@ -204,6 +209,7 @@ impl<'a> Context<'a> {
             fence: None,
             recording: apply::Recording::OfPath,
             warnings: Arc::default(),
+            audit: None,
         }
     }
 
@@ -221,6 +227,13 @@ impl<'a> Context<'a> {
     /// The namespace in the URL; empty for a cluster-scoped resource.
     pub fn namespace(&self) -> &str {
         self.path.namespace.as_deref().unwrap_or_default()
+    }
+
+    /// Says something more in the audit log, if the request is audited.
+    pub fn annotate(&self, key: &str, value: impl Into<String>) {
+        if let Some(trail) = &self.audit {
+            trail.annotate(key, value.into());
+        }
     }
 
     /// Sends warnings along with the answer (<https://kubernetes.io/docs/reference/using-api/api-concepts/#warnings>).
@@ -338,8 +351,11 @@ impl Server {
         let form = encode::negotiate(&parts.headers, false);
         let media = form.map_or(encode::Media::Json, |form| form.media);
         let observed = metrics::Observed::of(&parts);
-        let response = match self.route(&mut parts, body, user).await {
-            Ok(response) => response,
+        let id = audit::begin(&mut parts);
+        let outcome = self.route(&mut parts, body, user).await;
+        let trail = parts.extensions.remove::<Arc<audit::Trail>>();
+        let mut response = match outcome {
+            Ok(response) => audit::answered(trail, response, None),
             Err(error) => {
                 let mut response = encode::value(error.code, &error.status(), media);
                 if let Some(seconds) = error.retry_after {
@@ -348,9 +364,10 @@ impl Server {
                 if error.code == StatusCode::UNAUTHORIZED {
                     response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
                 }
-                response
+                audit::answered(trail, response, Some(&error))
             }
         };
+        response.headers_mut().insert(audit::ID, id);
         self.metrics.observe(observed, response.status(), started.elapsed());
         response
     }
@@ -360,8 +377,10 @@ impl Server {
         B: http_body::Body<Data = Bytes> + Send,
         B::Error: Into<BodyError>,
     {
-        let user = self.authenticate(parts, user).await?;
-        let user = auth::impersonate(&*self.authorizer, user, &mut parts.headers)?;
+        let user = self.authenticate(parts, user).await;
+        let trail = self.audit(parts, user.as_ref().ok());
+        let user = auth::impersonate(&*self.authorizer, user?, &mut parts.headers)?;
+        audit::note(trail.as_ref(), |trail| trail.impersonated(&user));
         let path = parts.uri.path().to_owned();
         let query = Query::parse(parts.uri.query());
         let Some(target) = ResourcePath::parse(&path) else {
@@ -369,13 +388,15 @@ impl Server {
             if paths::is_open(&path) || path.starts_with(paths::PREFIX) {
                 return self.extra_path(&user, &verb, parts, body).await;
             }
-            self.authorize_path(&user, &verb, &path)?;
+            self.authorize_path(&user, &verb, parts)?;
             return self.plain(&parts.method, &path, &query, &parts.headers).await;
         };
         let verb = verb(&parts.method, &target, &query);
         let fields = field_selector(verb, &query);
         let attributes = Attributes::of(verb, &target, &fields);
-        if let Err(why) = self.authorizer.authorize(&user, &attributes) {
+        let decision = self.authorizer.authorize(&user, &attributes);
+        audit::note(trail.as_ref(), |trail| trail.decided(&decision));
+        if let Err(why) = decision {
             return Err(denied(&user, &attributes, &why));
         }
         let served = self.served(&target).await?;
@@ -394,8 +415,15 @@ impl Server {
         let headers = std::mem::take(&mut parts.headers);
         let context = Context::of(&self.registry, user, target, row, &served, query, headers, body);
         let fence = self.fence(&context.headers)?;
-        let form = encode::negotiate(&context.headers, self.speaks_protobuf(&context))?;
-        let context = Context { form, fence, ..context };
+        let protobuf = self.speaks_protobuf(&context);
+        let form = match trail.as_ref().is_some_and(|trail| trail.wants_answer()) {
+            true => {
+                encode::negotiate(&context.headers, false).or_else(|_| encode::negotiate(&context.headers, protobuf))
+            }
+            false => encode::negotiate(&context.headers, protobuf),
+        }?;
+        audit::note(trail.as_ref(), |trail| trail.sent(self, &context));
+        let context = Context { form, fence, audit: trail, ..context };
         if let Some(warning) = context.row.custom.as_ref().and_then(|version| version.deprecation.clone()) {
             context.warn(vec![warning]);
         }
@@ -494,9 +522,11 @@ impl Server {
         Ok(Some(Fence { key: row.key(namespace, name).into(), created }))
     }
 
-    fn authorize_path(&self, user: &UserInfo, verb: &str, path: &str) -> Result<()> {
-        let attributes = Attributes { verb, path, ..Default::default() };
-        self.authorizer.authorize(user, &attributes).map(|_| ()).map_err(|why| {
+    fn authorize_path(&self, user: &UserInfo, verb: &str, parts: &Parts) -> Result<()> {
+        let path = parts.uri.path();
+        let decision = self.authorizer.authorize(user, &Attributes { verb, path, ..Default::default() });
+        audit::note(parts.extensions.get(), |trail| trail.decided(&decision));
+        decision.map(|_| ()).map_err(|why| {
             let why = if why.is_empty() { why } else { format!(": {why}") };
             ApiError::forbidden_path(format!("forbidden: User {:?} cannot {verb} path {path:?}{why}", user.username))
         })

@@ -184,6 +184,9 @@ impl Server {
         if let Some(more) = self.metrics.more.get() {
             text = joined(&text, &more());
         }
+        if let Some(audit) = &self.config.access.audit {
+            text = joined(&text, &audit.metrics());
+        }
         let mut response = Response::new(full(text));
         let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Server, StartError,
+    audit::Peer,
     auth::UserInfo,
     pki::Pair,
     tls::{self, ClientAuthorities, ServingCertificate, server_config},
@@ -66,8 +67,8 @@ async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, s
             accepted = listener.accept() => accepted,
             () = stop.cancelled() => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match accepted {
+            Ok((stream, peer)) => (stream, Peer(peer.ip())),
             Err(error) => {
                 // Too many open files: give up the processor until some are closed.
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -99,8 +100,9 @@ async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, s
             if life.is_zero() {
                 return;
             }
-            let service = service_fn(move |request: Request<Incoming>| {
+            let service = service_fn(move |mut request: Request<Incoming>| {
                 let (server, user) = (server.clone(), user.clone());
+                request.extensions_mut().insert(from);
                 async move { Ok::<_, Infallible>(server.handle(request, user).await) }
             });
             let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();

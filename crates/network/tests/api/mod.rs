@@ -41,6 +41,7 @@ impl Cluster {
             paths: None,
             shared_store: false,
             tolerations: Default::default(),
+            access: Default::default(),
         };
         let store = Arc::new(Embedded::open(&directory.path().join("store"), Default::default()).unwrap());
         let server = Server::start(config, store, CancellationToken::new()).await.unwrap();

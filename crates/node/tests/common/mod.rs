@@ -112,6 +112,7 @@ impl Cluster {
             paths: None,
             shared_store: false,
             tolerations: Default::default(),
+            access: Default::default(),
         };
         let tls = serve::tls(&serving, &authority.pem).unwrap();
         let server = Server::start(server_config, store, stop.child_token()).await.unwrap();

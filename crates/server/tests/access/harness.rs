@@ -6,6 +6,7 @@ use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use seawall_server::{
     Config, Server,
+    access::Access,
     auth::{MASTERS, NODES, UserInfo},
     pki::{Authority, service_account_key},
 };
@@ -36,6 +37,11 @@ pub fn message(answer: &Answer) -> &str {
 
 impl Api {
     pub async fn new() -> Api {
+        Api::with(Access::default()).await
+    }
+
+    /// With what was said of access at start.
+    pub async fn with(access: Access) -> Api {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let dir = tempfile::tempdir().unwrap();
         let store: Arc<dyn Store> = Arc::new(Embedded::open(&dir.path().join("store"), Default::default()).unwrap());
@@ -55,12 +61,19 @@ impl Api {
             paths: None,
             shared_store: false,
             tolerations: Default::default(),
+            access,
         };
         let stop = CancellationToken::new();
         let server = Server::start(config, store, stop.clone()).await.unwrap();
         let api = Api { server, authority, _stop: stop.drop_guard(), _dir: dir };
         api.create("/api/v1/namespaces/default/serviceaccounts", json!({"metadata": {"name": "default"}})).await;
         api
+    }
+
+    /// A request as it is, without a user.
+    pub async fn raw(&self, request: http::request::Builder, body: Value) -> http::Response<seawall_server::Body> {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        self.server.handle(request.body(Full::new(bytes::Bytes::from(body))).unwrap(), None).await
     }
 
     async fn send(&self, method: Method, path: &str, kind: &str, body: Value, who: Who<'_>) -> Answer {

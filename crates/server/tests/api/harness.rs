@@ -43,6 +43,7 @@ impl Api {
             paths: None,
             shared_store: false,
             tolerations: Default::default(),
+            access: Default::default(),
         };
         let server = Server::start(config.clone(), store.clone(), CancellationToken::new()).await.unwrap();
         let api = Api { server, config, store, user: Some(UserInfo::new("admin", &[MASTERS])), _dir: dir };
