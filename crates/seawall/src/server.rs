@@ -41,7 +41,7 @@ use crate::{
     etcd::{members, process},
     files::{Files, ServerState, StoreKind},
     gossip, join, leave, node,
-    options::{ClusterOptions, Component, EvictionOptions, Machine, MachineOptions, TimingOptions},
+    options::{Cluster, ClusterOptions, Component, EvictionOptions, Machine, MachineOptions, TimingOptions},
     paths::Joining,
     supervise::component,
 };
@@ -271,7 +271,6 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let machine = Arc::new(Machine::new(args.machine.clone())?);
     machine.may_run_pods()?;
     let rules = args.encryption_provider_config.as_deref().map(encryption::read).transpose()?;
-    let access = args.access.resolve()?;
     // As many connections and watches as the machine allows.
     raise_open_files();
     let mut signal = tokio::spawn(wait_for_signal());
@@ -281,6 +280,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         _ = &mut signal => return Ok(()),
     };
     machine.fits(&state.cluster)?;
+    let access = args.access.resolve(&issuer(&state.cluster))?;
     let timing = args.timing.resolve(state.cluster.timing)?;
     let leaving = leave::handle(&machine, &timing)?;
     // Leaders end first, then the API, then etcd.
@@ -368,6 +368,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         leaders.push(component("members", leading.clone(), move |stop| members.clone().look_after(etcd.clone(), stop)));
     }
     leaders.push(certificates.keep(&server, &leading));
+    let (options, own) = (args.access.clone(), issuer(&state.cluster));
+    leaders.push(component("authentication config", leading.clone(), move |stop| {
+        options.clone().keep(own.clone(), access.clone(), stop)
+    }));
     if machine.runs(Component::Agent) {
         let client = in_process(&server, "system:seawall", &[]);
         let name = machine.name.clone();
@@ -449,7 +453,7 @@ fn server_config(
         node_ports: cluster.node_ports.0..=cluster.node_ports.1,
         advertise: (machine.ip, args.port),
         service_account_key: pki::service_account_key(&files.tls())?,
-        issuer: format!("https://kubernetes.default.svc.{}", cluster.domain),
+        issuer: issuer(cluster),
         ca_pem: certificates.authorities().bundle(),
         kubelet_client: (kubelet_client.certificate, kubelet_client.key),
         version: VERSION.to_owned(),
@@ -463,6 +467,11 @@ fn server_config(
         },
         access: Default::default(),
     })
+}
+
+/// Who makes the tokens of service accounts.
+fn issuer(cluster: &Cluster) -> String {
+    format!("https://kubernetes.default.svc.{}", cluster.domain)
 }
 
 /// Says of this machine's Node that a server runs there, as kubeadm does of its own. The node may not say so itself.

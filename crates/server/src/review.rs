@@ -60,7 +60,7 @@ impl Server {
                     review["spec"]["audiences"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
                 let audiences = if asked.is_empty() { vec![self.config.issuer.as_str()] } else { asked };
                 match self.user_of_token(token, &audiences).await {
-                    Ok(user) => json!({"authenticated": true, "user": user, "audiences": audiences}),
+                    Ok((user, audiences)) => json!({"authenticated": true, "user": user, "audiences": audiences}),
                     Err(why) => json!({"authenticated": false, "user": {}, "error": why}),
                 }
             }

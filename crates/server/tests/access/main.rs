@@ -6,5 +6,8 @@ mod audit;
 mod certificates;
 mod harness;
 mod nodes;
+mod oidc;
+#[path = "../common/site.rs"]
+mod site;
 mod tls;
 mod tokens;
