@@ -6,9 +6,12 @@ use arc_swap::ArcSwap;
 
 use crate::{
     audit::Auditor,
-    auth::oidc::{
-        Issuers,
-        config::{AnonymousText, AuthenticationConfiguration, ConfigError, wrong},
+    auth::{
+        oidc::{
+            Issuers,
+            config::{AnonymousText, AuthenticationConfiguration, ConfigError, wrong},
+        },
+        remote::{AccessWebhook, TokenWebhook},
     },
 };
 
@@ -19,6 +22,10 @@ pub struct Access {
     pub audit: Option<Arc<Auditor>>,
     /// Who may come in; it can be exchanged at any time.
     pub authentication: Arc<ArcSwap<Authentication>>,
+    /// Who is asked about tokens that nobody else knows.
+    pub tokens: Option<Arc<TokenWebhook>>,
+    /// Who is asked what users may, beside roles.
+    pub authorizer: Option<Arc<AccessWebhook>>,
 }
 
 /// Who may come in, beside those whom the cluster itself knows

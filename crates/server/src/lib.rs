@@ -380,7 +380,7 @@ impl Server {
     {
         let user = self.authenticate(parts, user).await;
         let trail = self.audit(parts, user.as_ref().ok());
-        let user = auth::impersonate(&*self.authorizer, user?, &mut parts.headers)?;
+        let user = auth::impersonate(&**self, user?, &mut parts.headers).await?;
         audit::note(trail.as_ref(), |trail| trail.impersonated(&user));
         let path = parts.uri.path().to_owned();
         let query = Query::parse(parts.uri.query());
@@ -389,13 +389,13 @@ impl Server {
             if paths::is_open(&path) || path.starts_with(paths::PREFIX) {
                 return self.extra_path(&user, &verb, parts, body).await;
             }
-            self.authorize_path(&user, &verb, parts)?;
+            self.authorize_path(&user, &verb, parts).await?;
             return self.plain(&parts.method, &path, &query, &parts.headers).await;
         };
         let verb = verb(&parts.method, &target, &query);
         let fields = field_selector(verb, &query);
         let attributes = Attributes::of(verb, &target, &fields);
-        let decision = self.authorizer.authorize(&user, &attributes);
+        let decision = self.authorize(&user, &attributes).await;
         audit::note(trail.as_ref(), |trail| trail.decided(&decision));
         if let Err(why) = decision {
             return Err(denied(&user, &attributes, &why));
@@ -529,9 +529,9 @@ impl Server {
         Ok(Some(Fence { key: row.key(namespace, name).into(), created }))
     }
 
-    fn authorize_path(&self, user: &UserInfo, verb: &str, parts: &Parts) -> Result<()> {
+    async fn authorize_path(&self, user: &UserInfo, verb: &str, parts: &Parts) -> Result<()> {
         let path = parts.uri.path();
-        let decision = self.authorizer.authorize(user, &Attributes { verb, path, ..Default::default() });
+        let decision = self.authorize(user, &Attributes { verb, path, ..Default::default() }).await;
         audit::note(parts.extensions.get(), |trail| trail.decided(&decision));
         decision.map(|_| ()).map_err(|why| {
             let why = if why.is_empty() { why } else { format!(": {why}") };

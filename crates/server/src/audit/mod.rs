@@ -10,6 +10,7 @@ pub mod log;
 pub mod policy;
 mod queue;
 mod tap;
+pub mod webhook;
 
 use std::{
     collections::BTreeMap,
@@ -32,6 +33,7 @@ use crate::{
     auth::{UserInfo, authorize},
     encode::Body,
     error::ApiError,
+    outside::kubeconfig::Target,
     request::{Query, ResourcePath, verb},
 };
 use event::{Event, ObjectRef};
@@ -56,12 +58,27 @@ pub struct Auditor {
 }
 
 impl Auditor {
-    /// Opens the log.
+    /// With this policy, and nowhere to write yet.
+    pub fn new(policy: Policy) -> Auditor {
+        Auditor { policy, queues: Vec::new(), events: Default::default() }
+    }
+
+    /// Writes into a file as well.
     ///
     /// # Errors
     /// If it cannot be written to.
-    pub fn open(policy: Policy, log: &log::Options) -> std::io::Result<Auditor> {
-        Ok(Auditor { policy, queues: vec![log::open(log)?], events: Default::default() })
+    pub fn with_log(mut self, options: &log::Options) -> std::io::Result<Auditor> {
+        self.queues.push(log::open(options)?);
+        Ok(self)
+    }
+
+    /// Sends to a webhook as well.
+    ///
+    /// # Errors
+    /// If the credentials cannot be used.
+    pub fn with_webhook(mut self, target: &Target, options: webhook::Options) -> Result<Auditor, String> {
+        self.queues.push(webhook::open(target, options)?);
+        Ok(self)
     }
 
     /// Waits until what happened up to now has been written, but not for long.

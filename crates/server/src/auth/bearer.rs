@@ -45,6 +45,12 @@ impl Server {
                 None => {}
             }
         }
+        if let Some(webhook) = &access.tokens {
+            match webhook.user(token, audiences, &self.config.issuer).await {
+                Ok(known) => return Ok(known),
+                Err(failed) => why.push(failed),
+            }
+        }
         Err(why.join(", "))
     }
 

@@ -7,6 +7,7 @@ mod impersonate;
 pub mod node;
 pub mod oidc;
 pub mod rbac;
+pub mod remote;
 pub mod token;
 
 pub(crate) use impersonate::impersonate;

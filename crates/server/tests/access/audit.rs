@@ -1,17 +1,28 @@
 //! The audit log: what a policy wants is in it, and nothing else.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
-use http::Request;
+use http::{Request, StatusCode};
 use http_body_util::BodyExt;
 use seawall_server::{
     access::Access,
-    audit::{Auditor, log::Options, policy::Policy},
+    audit::{Auditor, log::Options, policy::Policy, webhook},
     auth::{MASTERS, UserInfo},
+    outside::{Credentials, kubeconfig::Target},
 };
 use serde_json::{Value, json};
 
-use super::harness::{Api, message, node};
+use super::{
+    harness::{Api, message, node},
+    site::Site,
+};
 
 const MAPS: &str = "/api/v1/namespaces/default/configmaps";
 const SECRETS: &str = "/api/v1/namespaces/default/secrets";
@@ -32,7 +43,7 @@ impl Log {
                 {{level: None, users: ['system:apiserver']}}, {{level: None, resources: [{{group: '', resources: [serviceaccounts]}}]}}, {rules}]}}"
         );
         let options = Options { path: path.clone(), max_megabytes: 100, max_backups: 0, max_days: 0 };
-        let auditor = Auditor::open(Policy::parse(&policy).unwrap(), &options).unwrap();
+        let auditor = Auditor::new(Policy::parse(&policy).unwrap()).with_log(&options).unwrap();
         let api = Api::with(Access { audit: Some(Arc::new(auditor)), ..Default::default() }).await;
         Log { api, path, _dir: dir }
     }
@@ -260,4 +271,39 @@ async fn admission_has_its_say() {
         serde_json::from_str(notes["validation.policy.admission.k8s.io/validation_failure"].as_str().unwrap()).unwrap();
     let expect = json!([{"message": "never", "policy": "p", "binding": "b", "validationActions": ["Audit"]}]);
     assert_eq!(failure, expect);
+}
+
+#[tokio::test]
+async fn events_are_sent_to_a_webhook_in_lists() {
+    let lists: Arc<Mutex<Vec<Value>>> = Arc::default();
+    let (seen, fails) = (lists.clone(), Arc::new(AtomicUsize::new(1)));
+    let site = Site::new(&["localhost"], move |asked| {
+        // The first list is not taken, and comes again.
+        let failed = fails.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok();
+        if !failed {
+            seen.lock().unwrap().push(asked.body);
+        }
+        let status = if failed { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+        Box::pin(async move { (status, Value::Null) })
+    })
+    .await;
+    let credentials = Credentials { authorities: Some(site.ca.clone()), ..Default::default() };
+    let target = Target { url: format!("https://localhost:{}/audit", site.port), credentials };
+    let options = webhook::Options {
+        batch_max_size: 2,
+        batch_max_wait: Duration::from_secs(3600),
+        initial_backoff: Duration::from_millis(10),
+    };
+    let policy = "{apiVersion: audit.k8s.io/v1, kind: Policy, omitStages: [RequestReceived], rules: [{level: Metadata, nonResourceURLs: [/version]}]}";
+    let auditor = Auditor::new(Policy::parse(policy).unwrap()).with_webhook(&target, options).unwrap();
+    let api = Api::with(Access { audit: Some(Arc::new(auditor)), ..Default::default() }).await;
+    for _ in 0..3 {
+        api.admin("GET", "/version", Value::Null).await;
+    }
+    api.server.flush_audit().await;
+    let lists = lists.lock().unwrap();
+    let sizes: Vec<usize> = lists.iter().map(|list| list["items"].as_array().unwrap().len()).collect();
+    assert_eq!(sizes, [2, 1], "{lists:?}");
+    assert_eq!((&lists[0]["kind"], &lists[0]["apiVersion"]), (&json!("EventList"), &json!("audit.k8s.io/v1")));
+    assert_eq!(lists[0]["items"][1]["requestURI"], "/version");
 }

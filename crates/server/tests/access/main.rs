@@ -7,6 +7,7 @@ mod certificates;
 mod harness;
 mod nodes;
 mod oidc;
+mod remote;
 #[path = "../common/site.rs"]
 mod site;
 mod tls;

@@ -1,6 +1,8 @@
 //! Calls to servers that are not part of the cluster, over TLS: issuers of tokens, and webhooks that decide who somebody is
 //! and what they may.
 
+pub mod kubeconfig;
+
 use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
