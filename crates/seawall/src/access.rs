@@ -11,13 +11,19 @@ use anyhow::{Context as _, bail};
 use arc_swap::ArcSwap;
 use seawall_server::{
     access::{Access, Anonymous, Authentication},
-    audit::{Auditor, log, policy::Policy},
-    auth::oidc::{
-        ALGORITHMS,
-        config::{AuthenticationConfiguration, ClaimRule, IssuerText, JwtAuthenticator, Mapping, Mappings},
+    audit::{Auditor, log, policy::Policy, webhook},
+    auth::{
+        oidc::{
+            ALGORITHMS,
+            config::{AuthenticationConfiguration, ClaimRule, IssuerText, JwtAuthenticator, Mapping, Mappings},
+        },
+        remote::{AccessWebhook, Memory, TokenWebhook, Turn},
     },
+    outside::kubeconfig::{self, Target},
 };
 use tokio_util::sync::CancellationToken;
+
+use crate::options::duration;
 
 /// How often the file of `--authentication-config` is looked at.
 const LOOK: Duration = Duration::from_secs(10);
@@ -36,6 +42,37 @@ pub struct AccessOptions {
     anonymous_auth: Option<bool>,
     #[command(flatten)]
     oidc: OidcOptions,
+    #[command(flatten)]
+    webhooks: WebhookOptions,
+}
+
+/// Who is asked about tokens, and about what users may.
+#[derive(clap::Args, Clone)]
+struct WebhookOptions {
+    /// Ask the webhook of this kubeconfig whose a token is that nobody else knows.
+    #[arg(long, value_name = "FILE")]
+    authentication_token_webhook_config_file: Option<PathBuf>,
+    /// How long its answers are remembered.
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = duration)]
+    authentication_token_webhook_cache_ttl: Duration,
+    /// The version of TokenReview that it is sent; only v1 is spoken.
+    #[arg(long, value_name = "VERSION", default_value = "v1", value_parser = ["v1"])]
+    authentication_token_webhook_version: String,
+    /// Who decides what users may, in this order; Node and RBAC are together and always there.
+    #[arg(long, value_name = "MODE,...", value_delimiter = ',', default_value = "Node,RBAC")]
+    authorization_mode: Vec<String>,
+    /// The kubeconfig of the webhook of --authorization-mode.
+    #[arg(long, value_name = "FILE")]
+    authorization_webhook_config_file: Option<PathBuf>,
+    /// How long is remembered what it allowed.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
+    authorization_webhook_cache_authorized_ttl: Duration,
+    /// How long is remembered what it did not allow.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    authorization_webhook_cache_unauthorized_ttl: Duration,
+    /// The version of SubjectAccessReview that it is sent; only v1 is spoken.
+    #[arg(long, value_name = "VERSION", default_value = "v1", value_parser = ["v1"])]
+    authorization_webhook_version: String,
 }
 
 /// One issuer of tokens (<https://kubernetes.io/docs/reference/access-authn-authz/authentication/#using-flags>).
@@ -74,7 +111,7 @@ struct OidcOptions {
 #[derive(clap::Args, Clone)]
 struct AuditOptions {
     /// Write down what is asked of the API, as this file says (upstream's Policy of audit.k8s.io/v1).
-    #[arg(long, value_name = "FILE", requires = "audit_log_path")]
+    #[arg(long, value_name = "FILE")]
     audit_policy_file: Option<PathBuf>,
     /// The file into which it is written, one line of JSON for each event; - for the output of this process.
     #[arg(long, value_name = "FILE", requires = "audit_policy_file")]
@@ -88,6 +125,18 @@ struct AuditOptions {
     /// How many days they are kept; with 0, for ever.
     #[arg(long, value_name = "DAYS", default_value_t = 366)]
     audit_log_maxage: u32,
+    /// Send it to the webhook of this kubeconfig, in lists of events.
+    #[arg(long, value_name = "FILE", requires = "audit_policy_file")]
+    audit_webhook_config_file: Option<PathBuf>,
+    /// How many events a list has at most.
+    #[arg(long, value_name = "NUMBER", default_value_t = 400, value_parser = clap::value_parser!(u16).range(1..))]
+    audit_webhook_batch_max_size: u16,
+    /// How long an event waits for others at most.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    audit_webhook_batch_max_wait: Duration,
+    /// How long is waited before a list is sent again that was not taken.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    audit_webhook_initial_backoff: Duration,
 }
 
 impl AccessOptions {
@@ -97,7 +146,8 @@ impl AccessOptions {
     /// What is wrong with them; the message names the flag, the field and the value.
     pub fn resolve(&self, own: &str) -> anyhow::Result<Access> {
         let authentication = Arc::new(ArcSwap::from_pointee(self.authentication(own)?));
-        Ok(Access { audit: self.audit.resolve()?.map(Arc::new), authentication })
+        let (tokens, authorizer) = (self.webhooks.tokens()?.map(Arc::new), self.webhooks.authorizer()?.map(Arc::new));
+        Ok(Access { audit: self.audit.resolve()?.map(Arc::new), authentication, tokens, authorizer })
     }
 
     fn authentication(&self, own: &str) -> anyhow::Result<Authentication> {
@@ -208,20 +258,82 @@ impl OidcOptions {
     }
 }
 
+impl WebhookOptions {
+    fn tokens(&self) -> anyhow::Result<Option<TokenWebhook>> {
+        let Some(file) = &self.authentication_token_webhook_config_file else { return Ok(None) };
+        let flag = "--authentication-token-webhook-config-file";
+        let made = TokenWebhook::new(&target(flag, file)?, self.authentication_token_webhook_cache_ttl);
+        made.map(Some).map_err(|why| unusable(flag, file, &why))
+    }
+
+    fn authorizer(&self) -> anyhow::Result<Option<AccessWebhook>> {
+        let modes: Vec<&str> = self.authorization_mode.iter().map(String::as_str).collect();
+        let flag = "--authorization-webhook-config-file";
+        let turn = match modes[..] {
+            ["Node", "RBAC"] | ["RBAC", "Node"] => None,
+            ["Node", "RBAC", "Webhook"] | ["RBAC", "Node", "Webhook"] => Some(Turn::Last),
+            ["Webhook", "Node", "RBAC"] | ["Webhook", "RBAC", "Node"] => Some(Turn::First),
+            _ => bail!(
+                "--authorization-mode {}: write Node,RBAC, with Webhook before or after both if it is to be asked",
+                modes.join(",")
+            ),
+        };
+        match (turn, &self.authorization_webhook_config_file) {
+            (None, None) => Ok(None),
+            (Some(_), None) => bail!("--authorization-mode {}: say with {flag} where the webhook is", modes.join(",")),
+            (None, Some(file)) => {
+                bail!("{flag} {}: it is not asked: write --authorization-mode Node,RBAC,Webhook", file.display())
+            }
+            (Some(turn), Some(file)) => {
+                let memory = Memory {
+                    allowed: self.authorization_webhook_cache_authorized_ttl,
+                    refused: self.authorization_webhook_cache_unauthorized_ttl,
+                };
+                let made = AccessWebhook::new(&target(flag, file)?, turn, memory);
+                made.map(Some).map_err(|why| unusable(flag, file, &why))
+            }
+        }
+    }
+}
+
+fn target(flag: &str, file: &Path) -> anyhow::Result<Target> {
+    kubeconfig::read(file).with_context(|| format!("{flag} {}", file.display()))
+}
+
+fn unusable(flag: &str, file: &Path, why: &str) -> anyhow::Error {
+    anyhow::anyhow!("{flag} {}: {why}: give certificates and keys in PEM", file.display())
+}
+
 impl AuditOptions {
     fn resolve(&self) -> anyhow::Result<Option<Auditor>> {
-        let (Some(file), Some(path)) = (&self.audit_policy_file, &self.audit_log_path) else { return Ok(None) };
+        let Some(file) = &self.audit_policy_file else { return Ok(None) };
         let about = || format!("--audit-policy-file {}", file.display());
+        if self.audit_log_path.is_none() && self.audit_webhook_config_file.is_none() {
+            bail!("{}: give --audit-log-path or --audit-webhook-config-file as well, or nothing is written", about());
+        }
         let text = std::fs::read_to_string(file).with_context(about)?;
-        let policy = Policy::parse(&text).with_context(about)?;
-        let options = log::Options {
-            path: path.clone(),
-            max_megabytes: self.audit_log_maxsize,
-            max_backups: self.audit_log_maxbackup,
-            max_days: self.audit_log_maxage,
-        };
-        let auditor = Auditor::open(policy, &options);
-        auditor.map(Some).with_context(|| format!("--audit-log-path {}: it cannot be written to", path.display()))
+        let mut auditor = Auditor::new(Policy::parse(&text).with_context(about)?);
+        if let Some(path) = &self.audit_log_path {
+            let options = log::Options {
+                path: path.clone(),
+                max_megabytes: self.audit_log_maxsize,
+                max_backups: self.audit_log_maxbackup,
+                max_days: self.audit_log_maxage,
+            };
+            auditor = auditor
+                .with_log(&options)
+                .with_context(|| format!("--audit-log-path {}: it cannot be written to", path.display()))?;
+        }
+        if let Some(file) = &self.audit_webhook_config_file {
+            let flag = "--audit-webhook-config-file";
+            let options = webhook::Options {
+                batch_max_size: self.audit_webhook_batch_max_size.into(),
+                batch_max_wait: self.audit_webhook_batch_max_wait,
+                initial_backoff: self.audit_webhook_initial_backoff,
+            };
+            auditor = auditor.with_webhook(&target(flag, file)?, options).map_err(|why| unusable(flag, file, &why))?;
+        }
+        Ok(Some(auditor))
     }
 }
 
@@ -264,7 +376,7 @@ mod tests {
         check(POLICY, "", &[]);
         check(POLICY, all, &[]);
         check(POLICY, "--audit-log-path -", &["--audit-policy-file <FILE>"]);
-        check(POLICY, "--audit-policy-file DIR/policy", &["--audit-log-path <FILE>"]);
+        check(POLICY, "--audit-policy-file DIR/policy", &["--audit-policy-file /", "give --audit-log-path or"]);
         check(POLICY, &format!("{all} --audit-log-maxsize 0"), &["'0' for '--audit-log-maxsize <MEGABYTES>'"]);
         check(
             POLICY,
@@ -318,5 +430,52 @@ mod tests {
         );
         check("--anonymous-auth=false", &[]);
         check("--anonymous-auth", &[]);
+    }
+
+    #[tokio::test]
+    async fn mistakes_of_webhooks() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let check = |arguments: &str, expect: &[&str]| {
+            let of = |server: &str| {
+                format!(
+                    "{{current-context: c, contexts: [{{name: c, context: {{cluster: k}}}}],
+                       clusters: [{{name: k, cluster: {{server: '{server}'}}}}]}}"
+                )
+            };
+            let files =
+                [("good", &*of("https://a.example/review")), ("plain", &*of("http://a.example")), ("policy", POLICY)];
+            let said = complaint(&files, arguments);
+            assert!(expect.iter().all(|part| said.contains(part)) && said.is_empty() == expect.is_empty(), "{said}");
+        };
+        check("--authentication-token-webhook-config-file DIR/good --authentication-token-webhook-cache-ttl 1m", &[]);
+        let flag = "--authentication-token-webhook-config-file";
+        check(&format!("{flag} DIR/none"), &[flag, "No such file"]);
+        check(&format!("{flag} DIR/plain"), &[flag, "cluster.server: \"http://a.example\": URL scheme must be https"]);
+        check(
+            "--authentication-token-webhook-cache-ttl soon",
+            &["'soon' for '--authentication-token-webhook-cache-ttl"],
+        );
+        check(
+            "--authentication-token-webhook-version v1beta1",
+            &["'v1beta1' for '--authentication-token-webhook-version"],
+        );
+        for mode in ["Node,RBAC,Webhook", "Webhook,Node,RBAC"] {
+            check(&format!("--authorization-mode {mode} --authorization-webhook-config-file DIR/good"), &[]);
+        }
+        check("--authorization-mode RBAC,Node", &[]);
+        check("--authorization-mode AlwaysAllow", &["--authorization-mode AlwaysAllow: write Node,RBAC"]);
+        check("--authorization-mode Node,Webhook,RBAC", &["--authorization-mode Node,Webhook,RBAC: write"]);
+        check("--authorization-mode Node,RBAC,Webhook", &["say with --authorization-webhook-config-file where"]);
+        check("--authorization-webhook-config-file DIR/good", &["it is not asked: write --authorization-mode"]);
+        check(
+            "--authorization-mode Node,RBAC,Webhook --authorization-webhook-config-file DIR/plain",
+            &["must be https"],
+        );
+        check("--audit-policy-file DIR/policy --audit-webhook-config-file DIR/good", &[]);
+        check("--audit-webhook-config-file DIR/good", &["--audit-policy-file <FILE>"]);
+        check(
+            "--audit-policy-file DIR/policy --audit-webhook-config-file DIR/plain",
+            &["--audit-webhook-config-file /"],
+        );
     }
 }

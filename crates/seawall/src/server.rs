@@ -317,8 +317,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {address} (--bind-address, --port): is another server running?"))?;
     let this: Arc<OnceLock<Weak<Server>>> = Arc::default();
     let (store, sealed) = encryption::wrap(&opened.store, rules);
-    let config =
-        Config { access, ..server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this)? };
+    let config = Config {
+        access: access.clone(),
+        ..server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this)?
+    };
     let server = tokio::select! {
         server = start(config, &store, &stop) => server?,
         _ = &mut signal => {
