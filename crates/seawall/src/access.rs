@@ -478,4 +478,35 @@ mod tests {
             &["--audit-webhook-config-file /"],
         );
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_configuration_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        let write = |enabled: &str| {
+            let text = format!(
+                "{{apiVersion: apiserver.config.k8s.io/v1, kind: AuthenticationConfiguration, anonymous: {{enabled: {enabled}}}}}"
+            );
+            std::fs::write(&file, text).unwrap();
+        };
+        write("true");
+        let flag = format!("--authentication-config={}", file.display());
+        let options = Command::try_parse_from(["seawall", &flag]).unwrap().access;
+        let access = options.resolve(OWN).unwrap();
+        let stop = CancellationToken::new();
+        let keeping = tokio::spawn(options.keep(OWN.to_owned(), access.clone(), stop.clone()));
+        let settle = async || {
+            tokio::time::sleep(LOOK + Duration::from_secs(1)).await;
+            access.authentication.load().anonymous.clone()
+        };
+        assert_eq!(settle().await, Anonymous::Everywhere);
+        write("false");
+        assert_eq!(settle().await, Anonymous::On(Vec::new()));
+        write("maybe");
+        assert_eq!(settle().await, Anonymous::On(Vec::new()), "one with mistakes is not taken");
+        write("true");
+        assert_eq!(settle().await, Anonymous::Everywhere);
+        stop.cancel();
+        keeping.await.unwrap().unwrap();
+    }
 }

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 
 use super::{Credentials, check_url};
 
@@ -98,6 +98,9 @@ struct User {
     token: Option<String>,
     #[serde(rename = "tokenFile")]
     token_file: Option<String>,
+    exec: Option<IgnoredAny>,
+    auth_provider: Option<IgnoredAny>,
+    username: Option<IgnoredAny>,
 }
 
 fn wrong(field: &'static str, value: &str, why: impl Into<String>) -> KubeconfigError {
@@ -145,6 +148,11 @@ pub fn read(file: &Path) -> Result<Target, KubeconfigError> {
         ("", None) => &nobody,
         (name, None) => return Err(wrong("context.user", name, "no such user: name one of users")),
     };
+    let others =
+        [("user.exec", &user.exec), ("user.auth-provider", &user.auth_provider), ("user.username", &user.username)];
+    if let Some((field, _)) = others.into_iter().find(|(_, value)| value.is_some()) {
+        return Err(wrong(field, "", "not supported: give a token, or a certificate and its key"));
+    }
     let certificate = text("user.client-certificate-data", &user.client_certificate_data, &user.client_certificate)?;
     let key = text("user.client-key-data", &user.client_key_data, &user.client_key)?;
     let pair = match (certificate, key) {
@@ -222,5 +230,6 @@ mod tests {
             "certificate-authority-data: \"\": must be PEM",
         );
         check(&config(at, "client-certificate: ca"), "given together");
+        check(&config(at, "exec: {command: a}"), "user.exec: \"\": not supported");
     }
 }

@@ -1,6 +1,9 @@
 //! Users of an issuer: a real one over HTTPS, whose keys come and go.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
@@ -55,6 +58,8 @@ struct Shown {
     keys: Vec<Value>,
     /// The paths that were asked for.
     asked: Vec<String>,
+    /// Whether it takes its time.
+    slow: bool,
 }
 
 struct Issuer {
@@ -76,7 +81,11 @@ impl Issuer {
                 _ => Value::Null,
             };
             shown.asked.push(asked.path);
-            Box::pin(async move { (StatusCode::OK, answer) })
+            let pause = Duration::from_secs(if shown.slow { 3600 } else { 0 });
+            Box::pin(async move {
+                tokio::time::sleep(pause).await;
+                (StatusCode::OK, answer)
+            })
         })
         .await;
         let issuer = Issuer { shown, site };
@@ -233,6 +242,21 @@ async fn keys_come_and_go() {
     }
     assert!(issuer.asked() <= 12, "the issuer is left in peace");
     assert!(who(&api, &issuer.token(&new, json!({}))).await.is_ok());
+
+    // Another server, whose issuer does not answer any more.
+    let (api, current) = server(issuer.configuration("{}")).await;
+    assert!(who(&api, &issuer.token(&new, json!({}))).await.is_ok());
+    issuer.shown.lock().unwrap().slow = true;
+    let token = issuer.token(&unknown, json!({}));
+    let waits = async { tokio::time::timeout(Duration::from_secs(2), who(&api, &token)).await };
+    let others = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::timeout(Duration::from_secs(1), who(&api, &issuer.token(&new, json!({})))).await
+    };
+    let (waited, others) = tokio::join!(waits, others);
+    assert!(waited.is_err(), "it waits for the issuer");
+    assert!(others.expect("who has a known key does not wait").is_ok());
+    issuer.shown.lock().unwrap().slow = false;
 
     // Another configuration counts at once.
     let mapped = "{anonymous: {enabled: false}, jwt: []}";

@@ -29,8 +29,16 @@ pub(super) struct Keys {
     discovery: String,
     client: Client,
     known: ArcSwapOption<Known>,
-    /// When the issuer was asked. Held while it is asked, so that one asks for all.
-    asked: Mutex<Vec<Instant>>,
+    /// Held while the issuer is asked, so that one asks for all.
+    asked: Mutex<Asked>,
+}
+
+#[derive(Default)]
+struct Asked {
+    /// When it was asked lately.
+    times: Vec<Instant>,
+    /// When it was asked last, and what came of it.
+    last: Option<(Instant, Result<(), String>)>,
 }
 
 struct Known {
@@ -83,8 +91,7 @@ impl Keys {
             match attempt(known, header, &check) {
                 Some(Ok(found)) => {
                     if known.since.elapsed() > FRESH {
-                        let keys = self.clone();
-                        tokio::spawn(async move { keys.ask(Some(known_since(&keys))).await });
+                        self.refresh();
                     }
                     return Ok(found);
                 }
@@ -94,34 +101,48 @@ impl Keys {
                 None => {}
             }
         }
-        self.ask(first.map(|known| known.since)).await?;
+        let came = Instant::now();
+        let mut asked = self.asked.lock().await;
+        match &asked.last {
+            // Somebody else asked while this waited: the issuer would say the same again.
+            Some((ended, outcome)) if *ended >= came => outcome.clone()?,
+            _ => self.ask(&mut asked).await?,
+        }
+        drop(asked);
         match self.known.load().as_ref().and_then(|known| attempt(known, header, &check)) {
             Some(outcome) => outcome,
             None => Err(why),
         }
     }
 
-    /// Asks the issuer, unless somebody else did so while this waited.
-    async fn ask(&self, before: Option<Instant>) -> Result<(), String> {
-        let mut asked = self.asked.lock().await;
-        if self.known.load().as_ref().map(|known| known.since) != before {
-            return Ok(());
+    /// Looks whether the keys are still the issuer's, while they are used, unless somebody does already.
+    fn refresh(self: &Arc<Self>) {
+        if self.asked.try_lock().is_err() {
+            return;
         }
-        asked.retain(|at| at.elapsed() < WINDOW);
-        if asked.len() >= ASKED {
+        let keys = self.clone();
+        tokio::spawn(async move {
+            if let Ok(mut asked) = keys.asked.try_lock() {
+                // What went wrong has been logged.
+                let _ = keys.ask(&mut asked).await;
+            }
+        });
+    }
+
+    async fn ask(&self, asked: &mut Asked) -> Result<(), String> {
+        asked.times.retain(|at| at.elapsed() < WINDOW);
+        if asked.times.len() >= ASKED {
             return Err(format!("the issuer was asked {ASKED} times within {} s already", WINDOW.as_secs()));
         }
-        asked.push(Instant::now());
-        match self.fetch().await {
-            Ok(keys) => {
-                self.known.store(Some(Arc::new(Known { keys, since: Instant::now() })));
-                Ok(())
-            }
-            Err(why) => {
-                tracing::warn!(issuer = self.issuer, why, "the keys of an issuer of tokens cannot be had");
-                Err(why)
-            }
+        asked.times.push(Instant::now());
+        let outcome = self.fetch().await.map(|keys| {
+            self.known.store(Some(Arc::new(Known { keys, since: Instant::now() })));
+        });
+        if let Err(why) = &outcome {
+            tracing::warn!(issuer = self.issuer, why, "the keys of an issuer of tokens cannot be had");
         }
+        asked.last = Some((Instant::now(), outcome.clone()));
+        outcome
     }
 
     async fn fetch(&self) -> Result<Vec<Key>, String> {
@@ -137,10 +158,6 @@ impl Keys {
         // Kinds of keys that are not known here are left out; others may still be of use.
         Ok(list.iter().filter_map(key).collect())
     }
-}
-
-fn known_since(keys: &Keys) -> Instant {
-    keys.known.load().as_ref().map_or_else(Instant::now, |known| known.since)
 }
 
 fn attempt<T>(
