@@ -39,6 +39,7 @@ async fn server(dir: &std::path::Path) -> Client {
         tolerations: Default::default(),
         inflight: Default::default(),
         goaway_chance: 0.0,
+        access: Default::default(),
     };
     let server = Server::start(config, store, CancellationToken::new()).await.unwrap();
     seawall_client::in_process(move |request| {

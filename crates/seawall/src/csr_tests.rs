@@ -44,6 +44,7 @@ impl Cluster {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            access: Default::default(),
         };
         let stop = CancellationToken::new();
         let server = Server::start(config, Arc::new(store), stop.clone()).await.unwrap();

@@ -1,5 +1,6 @@
 //! The seawall binary: command line, configuration, component lifecycle.
 
+mod access;
 mod agent;
 mod authorities;
 mod certs;

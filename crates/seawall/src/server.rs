@@ -35,12 +35,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     VERSION,
+    access::AccessOptions,
     certs::ServerCertificates,
     encryption,
     etcd::{members, process},
     files::{Files, ServerState, StoreKind},
     gossip, join, leave, node,
-    options::{ClusterOptions, Component, EvictionOptions, InflightOptions, Machine, MachineOptions, TimingOptions},
+    options::{
+        Cluster, ClusterOptions, Component, EvictionOptions, InflightOptions, Machine, MachineOptions, TimingOptions,
+    },
     paths::Joining,
     supervise::component,
 };
@@ -99,6 +102,8 @@ pub struct Args {
     eviction: EvictionOptions,
     #[command(flatten)]
     inflight: InflightOptions,
+    #[command(flatten)]
+    access: AccessOptions,
 }
 
 impl Args {
@@ -279,6 +284,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         _ = &mut signal => return Ok(()),
     };
     machine.fits(&state.cluster)?;
+    let access = args.access.resolve(&issuer(&state.cluster))?;
     let timing = args.timing.resolve(state.cluster.timing)?;
     let leaving = leave::handle(&machine, &timing)?;
     // Leaders end first, then the API, then etcd.
@@ -315,7 +321,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {address} (--bind-address, --port): is another server running?"))?;
     let this: Arc<OnceLock<Weak<Server>>> = Arc::default();
     let (store, sealed) = encryption::wrap(&opened.store, rules);
-    let config = server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this)?;
+    let config = Config {
+        access: access.clone(),
+        ..server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this)?
+    };
     let server = tokio::select! {
         server = start(config, &store, &stop) => server?,
         _ = &mut signal => {
@@ -365,6 +374,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         leaders.push(component("members", leading.clone(), move |stop| members.clone().look_after(etcd.clone(), stop)));
     }
     leaders.push(certificates.keep(&server, &leading));
+    let (options, own) = (args.access.clone(), issuer(&state.cluster));
+    leaders.push(component("authentication config", leading.clone(), move |stop| {
+        options.clone().keep(own.clone(), access.clone(), stop)
+    }));
     if machine.runs(Component::Agent) {
         let client = in_process(&server, "system:seawall", &[]);
         let name = machine.name.clone();
@@ -384,6 +397,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     }
     stop.cancel();
     let _ = serving.await;
+    server.flush_audit().await;
     if let Some(members) = &opened.members {
         let _ = tokio::time::timeout(Duration::from_secs(3), members.step_down()).await;
     }
@@ -445,7 +459,7 @@ fn server_config(
         node_ports: cluster.node_ports.0..=cluster.node_ports.1,
         advertise: (machine.ip, args.port),
         service_account_key: pki::service_account_key(&files.tls())?,
-        issuer: format!("https://kubernetes.default.svc.{}", cluster.domain),
+        issuer: issuer(cluster),
         ca_pem: certificates.authorities().bundle(),
         kubelet_client: (kubelet_client.certificate, kubelet_client.key),
         version: VERSION.to_owned(),
@@ -459,7 +473,13 @@ fn server_config(
         },
         inflight: args.inflight.get(),
         goaway_chance: args.inflight.goaway_chance()?,
+        access: Default::default(),
     })
+}
+
+/// Who makes the tokens of service accounts.
+fn issuer(cluster: &Cluster) -> String {
+    format!("https://kubernetes.default.svc.{}", cluster.domain)
 }
 
 /// Says of this machine's Node that a server runs there, as kubeadm does of its own. The node may not say so itself.

@@ -219,7 +219,7 @@ impl Server {
             if expected.is_some() {
                 return Err(ApiError::not_found(row, name));
             }
-            self.may_create(context)?;
+            self.may_create(context).await?;
             let (object, managed) = self.merged(context, None, config, &manager, force)?;
             match self.create_object(context, Change { object, managed: Some(managed) }).await {
                 // Somebody else was faster: then it is there.
@@ -272,10 +272,10 @@ impl Server {
     }
 
     /// Who applies what is not there yet must be allowed to create it.
-    fn may_create(&self, context: &Context<'_>) -> Result<()> {
+    async fn may_create(&self, context: &Context<'_>) -> Result<()> {
         let fields = field_selector("create", &context.query);
         let attributes = Attributes::of("create", &context.path, &fields);
-        let allowed = self.authorizer.authorize(&context.user, &attributes);
+        let allowed = self.authorize(&context.user, &attributes).await;
         allowed.map(|_| ()).map_err(|why| denied(&context.user, &attributes, &why))
     }
 }

@@ -39,6 +39,10 @@ impl Server {
             self.ensure_policy(plural, object).await?;
         }
         self.ensure_flow().await?;
+        // Nobody needs it at once, and it is tried again.
+        if let Err(error) = self.identify().await {
+            tracing::warn!(error = error.message, "other API servers are not told whom to believe");
+        }
         self.kubernetes_service().await
     }
 

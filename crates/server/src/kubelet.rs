@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Context, Server,
+    audit::Trail,
     encode::{Body, full},
     error::{ApiError, Result},
     request::{Query, ResourcePath},
@@ -181,7 +182,9 @@ impl Server {
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(refusal(response).await);
         }
-        Ok(join(client, &mut response, self.stop.clone()))
+        // The request ends with the connection.
+        let trail = parts.extensions.get::<Arc<Trail>>().cloned();
+        Ok(join(client, &mut response, self.stop.clone(), trail))
     }
 }
 
@@ -191,9 +194,11 @@ pub(crate) fn join(
     client: hyper::upgrade::OnUpgrade,
     response: &mut Response<hyper::body::Incoming>,
     stop: CancellationToken,
+    trail: Option<Arc<Trail>>,
 ) -> Response<Body> {
     let upstream = hyper::upgrade::on(&mut *response);
     tokio::spawn(async move {
+        let _trail = trail;
         let (client, upstream) = match tokio::try_join!(client, upstream) {
             Ok(both) => both,
             Err(error) => {

@@ -3,10 +3,12 @@
 //! A request passes, from top to bottom of [`Server::handle`]: authentication, the size limit, routing, authorization,
 //! and then a verb ([`read`], [`watch`], [`write`]) or a special one ([`subresource`], [`kubelet`], [`review`]).
 
+pub mod access;
 mod admission;
 mod aggregation;
 mod allocate;
 mod apply;
+pub mod audit;
 pub mod auth;
 mod bootstrap;
 mod cache;
@@ -23,6 +25,7 @@ mod kubelet;
 mod metrics;
 mod object;
 mod openapi;
+pub mod outside;
 mod patch;
 pub mod paths;
 pub mod pki;
@@ -105,6 +108,8 @@ pub struct Config {
     /// `--goaway-chance`: with which probability a request tells an HTTP/2 client to come again on another connection, which
     /// spreads clients over servers.
     pub goaway_chance: f64,
+    /// What was said of access to this server.
+    pub access: access::Access,
 }
 
 /// How many requests are carried out at a time
@@ -204,6 +209,7 @@ pub(crate) struct Context<'a> {
     pub fence: Option<Fence>,
     pub recording: apply::Recording,
     pub warnings: Arc<Mutex<Vec<String>>>,
+    pub audit: Option<Arc<audit::Trail>>,
 }
 
 impl<'a> Context<'a> {
@@ -234,6 +240,7 @@ impl<'a> Context<'a> {
             fence: None,
             recording: apply::Recording::OfPath,
             warnings: Arc::default(),
+            audit: None,
         }
     }
 
@@ -251,6 +258,13 @@ impl<'a> Context<'a> {
     /// The namespace in the URL; empty for a cluster-scoped resource.
     pub fn namespace(&self) -> &str {
         self.path.namespace.as_deref().unwrap_or_default()
+    }
+
+    /// Says something more in the audit log, if the request is audited.
+    pub fn annotate(&self, key: &str, value: impl Into<String>) {
+        if let Some(trail) = &self.audit {
+            trail.annotate(key, value.into());
+        }
     }
 
     /// Sends warnings along with the answer (<https://kubernetes.io/docs/reference/using-api/api-concepts/#warnings>).
@@ -379,8 +393,11 @@ impl Server {
         let media = form.map_or(encode::Media::Json, |form| form.media);
         let observed = metrics::Observed::of(&parts);
         let _answering = observed.ends().then(|| self.requests.token());
-        let response = match self.route(&mut parts, body, user).await {
-            Ok(response) => response,
+        let id = audit::begin(&mut parts);
+        let outcome = self.route(&mut parts, body, user).await;
+        let trail = parts.extensions.remove::<Arc<audit::Trail>>();
+        let mut response = match outcome {
+            Ok(response) => audit::answered(trail, response, None),
             Err(error) => {
                 let mut response = encode::value(error.code, &error.status(), media);
                 if let Some(seconds) = error.retry_after {
@@ -389,9 +406,10 @@ impl Server {
                 if error.code == StatusCode::UNAUTHORIZED {
                     response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
                 }
-                response
+                audit::answered(trail, response, Some(&error))
             }
         };
+        response.headers_mut().insert(audit::ID, id);
         self.metrics.observe(observed, response.status(), started.elapsed());
         response
     }
@@ -402,8 +420,10 @@ impl Server {
         body: RequestBody,
         user: Option<UserInfo>,
     ) -> Result<Response<Body>> {
-        let user = self.authenticate(parts, user).await?;
-        let user = auth::impersonate(&*self.authorizer, user, &mut parts.headers)?;
+        let user = self.authenticate(parts, user).await;
+        let trail = self.audit(parts, user.as_ref().ok());
+        let user = auth::impersonate(&**self, user?, &mut parts.headers).await?;
+        audit::note(trail.as_ref(), |trail| trail.impersonated(&user));
         let path = parts.uri.path().to_owned();
         let query = Query::parse(parts.uri.query());
         let Some(target) = ResourcePath::parse(&path) else {
@@ -413,7 +433,7 @@ impl Server {
             let response = if paths::is_open(&path) || path.starts_with(paths::PREFIX) {
                 self.extra_path(&user, &verb, parts, body).await?
             } else {
-                self.authorize_path(&user, &verb, &path)?;
+                self.authorize_path(&user, &verb, parts).await?;
                 match self.remote_of_document(&path) {
                     Some(remote) => self.pass_on(&remote, parts, body, &user).await?,
                     None => self.plain(&parts.method, &path, &query, &parts.headers).await?,
@@ -428,7 +448,9 @@ impl Server {
         let fields = field_selector(verb, &query);
         let attributes = Attributes::of(verb, &target, &fields);
         let seat = self.seat(&user, &attributes, Some((&target, &query))).await?;
-        if let Err(why) = self.authorizer.authorize(&user, &attributes) {
+        let decision = self.authorize(&user, &attributes).await;
+        audit::note(trail.as_ref(), |trail| trail.decided(&decision));
+        if let Err(why) = decision {
             return Err(denied(&user, &attributes, &why));
         }
         let response = self.resource(parts, body, user, target.clone(), query, verb).await?;
@@ -448,6 +470,7 @@ impl Server {
         query: Query,
         verb: &str,
     ) -> Result<Response<Body>> {
+        let trail = parts.extensions.get::<Arc<audit::Trail>>().cloned();
         let served = match self.served(&target).await {
             Ok(served) => served,
             Err(error) => match self.remote(&target.group, &target.version) {
@@ -470,8 +493,15 @@ impl Server {
         let headers = std::mem::take(&mut parts.headers);
         let context = Context::of(&self.registry, user, target, row, &served, query, headers, body);
         let fence = self.fence(&context.headers)?;
-        let form = encode::negotiate(&context.headers, self.speaks_protobuf(&context))?;
-        let context = Context { form, fence, ..context };
+        let protobuf = self.speaks_protobuf(&context);
+        let form = match trail.as_ref().is_some_and(|trail| trail.wants_answer()) {
+            true => {
+                encode::negotiate(&context.headers, false).or_else(|_| encode::negotiate(&context.headers, protobuf))
+            }
+            false => encode::negotiate(&context.headers, protobuf),
+        }?;
+        audit::note(trail.as_ref(), |trail| trail.sent(self, &context));
+        let context = Context { form, fence, audit: trail, ..context };
         if let Some(warning) = context.row.custom.as_ref().and_then(|version| version.deprecation.clone()) {
             context.warn(vec![warning]);
         }
@@ -547,11 +577,17 @@ impl Server {
             (None, Some(text)) => match text.split_once(' ') {
                 Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
                     let user = self.user_of_token(token.trim(), &[&self.config.issuer]).await;
-                    user.map_err(|_| ApiError::unauthorized())
+                    user.map(|(user, _)| user).map_err(|_| ApiError::unauthorized())
                 }
                 _ => Err(ApiError::unauthorized()),
             },
-            (None, None) => Ok(UserInfo::anonymous()),
+            (None, None) if paths::is_open(parts.uri.path()) => Ok(UserInfo::anonymous()),
+            // The balancers of machines ask this before they have anybody to speak for.
+            (None, None) if parts.uri.path() == "/readyz" => Ok(UserInfo::anonymous()),
+            (None, None) => match self.config.access.authentication.load().anonymous.allows(parts.uri.path()) {
+                true => Ok(UserInfo::anonymous()),
+                false => Err(ApiError::unauthorized()),
+            },
         }
     }
 
@@ -578,9 +614,11 @@ impl Server {
         Ok(Some(Fence { key: row.key(namespace, name).into(), created }))
     }
 
-    fn authorize_path(&self, user: &UserInfo, verb: &str, path: &str) -> Result<()> {
-        let attributes = Attributes { verb, path, ..Default::default() };
-        self.authorizer.authorize(user, &attributes).map(|_| ()).map_err(|why| {
+    async fn authorize_path(&self, user: &UserInfo, verb: &str, parts: &Parts) -> Result<()> {
+        let path = parts.uri.path();
+        let decision = self.authorize(user, &Attributes { verb, path, ..Default::default() }).await;
+        audit::note(parts.extensions.get(), |trail| trail.decided(&decision));
+        decision.map(|_| ()).map_err(|why| {
             let why = if why.is_empty() { why } else { format!(": {why}") };
             ApiError::forbidden_path(format!("forbidden: User {:?} cannot {verb} path {path:?}{why}", user.username))
         })

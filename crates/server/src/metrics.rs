@@ -188,7 +188,8 @@ impl Server {
             tracing::warn!(%error, "the metrics cannot be encoded");
         }
         let more = self.metrics.more.get().map_or(String::new(), |more| more());
-        text = joined(&text, &(self.flow.metrics() + &more));
+        let audit = self.config.access.audit.as_ref().map_or(String::new(), |audit| audit.metrics());
+        text = joined(&text, &(self.flow.metrics() + &audit + &more));
         let mut response = Response::new(full(text));
         let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);

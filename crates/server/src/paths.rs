@@ -61,7 +61,7 @@ impl Server {
     {
         let path = parts.uri.path();
         if !is_open(path) {
-            self.authorize_path(user, verb, path)?;
+            self.authorize_path(user, verb, parts).await?;
         }
         let Some(paths) = &self.config.paths else { return Err(ApiError::no_route()) };
         let ask =

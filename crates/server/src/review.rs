@@ -30,7 +30,7 @@ impl Server {
         }
         review["status"] = match context.row.kind {
             "SelfSubjectReview" => json!({"userInfo": context.user}),
-            "SelfSubjectAccessReview" => self.access(&context.user, &review["spec"]),
+            "SelfSubjectAccessReview" => self.access(&context.user, &review["spec"]).await,
             "SelfSubjectRulesReview" => {
                 self.rules(&context.user, review["spec"]["namespace"].as_str().unwrap_or_default())
             }
@@ -52,7 +52,7 @@ impl Server {
                         "spec.user: Required value: at least one of user or group must be specified",
                     ));
                 }
-                self.access(&user, spec)
+                self.access(&user, spec).await
             }
             "TokenReview" => {
                 let token = review["spec"]["token"].as_str().unwrap_or_default();
@@ -60,7 +60,7 @@ impl Server {
                     review["spec"]["audiences"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
                 let audiences = if asked.is_empty() { vec![self.config.issuer.as_str()] } else { asked };
                 match self.user_of_token(token, &audiences).await {
-                    Ok(user) => json!({"authenticated": true, "user": user, "audiences": audiences}),
+                    Ok((user, audiences)) => json!({"authenticated": true, "user": user, "audiences": audiences}),
                     Err(why) => json!({"authenticated": false, "user": {}, "error": why}),
                 }
             }
@@ -80,7 +80,7 @@ impl Server {
         json!({"resourceRules": resources, "nonResourceRules": paths, "incomplete": user.is_in(NODES)})
     }
 
-    fn access(&self, user: &UserInfo, spec: &Value) -> Value {
+    async fn access(&self, user: &UserInfo, spec: &Value) -> Value {
         let text = |v: &'_ Value| -> String { v.as_str().unwrap_or_default().to_owned() };
         let (resource, path) = (&spec["resourceAttributes"], &spec["nonResourceAttributes"]);
         let verb = text(if path.is_object() { &path["verb"] } else { &resource["verb"] });
@@ -98,7 +98,7 @@ impl Server {
             name: &name,
             path: &path,
         };
-        match self.authorizer.authorize(user, &attributes) {
+        match self.authorize(user, &attributes).await {
             Ok(reason) if reason.is_empty() => json!({"allowed": true}),
             Ok(reason) => json!({"allowed": true, "reason": reason}),
             Err(reason) => json!({"allowed": false, "reason": reason}),

@@ -17,6 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     REQUEST_TIMEOUT, Server, StartError,
+    audit::Peer,
     auth::UserInfo,
     pki::Pair,
     tls::{self, ClientAuthorities, ServingCertificate, server_config},
@@ -68,8 +69,8 @@ async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, s
             accepted = listener.accept() => accepted,
             () = stop.cancelled() => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match accepted {
+            Ok((stream, peer)) => (stream, Peer(peer.ip())),
             Err(error) => {
                 // Too many open files: give up the processor until some are closed.
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -105,11 +106,12 @@ async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, s
             }
             let chance = server.config.goaway_chance;
             let go = leave.clone();
-            let service = service_fn(move |request: Request<Incoming>| {
+            let service = service_fn(move |mut request: Request<Incoming>| {
                 let (server, user) = (server.clone(), user.clone());
                 if chance > 0.0 && request.version() == http::Version::HTTP_2 && rand::random_bool(chance.min(1.0)) {
                     go.cancel();
                 }
+                request.extensions_mut().insert(from);
                 async move { Ok::<_, Infallible>(server.handle(request, user).await) }
             });
             let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();

@@ -12,11 +12,7 @@ use crate::{
     Context, Server,
     admission::request::{CREATE, Request},
     apply::{APPLY, Recording},
-    auth::{
-        UserInfo,
-        bootstrap_token::{self, Token},
-        token::{Bound, Claims, Reference},
-    },
+    auth::token::{Bound, Claims, Reference},
     delete::DeleteOptions,
     encode::{Body, value},
     error::{ApiError, Result},
@@ -442,50 +438,6 @@ impl Server {
         request["spec"]["expirationSeconds"] = seconds.into();
         request["status"] = json!({"token": token, "expirationTimestamp": timestamp(end)});
         Ok(value(StatusCode::CREATED, &request, context.form.media))
-    }
-
-    /// The user of a token, if the token verifies and what it is bound to is still there.
-    pub(crate) async fn user_of_token(&self, token: &str, audiences: &[&str]) -> Result<UserInfo, String> {
-        if let Ok(token) = token.parse() {
-            return self.user_of_bootstrap_token(&token, audiences).await;
-        }
-        let claims = self.tokens.verify(token, audiences).map_err(|e| e.to_string())?;
-        let snapshot = self.cache.snapshot();
-        let bound = &claims.kubernetes;
-        let there = |plural: &str, reference: &Reference| match self.lookup(
-            &snapshot,
-            "",
-            plural,
-            &bound.namespace,
-            &reference.name,
-        ) {
-            Some(object) if object.value()["metadata"]["uid"] == reference.uid.as_str() => Ok(()),
-            _ => Err(format!("the token is bound to {plural} {:?}, which is gone", reference.name)),
-        };
-        there("serviceaccounts", &bound.serviceaccount)?;
-        if let Some(pod) = &bound.pod {
-            there("pods", pod)?;
-        }
-        if let Some(secret) = &bound.secret {
-            there("secrets", secret)?;
-        }
-        Ok(claims.user())
-    }
-
-    /// The user of a bootstrap token. What is wrong with it is for our log only.
-    async fn user_of_bootstrap_token(&self, token: &Token, audiences: &[&str]) -> Result<UserInfo, String> {
-        let refused = |why: &dyn std::fmt::Display| {
-            tracing::info!(id = token.id(), %why, "a bootstrap token was refused");
-            "the bootstrap token is not valid".to_owned()
-        };
-        // It speaks to the API and to nobody else.
-        if !audiences.contains(&self.config.issuer.as_str()) {
-            return Err(refused(&"it was shown to somebody else"));
-        }
-        // One that has just been made somewhere else is worth a second look; for the others no quorum is needed.
-        let secret = self.find("", "secrets", bootstrap_token::NAMESPACE, &token.name()).await;
-        let secret = secret.map_err(|e| refused(&e))?.ok_or_else(|| refused(&"there is no such Secret"))?;
-        token.user(&secret.value(), Timestamp::now()).map_err(|why| refused(&why))
     }
 }
 

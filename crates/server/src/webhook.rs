@@ -75,7 +75,7 @@ impl Place {
     }
 }
 
-type Sender = SendRequest<Full<Bytes>>;
+pub(crate) type Sender = SendRequest<Full<Bytes>>;
 
 /// Calls webhooks.
 #[derive(Default)]
@@ -90,17 +90,14 @@ impl Caller {
         if let Some(known) = self.trust.lock().get(authorities) {
             return Ok(known.clone());
         }
-        let pem = match authorities {
-            "" => SYSTEM.iter().find_map(|path| std::fs::read(path).ok()).unwrap_or_default(),
+        let roots = match authorities {
+            "" => system_roots(),
             bundle => {
                 use base64::Engine;
-                base64::engine::general_purpose::STANDARD.decode(bundle).map_err(|e| format!("caBundle: {e}"))?
+                let pem = base64::engine::general_purpose::STANDARD.decode(bundle);
+                roots(&pem.map_err(|e| format!("caBundle: {e}"))?).map_err(|e| format!("caBundle: {e}"))?
             }
         };
-        let mut roots = RootCertStore::empty();
-        for der in CertificateDer::pem_slice_iter(&pem) {
-            roots.add(der.map_err(|e| format!("caBundle: {e}"))?).map_err(|e| format!("caBundle: {e}"))?;
-        }
         let config = Arc::new(ClientConfig::builder().with_root_certificates(roots).with_no_client_auth());
         let mut trust = self.trust.lock();
         if trust.len() >= 256 {
@@ -135,7 +132,27 @@ impl Caller {
     }
 }
 
-async fn connect(config: Arc<ClientConfig>, name: &str, addresses: &[SocketAddr]) -> Result<Sender, String> {
+/// The authorities of a bundle in PEM.
+///
+/// # Errors
+/// If one of them cannot be used.
+pub(crate) fn roots(pem: &[u8]) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    for der in CertificateDer::pem_slice_iter(pem) {
+        roots.add(der.map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
+    }
+    Ok(roots)
+}
+
+/// The authorities that the system trusts, as far as they can be used.
+pub(crate) fn system_roots() -> RootCertStore {
+    let pem = SYSTEM.iter().find_map(|path| std::fs::read(path).ok()).unwrap_or_default();
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(CertificateDer::pem_slice_iter(&pem).flatten());
+    roots
+}
+
+pub(crate) async fn connect(config: Arc<ClientConfig>, name: &str, addresses: &[SocketAddr]) -> Result<Sender, String> {
     let name = ServerName::try_from(name.to_owned()).map_err(|e| format!("{name:?}: {e}"))?;
     let mut failure = "it has no address".to_owned();
     for address in addresses {

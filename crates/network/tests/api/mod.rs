@@ -43,6 +43,7 @@ impl Cluster {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            access: Default::default(),
         };
         let store = Arc::new(Embedded::open(&directory.path().join("store"), Default::default()).unwrap());
         let server = Server::start(config, store, CancellationToken::new()).await.unwrap();

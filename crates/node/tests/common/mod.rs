@@ -114,6 +114,7 @@ impl Cluster {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            access: Default::default(),
         };
         let tls = serve::tls(&serving, &authority.pem).unwrap();
         let server = Server::start(server_config, store, stop.child_token()).await.unwrap();

@@ -14,7 +14,7 @@ use crate::{
 
 impl Server {
     /// Admits a request, its approval, or its signing.
-    pub(super) fn admit_signing_request(
+    pub(super) async fn admit_signing_request(
         &self,
         context: &Context<'_>,
         new: &mut Value,
@@ -22,15 +22,15 @@ impl Server {
     ) -> Result<()> {
         let Some(old) = old else { return create(context, new) };
         let signer = old["spec"]["signerName"].as_str().unwrap_or_default();
-        let may = |verb: &str, what: &str| {
-            let asked = |name: &str| {
+        let may = async |verb: &str, what: &str| {
+            let asked = async |name: &str| {
                 let group = "certificates.k8s.io";
                 let attributes = Attributes { verb, group, resource: "signers", name, ..Default::default() };
-                self.authorizer.authorize(&context.user, &attributes).is_ok()
+                self.authorize(&context.user, &attributes).await.is_ok()
             };
             // All signers of a domain can be allowed at once.
             let domain = format!("{}/*", signer.split('/').next().unwrap_or_default());
-            if asked(signer) || asked(&domain) {
+            if asked(signer).await || asked(&domain).await {
                 return Ok(());
             }
             let name = old["metadata"]["name"].as_str().unwrap_or_default();
@@ -39,7 +39,7 @@ impl Server {
         };
         match context.path.subresource.as_deref() {
             Some("approval") => {
-                may("approve", "approve")?;
+                may("approve", "approve").await?;
                 complete(&mut new["status"], &old["status"], Timestamp::now());
             }
             Some("status") => {
@@ -47,7 +47,7 @@ impl Server {
                 complete(&mut new["status"], &old["status"], Timestamp::now());
                 let part = |key: &str| new["status"][key] != old["status"][key];
                 if part("certificate") || part("conditions") {
-                    may("sign", "sign")?;
+                    may("sign", "sign").await?;
                 }
             }
             _ => {}

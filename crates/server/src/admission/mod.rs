@@ -252,9 +252,9 @@ impl Server {
     ) -> Result<()> {
         self.restrict_node(context, operation, object, old)?;
         if context.row.plural == "certificatesigningrequests" && context.row.custom.is_none() {
-            self.admit_signing_request(context, object, old)?;
+            self.admit_signing_request(context, object, old).await?;
         }
-        self.guard_roles(context, object, old)?;
+        self.guard_roles(context, object, old).await?;
         if operation != Operation::Create {
             return Ok(());
         }

@@ -71,6 +71,9 @@ impl Server {
             let policy = policy(labels, mode)?;
             violations(policy, &shape["metadata"], &shape["spec"]).map(|what| (policy, what))
         };
+        if let Some(policy) = policy(labels, "enforce").filter(|_| pod) {
+            context.annotate(&format!("{LABEL}enforce-policy"), policy.to_string());
+        }
         if let Some((policy, what)) = found("enforce").filter(|_| pod) {
             let name = object["metadata"]["name"].as_str().unwrap_or_default();
             let why = format!("violates PodSecurity \"{policy}\": {what}");
@@ -80,7 +83,8 @@ impl Server {
             context.warn(vec![format!("would violate PodSecurity \"{policy}\": {what}")]);
         }
         if let Some((policy, what)) = found("audit") {
-            tracing::info!(%policy, what, namespace = context.namespace(), "a pod would violate the audited level");
+            let text = format!("would violate PodSecurity \"{policy}\": {what}");
+            context.annotate(&format!("{LABEL}audit-violations"), text);
         }
         Ok(())
     }

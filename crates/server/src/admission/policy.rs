@@ -89,7 +89,7 @@ fn message_of<'a>(check: &'a Check, session: &Session<'a>) -> String {
     }
 }
 
-fn run_checks<'a>(policy: &'a Policy, session: &Session<'a>) -> Vec<Violation> {
+fn run_checks<'a>(policy: &'a Policy, session: &Session<'a>, annotate: impl Fn(&str, String)) -> Vec<Violation> {
     let mut found = Vec::new();
     for check in &policy.checks {
         let (text, program) = &check.expression;
@@ -117,7 +117,7 @@ fn run_checks<'a>(policy: &'a Policy, session: &Session<'a>) -> Vec<Violation> {
         };
         match value {
             Ok(Value::Null) => {}
-            Ok(Value::String(text)) => tracing::debug!(policy = policy.name, key, text, "audit annotation"),
+            Ok(Value::String(text)) => annotate(&format!("{}/{key}", policy.name), text),
             Ok(_) | Err(_) if policy.ignore_failure => {}
             Ok(_) => found.push(Violation::of_error(format!(
                 "valueExpression of audit annotation {key:?} must evaluate to either a string or null"
@@ -252,7 +252,7 @@ impl Server {
             }
             let asker = Asker { server: self, user: &request.context.user };
             let session = Session::new(inputs.variables(&params)).with_named(&policy.variables).with_authorizer(&asker);
-            found.extend(run_checks(policy, &session));
+            found.extend(run_checks(policy, &session, |key, text| request.context.annotate(key, text)));
         }
         found
     }
@@ -260,7 +260,7 @@ impl Server {
     /// Asks all validating policies.
     pub(super) async fn validate_by_policies(&self, request: &Request<'_>, namespace: &Value) -> Result<()> {
         let index = self.registered();
-        let mut refusal = None;
+        let (mut refusal, mut audited) = (None, Vec::new());
         for (policy, bindings) in &index.validating_policies {
             let Some(version) = Self::policy_version(policy, request, namespace) else { continue };
             let inputs = Inputs::new(request, version, namespace);
@@ -274,13 +274,18 @@ impl Server {
                         )]);
                     }
                     if binding.actions.contains(&Action::Audit) {
-                        tracing::info!(policy = by.0, binding = by.1, violation.message, "audited violation");
+                        audited.push(json!({"message": violation.message, "policy": by.0, "binding": by.1,
+                            "validationActions": binding.actions}));
                     }
                     if binding.actions.contains(&Action::Deny) {
                         refusal.get_or_insert_with(|| denied(request, by, &violation));
                     }
                 }
             }
+        }
+        if !audited.is_empty() {
+            let key = "validation.policy.admission.k8s.io/validation_failure";
+            request.context.annotate(key, Value::from(audited).to_string());
         }
         refusal.map_or(Ok(()), Err)
     }

@@ -15,7 +15,7 @@ use crate::{
 };
 
 impl Server {
-    pub(crate) fn guard_roles(&self, context: &Context<'_>, new: &Value, old: Option<&Value>) -> Result<()> {
+    pub(crate) async fn guard_roles(&self, context: &Context<'_>, new: &Value, old: Option<&Value>) -> Result<()> {
         if context.row.group != GROUP || context.user.is_in(MASTERS) {
             return Ok(());
         }
@@ -30,7 +30,7 @@ impl Server {
                     // It may come to hold anything.
                     rules.extend(everything());
                 }
-                match self.may(context, "escalate", context.row.plural, new["metadata"]["name"].as_str()) {
+                match self.may(context, "escalate", context.row.plural, new["metadata"]["name"].as_str()).await {
                     true => Ok(()),
                     false => self.has_all(context, new, &rules),
                 }
@@ -39,7 +39,7 @@ impl Server {
                 let role: RoleRef = serde_json::from_value(new["roleRef"].clone())
                     .map_err(|e| ApiError::bad_request(format!("roleRef: Invalid value: {e}")))?;
                 let plural = if role.kind == "Role" { "roles" } else { "clusterroles" };
-                if self.may(context, "bind", plural, Some(&role.name)) {
+                if self.may(context, "bind", plural, Some(&role.name)).await {
                     return Ok(());
                 }
                 let index = self.rbac();
@@ -58,10 +58,10 @@ impl Server {
         }
     }
 
-    fn may(&self, context: &Context<'_>, verb: &str, resource: &str, name: Option<&str>) -> bool {
+    async fn may(&self, context: &Context<'_>, verb: &str, resource: &str, name: Option<&str>) -> bool {
         let (namespace, name) = (context.namespace(), name.unwrap_or_default());
         let attributes = Attributes { verb, group: GROUP, resource, namespace, name, ..Default::default() };
-        self.authorizer.authorize(&context.user, &attributes).is_ok()
+        self.authorize(&context.user, &attributes).await.is_ok()
     }
 
     fn has_all(&self, context: &Context<'_>, object: &Value, wanted: &[PolicyRule]) -> Result<()> {

@@ -44,7 +44,7 @@ pub(crate) struct Webhook {
 }
 
 /// What a violation leads to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub(crate) enum Action {
     Deny,
     Warn,

@@ -41,7 +41,7 @@ fn decoded(secret: &Value, key: &str) -> Option<String> {
 
 impl Server {
     /// Makes sure that there is an authority, that this server has a certificate of it, and that other servers are told.
-    pub(super) async fn identify(self: &Arc<Self>) -> Result<()> {
+    pub(crate) async fn identify(self: &Arc<Self>) -> Result<()> {
         let what = failed("the certificate for other API servers");
         if self.find("", "secrets", "kube-system", SECRET).await?.is_none() {
             let authority = Authority::generate("seawall-front-proxy-ca").map_err(|e| what(e.to_string()))?;

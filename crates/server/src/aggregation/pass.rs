@@ -21,6 +21,7 @@ use tokio_rustls::TlsConnector;
 use super::Remote;
 use crate::{
     RequestBody, Server,
+    audit::Trail,
     auth::{MASTERS, UserInfo},
     encode::Body,
     error::{ApiError, Result},
@@ -72,7 +73,8 @@ impl Server {
             .await
             .map_err(|why| ApiError::unavailable(format!("error trying to reach service {}: {why}", remote.host())))?;
         if let (StatusCode::SWITCHING_PROTOCOLS, Some(client)) = (response.status(), client) {
-            return Ok(join(client, &mut response, self.stop.clone()));
+            let trail = parts.extensions.get::<Arc<Trail>>().cloned();
+            return Ok(join(client, &mut response, self.stop.clone(), trail));
         }
         for name in OF_THE_CONNECTION {
             response.headers_mut().remove(name);

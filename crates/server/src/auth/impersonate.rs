@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 
 use http::HeaderMap;
 
-use super::{
-    AUTHENTICATED, UNAUTHENTICATED, UserInfo,
-    authorize::{Attributes, Authorizer},
+use super::{AUTHENTICATED, UNAUTHENTICATED, UserInfo, authorize::Attributes};
+use crate::{
+    Server,
+    error::{ApiError, Result},
 };
-use crate::error::{ApiError, Result};
 
 const PREFIX: &str = "impersonate-";
 const ACCOUNT: &str = "system:serviceaccount:";
@@ -51,28 +51,44 @@ fn decode(key: &str) -> String {
     percent_encoding::percent_decode_str(key).decode_utf8_lossy().into_owned()
 }
 
+/// Who is asked whether somebody may act as somebody else.
+pub(crate) trait Deciding {
+    /// `Ok` if they may; else why not.
+    fn decide(
+        &self,
+        user: &UserInfo,
+        attributes: &Attributes<'_>,
+    ) -> impl Future<Output = std::result::Result<String, String>> + Send;
+}
+
+impl Deciding for Server {
+    async fn decide(&self, user: &UserInfo, attributes: &Attributes<'_>) -> std::result::Result<String, String> {
+        self.authorize(user, attributes).await
+    }
+}
+
 /// Takes a request for that of the user whom its headers name, if who sends it may do that.
-pub(crate) fn impersonate(authorizer: &dyn Authorizer, user: UserInfo, headers: &mut HeaderMap) -> Result<UserInfo> {
+pub(crate) async fn impersonate(deciding: &impl Deciding, user: UserInfo, headers: &mut HeaderMap) -> Result<UserInfo> {
     let Some(mut wanted) = wanted(headers)? else { return Ok(user) };
     let account = wanted.username.strip_prefix(ACCOUNT).and_then(|account| account.split_once(':'));
-    let may = |group: &str, resource: &str, subresource: &str, namespace: &str, name: &str| {
+    let may = async |group: &str, resource: &str, subresource: &str, namespace: &str, name: &str| {
         let verb = "impersonate";
         let a = Attributes { verb, group, resource, subresource, namespace, name, ..Default::default() };
-        authorizer.authorize(&user, &a).map(|_| ()).map_err(|why| crate::denied(&user, &a, &why))
+        deciding.decide(&user, &a).await.map(|_| ()).map_err(|why| crate::denied(&user, &a, &why))
     };
     match account {
-        Some((namespace, name)) => may("", "serviceaccounts", "", namespace, name)?,
-        None => may("", "users", "", "", &wanted.username)?,
+        Some((namespace, name)) => may("", "serviceaccounts", "", namespace, name).await?,
+        None => may("", "users", "", "", &wanted.username).await?,
     }
     for group in &wanted.groups {
-        may("", "groups", "", "", group)?;
+        may("", "groups", "", "", group).await?;
     }
     if !wanted.uid.is_empty() {
-        may("authentication.k8s.io", "uids", "", "", &wanted.uid)?;
+        may("authentication.k8s.io", "uids", "", "", &wanted.uid).await?;
     }
     for (key, values) in &wanted.extra {
         for value in values {
-            may("authentication.k8s.io", "userextras", key, "", value)?;
+            may("authentication.k8s.io", "userextras", key, "", value).await?;
         }
     }
     if let (Some((namespace, _)), true) = (account, wanted.groups.is_empty()) {
@@ -97,8 +113,8 @@ mod tests {
     /// Some may take one name, and one group.
     struct Some_;
 
-    impl Authorizer for Some_ {
-        fn authorize(&self, _: &UserInfo, a: &Attributes<'_>) -> std::result::Result<String, String> {
+    impl Deciding for Some_ {
+        async fn decide(&self, _: &UserInfo, a: &Attributes<'_>) -> std::result::Result<String, String> {
             let known = [("users", "jane"), ("groups", "devs"), ("serviceaccounts", "robot"), ("userextras", "x")];
             let ok = a.verb == "impersonate" && known.contains(&(a.resource, a.name));
             if ok { Ok(String::new()) } else { Err(String::new()) }
@@ -112,7 +128,7 @@ mod tests {
             headers.iter().for_each(|(name, value)| {
                 map.append(*name, value.parse().unwrap());
             });
-            let found = impersonate(&Some_, UserInfo::new("me", &[]), &mut map);
+            let found = futures::executor::block_on(impersonate(&Some_, UserInfo::new("me", &[]), &mut map));
             match (found, expect) {
                 (Ok(user), Ok((name, groups))) => {
                     assert_eq!(

@@ -1,10 +1,13 @@
 //! Who asks, and whether they may.
 
 pub mod authorize;
+pub(crate) mod bearer;
 pub mod bootstrap_token;
 mod impersonate;
 pub mod node;
+pub mod oidc;
 pub mod rbac;
+pub mod remote;
 pub mod token;
 
 pub(crate) use impersonate::impersonate;

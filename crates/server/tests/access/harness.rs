@@ -6,6 +6,7 @@ use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use seawall_server::{
     Config, Server,
+    access::Access,
     auth::{MASTERS, NODES, UserInfo},
     pki::{Authority, service_account_key},
 };
@@ -41,6 +42,11 @@ impl Api {
         Api::configured(|_| {}).await
     }
 
+    /// With what was said of access at start.
+    pub async fn with(access: Access) -> Api {
+        Api::configured(|config| config.access = access).await
+    }
+
     /// A server that is told something else than usual.
     pub async fn configured(change: impl FnOnce(&mut Config)) -> Api {
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -64,6 +70,7 @@ impl Api {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            access: Default::default(),
         };
         change(&mut config);
         let stop = CancellationToken::new();
@@ -71,6 +78,12 @@ impl Api {
         let api = Api { server, authority, stop: stop.clone(), _stop: stop.drop_guard(), _dir: dir };
         api.create("/api/v1/namespaces/default/serviceaccounts", json!({"metadata": {"name": "default"}})).await;
         api
+    }
+
+    /// A request as it is, without a user.
+    pub async fn raw(&self, request: http::request::Builder, body: Value) -> http::Response<seawall_server::Body> {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        self.server.handle(request.body(Full::new(bytes::Bytes::from(body))).unwrap(), None).await
     }
 
     async fn send(&self, method: Method, path: &str, kind: &str, body: Value, who: Who<'_>) -> Answer {

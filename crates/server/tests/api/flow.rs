@@ -18,10 +18,10 @@ const SCHEMAS: &str = "/apis/flowcontrol.apiserver.k8s.io/v1/flowschemas";
 const MAPS: &str = "/api/v1/namespaces/default/configmaps";
 const SOON: Duration = Duration::from_secs(10);
 
-/// A server with few seats, and more objects than go into one piece of a body.
+/// A server with few seats, and more objects than go into one piece of a body, but not more than make one seat.
 async fn narrow(fair: bool) -> Api {
     let api = Api::configured(|config| config.inflight = Inflight { most: 60, fair }).await;
-    for i in 0..100 {
+    for i in 0..90 {
         let map = json!({"metadata": {"name": format!("m{i}")}, "data": {"k": "x".repeat(4000)}});
         api.create(MAPS, map).await;
     }

@@ -50,6 +50,7 @@ impl Api {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            access: Default::default(),
         };
         change(&mut config);
         let server = Server::start(config.clone(), store.clone(), CancellationToken::new()).await.unwrap();

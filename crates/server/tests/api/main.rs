@@ -19,6 +19,8 @@ mod policies;
 mod protobuf;
 mod quota;
 mod rbac;
+#[path = "../common/site.rs"]
+mod site;
 mod webhooks;
 
 use harness::Api;

@@ -1,24 +1,23 @@
 //! Admission webhooks: a real HTTPS server, called by the whole pipeline.
 
 use std::{
-    convert::Infallible,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
-use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full};
-use hyper::{body::Incoming, service::service_fn};
-use hyper_util::rt::TokioIo;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls_pki_types::PrivateKeyDer;
+use http::{Method, StatusCode};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio_rustls::TlsAcceptor;
 
-use crate::{MAPS, MERGE, PODS, harness::Api, map, pod};
+use crate::{
+    MAPS, MERGE, PODS,
+    harness::Api,
+    map, pod,
+    site::{Answer, Asked, Site},
+};
 
 const GROUP: &str = "/apis/admissionregistration.k8s.io/v1";
 
@@ -30,46 +29,15 @@ pub(crate) struct Hook {
     pub(crate) ca: String,
     /// Path and request of every call.
     calls: Arc<Mutex<Vec<(String, Value)>>>,
-    connections: Arc<Mutex<usize>>,
+    connections: Arc<AtomicUsize>,
 }
 
 impl Hook {
     pub(crate) async fn new(names: &[&str], say: impl Fn(&str, &Value) -> Value + Send + Sync + 'static) -> Hook {
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut authority = CertificateParams::new(Vec::new()).unwrap();
-        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate().unwrap()).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &authority).unwrap();
-        let config = rustls::ServerConfig::builder()
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate.der().clone()], PrivateKeyDer::try_from(key.serialize_der()).unwrap())
-            .unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let hook = Hook {
-            port: listener.local_addr().unwrap().port(),
-            ca: BASE64.encode(authority.pem()),
-            calls: Arc::default(),
-            connections: Arc::default(),
-        };
-        let (calls, connections) = (hook.calls.clone(), hook.connections.clone());
-        let say: Arc<Say> = Arc::new(say);
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                *connections.lock().unwrap() += 1;
-                let (acceptor, calls, say) = (acceptor.clone(), calls.clone(), say.clone());
-                tokio::spawn(async move {
-                    let Ok(stream) = acceptor.accept(stream).await else { return };
-                    let service = service_fn(move |request| answer(request, calls.clone(), say.clone()));
-                    let _ = hyper::server::conn::http1::Builder::new()
-                        .serve_connection(TokioIo::new(stream), service)
-                        .await;
-                });
-            }
-        });
-        hook
+        let calls: Arc<Mutex<Vec<(String, Value)>>> = Arc::default();
+        let (seen, say) = (calls.clone(), Arc::<Say>::from(Box::new(say) as Box<Say>));
+        let site = Site::new(names, move |asked| Box::pin(answer(asked, seen.clone(), say.clone()))).await;
+        Hook { port: site.port, ca: BASE64.encode(&site.ca), calls, connections: site.connections }
     }
 
     fn calls(&self) -> Vec<(String, Value)> {
@@ -93,14 +61,8 @@ impl Hook {
     }
 }
 
-async fn answer(
-    request: Request<Incoming>,
-    calls: Arc<Mutex<Vec<(String, Value)>>>,
-    say: Arc<Say>,
-) -> Result<Response<Full<Bytes>>, Infallible> {
-    let path = request.uri().path().to_owned();
-    let body = request.into_body().collect().await.unwrap().to_bytes();
-    let review: Value = serde_json::from_slice(&body).unwrap();
+async fn answer(asked: Asked, calls: Arc<Mutex<Vec<(String, Value)>>>, say: Arc<Say>) -> Answer {
+    let (path, review) = (asked.path, asked.body);
     calls.lock().unwrap().push((path.clone(), review["request"].clone()));
     if path == "/slow" {
         tokio::time::sleep(Duration::from_secs(5)).await;
@@ -110,7 +72,7 @@ async fn answer(
         response["uid"] = review["request"]["uid"].clone();
         response = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response});
     }
-    Ok(Response::new(Full::new(Bytes::from(response.to_string()))))
+    (StatusCode::OK, response)
 }
 
 fn patch(steps: Value) -> Value {
@@ -180,7 +142,7 @@ async fn a_validating_webhook_sees_everything_and_refuses() {
     assert_eq!((&request["operation"], &request["object"]), (&json!("DELETE"), &Value::Null));
     assert_eq!(request["oldObject"]["data"]["a"], "c");
     // One connection served all of this.
-    assert_eq!(*hook.connections.lock().unwrap(), 1);
+    assert_eq!(hook.connections.load(Ordering::SeqCst), 1);
     remove(&api, "validating", "v").await;
     api.create(MAPS, map("bad", json!({}))).await;
 }
