@@ -99,6 +99,8 @@ async fn requests_are_written_down_and_an_issuer_is_believed() {
         format!("--audit-log-path={}", log.display()),
         format!("--oidc-issuer-url={}", issuer.url()),
         "--oidc-client-id=seawall".into(),
+        // Without it, RS256 alone, as upstream.
+        "--oidc-signing-algs=ES256".into(),
         "--oidc-username-prefix=oidc:".into(),
         "--oidc-groups-claim=roles".into(),
         format!("--oidc-ca-file={}", kubectl::file(files.path(), "ca.pem", &issuer.site.ca)),

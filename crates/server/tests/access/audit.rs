@@ -307,3 +307,29 @@ async fn events_are_sent_to_a_webhook_in_lists() {
     assert_eq!((&lists[0]["kind"], &lists[0]["apiVersion"]), (&json!("EventList"), &json!("audit.k8s.io/v1")));
     assert_eq!(lists[0]["items"][1]["requestURI"], "/version");
 }
+
+#[tokio::test]
+async fn requests_that_do_not_come_to_an_answer() {
+    use futures::StreamExt;
+    use http_body_util::StreamBody;
+    use hyper::body::Frame;
+    type Piece = Result<Frame<bytes::Bytes>, std::io::Error>;
+    let log = Log::new("{level: Metadata, omitStages: [RequestReceived]}").await;
+    let user = || Some(UserInfo::new("admin", &[MASTERS]));
+    let request = || Request::post(MAPS).header("content-type", "application/json");
+    // The client goes away while it still sends.
+    let never = StreamBody::new(futures::stream::pending::<Piece>());
+    let handled = log.api.server.handle(request().body(never).unwrap(), user());
+    assert!(tokio::time::timeout(Duration::from_millis(50), handled).await.is_err());
+    let events = log.events().await;
+    assert_eq!(short(&events), ["Metadata ResponseComplete create 504"]);
+    assert_eq!(events[0]["responseStatus"]["message"], "the client went away before it was answered");
+    // Something of ours breaks.
+    let server = log.api.server.clone();
+    let broken = StreamBody::new(futures::stream::iter([()]).map(|()| -> Piece { panic!("a mistake of ours") }));
+    let handled = tokio::spawn(async move { server.handle(request().body(broken).unwrap(), user()).await.status() });
+    assert!(handled.await.unwrap_err().is_panic());
+    let events = log.events().await;
+    assert_eq!(short(&events), ["Metadata Panic create 500"]);
+    assert_eq!(events[0]["responseStatus"]["reason"], "InternalError");
+}

@@ -229,7 +229,7 @@ async fn what_is_wrong_with_a_token() {
 async fn keys_come_and_go() {
     let (old, new, unknown) = (elliptic("old"), elliptic("new"), elliptic("unknown"));
     let issuer = Issuer::new(&[&old]).await;
-    let (api, current) = server(issuer.configuration("{}")).await;
+    let (api, _) = server(issuer.configuration("{}")).await;
     assert!(who(&api, &issuer.token(&old, json!({}))).await.is_ok());
     issuer.asked();
     issuer.show(&[&new]);

@@ -26,6 +26,7 @@ pub(crate) struct Asked {
     #[allow(dead_code, reason = "not everybody looks at them")]
     pub(crate) headers: HeaderMap,
     /// What was sent, if it is JSON.
+    #[allow(dead_code, reason = "not everybody looks at it")]
     pub(crate) body: Value,
 }
 
@@ -38,6 +39,7 @@ pub(crate) struct Site {
     pub(crate) port: u16,
     /// Who signed its certificate, in PEM.
     pub(crate) ca: String,
+    #[allow(dead_code, reason = "not everybody counts them")]
     pub(crate) connections: Arc<AtomicUsize>,
 }
 
