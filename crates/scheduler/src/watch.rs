@@ -70,7 +70,9 @@ fn of<K>(client: &Client) -> BoxStream<'static, watcher::Result<Event<K>>>
 where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
 {
-    watcher(Api::<K>::all(client.clone()), watcher::Config::default()).default_backoff().boxed()
+    let events = watcher(Api::<K>::all(client.clone()), watcher::Config::default()).default_backoff();
+    // Nobody looks at it, and in memory it is far larger than everything else.
+    events.modify(|object| object.meta_mut().managed_fields = None).boxed()
 }
 
 fn equal(labels: Option<&std::collections::BTreeMap<String, String>>) -> LabelSelector {

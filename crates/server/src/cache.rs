@@ -9,7 +9,10 @@ pub mod by_node;
 use std::{
     collections::VecDeque,
     ops::Bound,
-    sync::{Arc, LazyLock, OnceLock},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -38,6 +41,8 @@ pub const PREFIX: &str = "/registry/";
 const LOG_EVENTS: usize = 8192;
 /// How many bytes of objects the log of a resource may keep alive, at most.
 const LOG_BYTES: usize = 32 << 20;
+/// How many of the latest changes stay encoded for those who follow.
+const WARM: usize = 256;
 /// How long a read waits for a revision that another server has already acknowledged.
 const WAIT: Duration = Duration::from_secs(3);
 /// How long to wait before a broken watch on the store is set up again.
@@ -110,10 +115,10 @@ pub struct Change {
     pub old: Option<Arc<Object>>,
     /// The object after, `None` if it was deleted.
     pub new: Option<Arc<Object>>,
-    /// The encoded event, for each of the three types, made by the first watcher that needs it.
-    encoded: [OnceLock<Bytes>; 3],
-    /// The same in protobuf.
-    messages: [OnceLock<Bytes>; 3],
+    /// The encoded event, for each of the three types, made by the first watcher that needs it; then the same in protobuf.
+    encoded: RwLock<[Option<Bytes>; 6]>,
+    /// Those who follow have passed it by: whoever comes late encodes it for themselves.
+    cold: AtomicBool,
 }
 
 /// The type of a watch event.
@@ -147,19 +152,37 @@ impl Change {
         }
     }
 
+    fn new(revision: Revision, old: Option<Arc<Object>>, new: Option<Arc<Object>>) -> Change {
+        Change { revision, old, new, encoded: RwLock::default(), cold: AtomicBool::new(false) }
+    }
+
     /// The event as a line of JSON. It is encoded once and shared by all watchers.
     pub fn json(&self, ty: EventType) -> Bytes {
-        let slot = &self.encoded[ty as usize];
-        slot.get_or_init(|| match self.object(ty) {
+        self.shared(ty as usize, || match self.object(ty) {
             Some(object) => event_line(ty, object, self.revision),
             None => Bytes::new(),
         })
-        .clone()
     }
 
     /// The event in protobuf, made by the first watcher that needs it.
     pub fn message(&self, ty: EventType, make: impl FnOnce() -> Bytes) -> Bytes {
-        self.messages[ty as usize].get_or_init(make).clone()
+        self.shared(3 + ty as usize, make)
+    }
+
+    fn shared(&self, slot: usize, make: impl FnOnce() -> Bytes) -> Bytes {
+        if let Some(bytes) = &self.encoded.read()[slot] {
+            return bytes.clone();
+        }
+        if self.cold.load(Ordering::Relaxed) {
+            return make();
+        }
+        self.encoded.write()[slot].get_or_insert_with(make).clone()
+    }
+
+    /// Forgets what was encoded.
+    fn cool(&self) {
+        self.cold.store(true, Ordering::Relaxed);
+        *self.encoded.write() = Default::default();
     }
 
     fn size(&self) -> usize {
@@ -335,7 +358,7 @@ impl Cache {
                 // Before the events of its objects.
                 self.define(new.as_deref().or(old.as_deref()), new.is_some(), &mut next, revision);
             }
-            self.log(id, Change { revision, old, new, encoded: Default::default(), messages: Default::default() });
+            self.log(id, Change::new(revision, old, new));
             if !touched.contains(&id) {
                 touched.push(id);
             }
@@ -406,6 +429,9 @@ impl Cache {
         let mut changes = log.changes.write();
         changes.bytes += change.size();
         changes.ring.push_back(Arc::new(change));
+        if let Some(passed) = changes.ring.len().checked_sub(WARM + 1) {
+            changes.ring[passed].cool();
+        }
         while changes.ring.len() > LOG_EVENTS || changes.bytes > LOG_BYTES {
             match changes.ring.pop_front() {
                 Some(gone) => {

@@ -193,7 +193,9 @@ fn controller_uid<K: Resource>(object: &K) -> &str {
 }
 
 impl<K: Object> Inner<K> {
-    fn insert(&mut self, object: K) -> Change<K> {
+    fn insert(&mut self, mut object: K) -> Change<K> {
+        // Nobody looks at it, and in memory it is far larger than everything else. An update without it leaves it as it is.
+        object.meta_mut().managed_fields = None;
         let (key, new) = (Key::of(&object), Arc::new(object));
         let old = self.objects.insert(key.clone(), new.clone());
         let (before, after) = (old.as_deref().map(controller_uid), controller_uid(&*new));
