@@ -27,6 +27,8 @@ use crate::{
 const CONNECTIONS: usize = 10_000;
 /// How long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long an HTTP/1.1 client may think before its next request: as long as upstream, since clients keep connections.
+const IDLE: Duration = Duration::from_secs(90);
 /// How long connections have to end when the server stops, if no request is being answered any more.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the last answers may take to be sent.
@@ -54,7 +56,7 @@ async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, s
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let connections = TaskTracker::new();
     let mut http = auto::Builder::new(TokioExecutor::new());
-    http.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(30));
+    http.http1().timer(TokioTimer::new()).header_read_timeout(IDLE);
     http.http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(1000)
