@@ -434,7 +434,7 @@ impl Server {
                 self.extra_path(&user, &verb, parts, body).await?
             } else {
                 self.authorize_path(&user, &verb, parts).await?;
-                match self.remote_of_document(&path) {
+                match self.remote_of_document(&path).await? {
                     Some(remote) => self.pass_on(&remote, parts, body, &user).await?,
                     None => self.plain(&parts.method, &path, &query, &parts.headers).await?,
                 }
@@ -473,10 +473,14 @@ impl Server {
         let trail = parts.extensions.get::<Arc<audit::Trail>>().cloned();
         let served = match self.served(&target).await {
             Ok(served) => served,
-            Err(error) => match self.remote(&target.group, &target.version) {
-                Some(remote) => return self.pass_on(&remote, parts, body, &user).await,
-                None => return Err(error),
-            },
+            Err(error) => {
+                // Who has just registered a server, or taken it away, finds it so.
+                self.consistent().await?;
+                match self.remote(&target.group, &target.version) {
+                    Some(remote) => return self.pass_on(&remote, parts, body, &user).await,
+                    None => return Err(error),
+                }
+            }
         };
         let row = served.row.clone();
         if let Some(sub) = &target.subresource
@@ -522,11 +526,14 @@ impl Server {
     }
 
     /// Who serves a document of discovery or of OpenAPI, if somebody else does.
-    fn remote_of_document(&self, path: &str) -> Option<Arc<aggregation::Remote>> {
+    async fn remote_of_document(&self, path: &str) -> Result<Option<Arc<aggregation::Remote>>> {
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
-        let (["apis", group, version] | ["openapi", "v3", "apis", group, version]) = parts[..] else { return None };
-        let own = self.registry.group_versions().iter().any(|(g, v)| *g == group && *v == version);
-        if own { None } else { self.remote(group, version) }
+        let (["apis", group, version] | ["openapi", "v3", "apis", group, version]) = parts[..] else { return Ok(None) };
+        if self.registry.group_versions().iter().any(|(g, v)| *g == group && *v == version) {
+            return Ok(None);
+        }
+        self.consistent().await?;
+        Ok(self.remote(group, version))
     }
 
     /// The resource that a path names. One that another server has made known a moment ago is known here as well.
