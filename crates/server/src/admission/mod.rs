@@ -285,9 +285,7 @@ impl Server {
     fn not_enforced(&self, context: &Context<'_>) {
         let row = &context.row;
         match (row.group, row.plural) {
-            ("apiregistration.k8s.io" | "flowcontrol.apiserver.k8s.io", _)
-            | ("networking.k8s.io", "networkpolicies" | "ingresses")
-            | ("autoscaling", _) => {
+            ("networking.k8s.io", "networkpolicies") | ("autoscaling", _) => {
                 context.warn(vec![format!(
                     "{} are stored, but have no effect in this version of Seawall",
                     row.qualified()
