@@ -128,6 +128,8 @@ impl Server {
         if self.options.machine.is_none() {
             command.args(["--bind-address", "127.0.0.1", "--disable", "agent,proxy"]);
         }
+        // Tests run where they are built, and what that leaves of the disk says nothing about the pods of a test.
+        command.arg("--eviction-hard=memory.available<100Mi,nodefs.available<256Mi");
         command.args(&self.options.args);
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log()).unwrap();
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).kill_on_drop(true);
@@ -182,6 +184,11 @@ impl Server {
     /// If it does not run.
     pub async fn crash(&mut self) {
         self.signal(Signal::SIGKILL).await;
+    }
+
+    /// What it is told at its next start beside what every server is told.
+    pub fn set_args(&mut self, args: Vec<String>) {
+        self.options.args = args;
     }
 
     /// Asks the server to stop, and waits until it has.

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use seawall_tests::{
-    Server,
+    Options, Server,
     kubectl::{Kubectl, has},
     on_a_machine, until,
     workload::IMAGE,
@@ -108,5 +108,34 @@ fn who_matters_more_gets_room() {
         let running = k.run("get pods -l app=urgent --field-selector=status.phase=Running -o name").await.ok();
         assert_eq!(running.lines().count(), 3, "{running}");
         assert!(!server.logged("panicked"), "a task of the server panicked");
+    });
+}
+
+#[test]
+fn a_node_that_is_short_of_disk_takes_no_pods() {
+    on_a_machine(async |machine| {
+        // More than any disk has left.
+        let args = vec!["--eviction-hard=nodefs.available<100%".to_owned()];
+        let mut server = Server::start(Options { machine: Some(machine.clone()), args }).await;
+        server.node_ready().await;
+        server.web_image(IMAGE, "here").await;
+        let k = server.kubectl.clone();
+        let pressure = "{.items[0].status.conditions[?(@.type==\"DiskPressure\")].status}";
+        k.reaches("nodes", pressure, "True").await;
+        k.reaches("nodes", "{.items[0].spec.taints[*].key}", "node.kubernetes.io/disk-pressure").await;
+        k.apply(&pod("waits", "app: waits", "", 1)).await;
+        let why = "{.status.conditions[?(@.type==\"PodScheduled\")].message}";
+        until("the pod says why it waits", async || {
+            k.path("pod/waits", why).await.contains("node.kubernetes.io/disk-pressure").then_some(())
+        })
+        .await;
+        // Another threshold, and room for it.
+        server.crash().await;
+        server.set_args(vec!["--eviction-hard=nodefs.available<1".to_owned()]);
+        server.launch().await;
+        k.reaches("nodes", pressure, "False").await;
+        k.reaches("pod/waits", "{.status.phase}", "Running").await;
+        let said = server.seawall(&["server", "--eviction-hard=disk<5%"]).await.fails();
+        has(said, &["--eviction-hard", "\"disk<5%\" is no threshold: write SIGNAL<AMOUNT"]);
     });
 }

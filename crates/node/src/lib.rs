@@ -26,6 +26,7 @@ mod operations;
 pub mod pause;
 pub mod pleg;
 pub mod pod;
+pub mod pressure;
 pub mod probe;
 pub mod sandbox;
 pub mod security;
@@ -115,6 +116,8 @@ pub struct NodeConfig {
     pub lease: Duration,
     /// How long a renewal may take.
     pub lease_request: Duration,
+    /// When the node says that it is short of something.
+    pub eviction_hard: pressure::Thresholds,
     /// What is stopped when the Lease is not renewed.
     pub fence: fence::Config,
     /// What `/metrics` of the agent's own API shows.
@@ -158,6 +161,7 @@ impl NodeConfig {
             taints: Vec::new(),
             lease: Duration::from_secs(40),
             lease_request: Duration::from_secs(10),
+            eviction_hard: pressure::Thresholds::default(),
             fence: fence::Config::default(),
             metrics: None,
             shutdown: shutdown::Handle::new(shutdown::Config::default()),

@@ -25,7 +25,8 @@ use crate::{
     Agent, cni,
     events::Kind,
     fence,
-    node_status::{self, Machine, NotReady, Pressure},
+    node_status::{self, Machine, NotReady},
+    pressure::Pressure,
     shutdown,
 };
 
@@ -77,7 +78,7 @@ pub async fn run(agent: Arc<Agent>, machine: Machine, shutdown: CancellationToke
             if images.1.is_empty() || images.0.elapsed() > Duration::from_secs(60) {
                 images = (Instant::now(), list_images(&agent).await);
             }
-            let pressure = Pressure::measure(&agent.config.data_dir);
+            let pressure = Pressure::measure(&agent.config.data_dir, &agent.config.eviction_hard);
             let status =
                 node_status::status(&node, &agent.config, &machine, pressure, &why, &images.1, Timestamp::now());
             let changed = node.status.as_ref().is_none_or(|old| node_status::differs(old, &status));
@@ -156,7 +157,7 @@ fn configure_network(node: &Node, agent: &Agent) {
 async fn register(agent: &Agent, machine: &Machine) -> Node {
     let api: Api<Node> = Api::all(agent.client.clone());
     loop {
-        let pressure = Pressure::measure(&agent.config.data_dir);
+        let pressure = Pressure::measure(&agent.config.data_dir, &agent.config.eviction_hard);
         let result = match api.get_opt(&agent.config.node_name).await {
             Ok(Some(node)) => match node_status::label_patch(&node, &agent.config) {
                 Some(patch) => api.patch(&agent.config.node_name, &PatchParams::default(), &Patch::Merge(&patch)).await,

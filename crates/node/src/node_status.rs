@@ -2,7 +2,7 @@
 //!
 //! <https://kubernetes.io/docs/reference/node/node-status/>
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -20,7 +20,13 @@ use k8s_openapi::{
 };
 use serde_json::json;
 
-use crate::{NodeConfig, downward::Allocatable, fence::STOPS_WITHIN, image::architecture};
+use crate::{
+    NodeConfig,
+    downward::Allocatable,
+    fence::STOPS_WITHIN,
+    image::architecture,
+    pressure::{Pressure, meminfo},
+};
 
 /// What this machine is, as far as it does not change while we run.
 #[derive(Clone, Debug)]
@@ -67,43 +73,9 @@ impl Machine {
     }
 }
 
-fn meminfo(text: &str, key: &str) -> Option<i64> {
-    let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<i64>().ok().map(|k| k * 1024)
-}
-
 fn os_release(text: &str) -> String {
     let name = text.lines().find_map(|l| l.strip_prefix("PRETTY_NAME="));
     name.map_or_else(|| "Linux".into(), |n| n.trim_matches('"').to_owned())
-}
-
-/// The pressure on the node at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Pressure {
-    /// Less than 100 MiB of memory is available.
-    pub memory: bool,
-    /// Less than a tenth of the disk, or of its inodes, is free.
-    pub disk: bool,
-    /// Fewer than a tenth of the process ids are free.
-    pub pids: bool,
-}
-
-impl Pressure {
-    /// Measures. The thresholds are upstream's defaults for eviction (`memory.available<100Mi`, `nodefs.available<10%`,
-    /// `nodefs.inodesFree<5%`).
-    pub fn measure(data: &Path) -> Self {
-        let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let memory = meminfo(&text, "MemAvailable").is_some_and(|m| m < 100 << 20);
-        let disk = nix::sys::statvfs::statvfs(data).is_ok_and(|s| {
-            s.blocks_available() < s.blocks() / 10 || (s.files() > 0 && s.files_available() < s.files() / 20)
-        });
-        let number = |path: &str| fs::read_to_string(path).ok().and_then(|t| t.trim().parse::<i64>().ok());
-        let used = fs::read_to_string("/proc/loadavg")
-            .ok()
-            .and_then(|t| t.split_whitespace().nth(3)?.split_once('/')?.1.parse::<i64>().ok());
-        let pids = number("/proc/sys/kernel/pid_max").zip(used).is_some_and(|(max, used)| used > max - max / 10);
-        Self { memory, disk, pids }
-    }
 }
 
 /// Why the node is not ready, `None` if it is.

@@ -121,6 +121,7 @@ fn agent_config(
     config.port = options.agent_port;
     config.node_labels = machine.labels.clone();
     config.taints = machine.taints.clone();
+    config.eviction_hard = options.eviction_hard.clone();
     config.lease = timing.node_lease;
     config.lease_request = timing.node_lease_request;
     config.fence = fence::Config {

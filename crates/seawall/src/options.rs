@@ -76,6 +76,10 @@ pub struct MachineOptions {
     /// Where the logs of pods go.
     #[arg(long, default_value = "/var/log/pods")]
     pub pod_log_dir: PathBuf,
+    /// When the Node says that it is short of memory, disk or process numbers, so that no pods are placed on it:
+    /// SIGNAL<AMOUNT or SIGNAL<PERCENT%, separated by commas. A signal that is not named has no threshold.
+    #[arg(long, default_value = seawall_node::pressure::DEFAULT, value_name = "SIGNAL<AMOUNT,...", overrides_with = "eviction_hard")]
+    pub eviction_hard: seawall_node::pressure::Thresholds,
     /// The port of this machine's balancer, on 127.0.0.1.
     #[arg(long, default_value_t = 6444)]
     pub balancer_port: u16,
@@ -130,6 +134,7 @@ impl MachineOptions {
             cni_conf_dir: None,
             hardware_watchdog: None,
             pod_log_dir: "/var/log/pods".into(),
+            eviction_hard: Default::default(),
             balancer_port: 6444,
             gossip_port: seawall_network::gossip::PORT,
             relay_port: 6445,

@@ -28,6 +28,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use parking_lot::Mutex;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
@@ -453,6 +454,10 @@ impl Shared {
             };
             if let Some(source) = source {
                 transparent(&SockRef::from(&socket), family)?;
+                // The port is chosen when it is known where to: one of a client's can serve for each endpoint.
+                if let Err(error) = nix::sys::socket::setsockopt(&socket, IpBindAddressNoPort, &true) {
+                    tracing::debug!(%error, "a port is taken for all endpoints");
+                }
                 socket.bind(SocketAddr::new(source, 0))?;
             }
             socket.connect(backend.address).await

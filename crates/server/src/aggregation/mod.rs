@@ -71,11 +71,18 @@ impl Remote {
     }
 }
 
+/// APIServices as they were last looked at, and what they come to.
+#[derive(Default)]
+struct Last {
+    objects: Option<Objects>,
+    remotes: Arc<Vec<Arc<Remote>>>,
+}
+
 /// What is known of the other servers.
 #[derive(Default)]
 pub struct Aggregation {
     id: std::sync::OnceLock<Option<ResourceId>>,
-    last: Mutex<(Option<Objects>, Arc<Vec<Arc<Remote>>>)>,
+    last: Mutex<Last>,
     /// What each serves, as it said last: the list of its resources, and whether it still says so.
     discovered: Mutex<HashMap<String, (Value, bool)>>,
     /// How this server proves who it is.
@@ -89,16 +96,16 @@ impl Aggregation {
     pub fn remotes(&self, registry: &Registry, snapshot: &Snapshot) -> Arc<Vec<Arc<Remote>>> {
         let id = self.id.get_or_init(|| registry.by_name(GROUP, PLURAL).map(|(id, _)| id));
         let mut last = self.last.lock();
-        let Some(id) = *id else { return last.1.clone() };
+        let Some(id) = *id else { return last.remotes.clone() };
         let objects = snapshot.of(id);
-        if last.0.as_ref().is_some_and(|known| known.ptr_eq(objects)) {
-            return last.1.clone();
+        if last.objects.as_ref().is_some_and(|known| known.ptr_eq(objects)) {
+            return last.remotes.clone();
         }
         let read = |object: &Arc<crate::object::Object>| Remote::read(&object.value()).map(Arc::new);
         let mut remotes: Vec<Arc<Remote>> = objects.values().filter_map(read).collect();
         remotes.sort_by(|a, b| (b.priority, &a.name).cmp(&(a.priority, &b.name)));
-        *last = (Some(objects.clone()), Arc::new(remotes));
-        last.1.clone()
+        *last = Last { objects: Some(objects.clone()), remotes: Arc::new(remotes) };
+        last.remotes.clone()
     }
 }
 
