@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde_json::Value;
 
+use crate::quantity::Quantity;
+
 /// A path such as `spec.containers[0].name`, built without allocation while everything is valid.
 #[derive(Clone, Copy)]
 pub enum Path<'a> {
@@ -133,6 +135,33 @@ impl Errors {
         self.push(Reason::NotSupported, path, message);
     }
 
+    /// The same for values that upstream lists in an order of its own.
+    pub fn unsupported(&mut self, path: Path<'_>, value: impl Into<Value>, supported: &[&str]) {
+        let list: Vec<String> = supported.iter().map(|s| format!("{s:?}")).collect();
+        let message = format!("Unsupported value: {}: supported values: {}", show(&value.into()), list.join(", "));
+        self.push(Reason::NotSupported, path, message);
+    }
+
+    /// `Invalid value: DETAIL`, where upstream does not repeat the value.
+    pub fn invalid_unshown(&mut self, path: Path<'_>, detail: impl fmt::Display) {
+        self.push(Reason::Invalid, path, format!("Invalid value: {detail}"));
+    }
+
+    /// `Invalid value: TEXT: …` unless the text keeps a rule, such as one of [`crate::names`].
+    pub fn expect(&mut self, path: Path<'_>, text: &str, rule: impl Fn(&str) -> Result<(), String>) {
+        if let Err(detail) = rule(text) {
+            self.invalid(path, text, detail);
+        }
+    }
+
+    /// The same for a text that must not be empty.
+    pub fn expect_some(&mut self, path: Path<'_>, text: &Value, rule: impl Fn(&str) -> Result<(), String>) {
+        match text.as_str().unwrap_or_default() {
+            "" => self.required(path, ""),
+            text => self.expect(path, text, rule),
+        }
+    }
+
     /// `Duplicate value: VALUE`.
     pub fn duplicate(&mut self, path: Path<'_>, value: impl Into<Value>) {
         self.push(Reason::Duplicate, path, format!("Duplicate value: {}", show(&value.into())));
@@ -171,7 +200,7 @@ impl Errors {
 
     /// A field that must not change on update.
     pub fn immutable(&mut self, path: Path<'_>, old: &Value, new: &Value) {
-        if old != new {
+        if !same(old, new) {
             self.push(Reason::Invalid, path, format!("Invalid value: {}: field is immutable", show(new)));
         }
     }
@@ -194,10 +223,57 @@ impl fmt::Display for Errors {
     }
 }
 
+/// Whether two values mean the same: what is missing, null and empty lists and maps are one, and so are quantities that
+/// are written differently, as in upstream's semantic comparison.
+pub fn same(a: &Value, b: &Value) -> bool {
+    let empty = |v: &Value| match v {
+        Value::Null => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.values().all(Value::is_null),
+        _ => false,
+    };
+    match (a, b) {
+        _ if empty(a) && empty(b) => true,
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
+        (Value::Object(x), Value::Object(y)) => {
+            x.iter().all(|(key, value)| same(value, &b[key]))
+                && y.keys().all(|key| x.contains_key(key) || empty(&y[key]))
+        }
+        (Value::String(x), Value::String(y)) => {
+            x == y || matches!((x.parse::<Quantity>(), y.parse::<Quantity>()), (Ok(x), Ok(y)) if x == y)
+        }
+        _ => a == b,
+    }
+}
+
 fn show(value: &Value) -> String {
     match value {
         Value::String(text) => format!("{text:?}"),
         Value::Null => "null".to_owned(),
         other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_means_the_same() {
+        for (a, b, expect) in [
+            (json!({"a": []}), json!({}), true),
+            (json!({"a": null, "b": 1}), json!({"b": 1, "c": {}}), true),
+            (json!({"a": {"b": null}}), json!({}), true),
+            (json!({"cpu": "1"}), json!({"cpu": "1000m"}), true),
+            (json!({"cpu": "1"}), json!({"cpu": "2"}), false),
+            (json!({"a": "x"}), json!({"a": ""}), false),
+            (json!([1, 2]), json!([2, 1]), false),
+            (json!(false), json!(null), false),
+        ] {
+            assert_eq!(same(&a, &b), expect, "{a} {b}");
+            assert_eq!(same(&b, &a), expect, "{b} {a}");
+        }
     }
 }

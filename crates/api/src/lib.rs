@@ -3,6 +3,7 @@
 pub mod cel;
 pub mod cell;
 pub mod certificate_request;
+pub mod cron;
 pub mod custom;
 pub mod field;
 pub mod limit_range;

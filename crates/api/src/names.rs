@@ -10,6 +10,10 @@ const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower ca
 const LABEL_1035: &str = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an \
     alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for \
     validation is '[a-z]([-a-z0-9]*[a-z0-9])?')";
+const WILDCARD: &str = "a wildcard DNS-1123 subdomain must start with '*.', followed by a valid DNS subdomain, which \
+    must consist of lower case alphanumeric characters, '-' or '.' and end with an alphanumeric character (e.g. \
+    '*.example.com', regex used for validation is \
+    '\\*\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
 const QUALIFIED: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end \
     with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is \
     '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
@@ -73,6 +77,41 @@ pub fn path_segment(name: &str) -> Result<(), String> {
         Some(c) => Err(format!("may not contain '{c}'")),
         None => Ok(()),
     }
+}
+
+/// A subdomain whose first label is a star: a host of an Ingress.
+pub fn wildcard_subdomain(name: &str) -> Result<(), String> {
+    if name.len() > 253 {
+        return Err("must be no more than 253 bytes".into());
+    }
+    match name.strip_prefix("*.").map(dns_subdomain) {
+        Some(Ok(())) => Ok(()),
+        _ => Err(WILDCARD.into()),
+    }
+}
+
+/// A path below a domain, such as `example.com/controller`.
+pub fn domain_prefixed_path(text: &str) -> Result<(), String> {
+    match text.split_once('/') {
+        Some((host, path)) if !host.is_empty() && !path.is_empty() => {
+            dns_subdomain(host)?;
+            let known = path.bytes().all(|c| c.is_ascii_alphanumeric() || b"/-._~%!$&'()*+,;=:".contains(&c));
+            known
+                .then_some(())
+                .ok_or_else(|| "Invalid path (regex used for validation is '[A-Za-z0-9/\\-._~%!$&'()*+,;=:]+')".into())
+        }
+        _ => Err("must be a domain-prefixed path (such as \"acme.io/foo\")".into()),
+    }
+}
+
+/// A domain of at least two labels, perhaps with a dot at the end.
+pub fn fully_qualified(name: &str) -> Result<(), String> {
+    let name = name.strip_suffix('.').unwrap_or(name);
+    dns_subdomain(name)?;
+    if !name.contains('.') {
+        return Err("should be a domain with at least two segments separated by dots".into());
+    }
+    name.split('.').try_for_each(dns_label)
 }
 
 /// The key of a label or annotation: an optional prefix, a slash, a name.

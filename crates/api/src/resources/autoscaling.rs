@@ -3,7 +3,7 @@
 use k8s_openapi::api::autoscaling::{v1, v2};
 use serde_json::{Value, json};
 
-use super::{default, drop_status, items};
+use super::{autoscaling_rules, default, drop_status, items};
 use crate::{
     cell,
     row::{Alias, Conversion, Row, Subresource, col, name_of, row as base, schema_of},
@@ -65,12 +65,12 @@ pub(super) fn row() -> Row {
         defaults: |o| {
             let Some(spec) = o.get_mut("spec") else { return };
             default(spec, "minReplicas", 1);
-            default(
-                spec,
-                "metrics",
-                json!([{"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}}}]),
-            );
+            if items(spec, "metrics").next().is_none() {
+                spec["metrics"] = json!([{"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}}}]);
+            }
+            autoscaling_rules::defaults(spec);
         },
+        validate: autoscaling_rules::validate,
         prepare_create: drop_status,
         generation: true,
         ..base::<v2::HorizontalPodAutoscaler>()

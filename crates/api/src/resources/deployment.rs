@@ -67,6 +67,9 @@ fn defaults(object: &mut Value) {
 }
 
 fn validate(v: &Validation<'_>, errors: &mut Errors) {
+    if v.subresource == "status" {
+        return;
+    }
     let spec = &v.new["spec"];
     let path = Path::Root.at("spec");
     for key in ["replicas", "minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"] {
@@ -77,8 +80,9 @@ fn validate(v: &Validation<'_>, errors: &mut Errors) {
     {
         errors.invalid(path.at("progressDeadlineSeconds"), deadline, "must be greater than minReadySeconds");
     }
-    template::selects(spec, path, errors);
-    template::validate(spec, path, &["Always"], errors);
+    template::selects(spec, "deployment", path, errors);
+    template::validate(spec, path, errors);
+    template::runs_for_ever(spec, "ReplicaSet", path, errors);
     let strategy = &spec["strategy"];
     let at = path.at("strategy");
     meta::one_of(strategy, "type", &["Recreate", "RollingUpdate"], at, errors);
@@ -90,20 +94,14 @@ fn validate(v: &Validation<'_>, errors: &mut Errors) {
         let at = at.at("rollingUpdate");
         count_or_percent(rolling, "maxUnavailable", at, errors);
         count_or_percent(rolling, "maxSurge", at, errors);
-        let zero = |v: &Value| v.as_i64() == Some(0) || v.as_str() == Some("0%");
-        if zero(&rolling["maxUnavailable"]) && zero(&rolling["maxSurge"]) {
+        if is_none(&rolling["maxUnavailable"]) && is_none(&rolling["maxSurge"]) {
             errors.invalid(
                 at.at("maxUnavailable"),
                 rolling["maxUnavailable"].clone(),
                 "may not be 0 when `maxSurge` is 0",
             );
         }
-        if let Some(percent) =
-            rolling["maxUnavailable"].as_str().and_then(|s| s.strip_suffix('%')).and_then(|s| s.parse::<u32>().ok())
-            && percent > 100
-        {
-            errors.invalid(at.at("maxUnavailable"), rolling["maxUnavailable"].clone(), "must not be greater than 100%");
-        }
+        at_most_all(rolling, "maxUnavailable", at, errors);
     }
     if let Some(old) = v.old {
         errors.immutable(path.at("selector"), &old["spec"]["selector"], &spec["selector"]);
@@ -122,5 +120,89 @@ pub(super) fn count_or_percent(object: &Value, key: &str, path: Path<'_>, errors
             errors.invalid(path.at(key), s.as_str(), "a valid percent string must be a numeric string followed by an ending '%' (e.g. '1%',  or '93%', regex used for validation is '[0-9]+%')");
         }
         _ => {}
+    }
+}
+
+/// Whether a count or a percentage is nothing.
+pub(super) fn is_none(value: &Value) -> bool {
+    value.as_i64() == Some(0) || value.as_str().is_some_and(|s| s.strip_suffix('%').unwrap_or(s).parse() == Ok(0))
+}
+
+/// Validates that a percentage is not of more than there is.
+pub(super) fn at_most_all(object: &Value, key: &str, path: Path<'_>, errors: &mut Errors) {
+    let percent = object[key].as_str().and_then(|s| s.strip_suffix('%')).and_then(|s| s.parse::<u64>().ok());
+    if percent.is_some_and(|percent| percent > 100) {
+        errors.invalid(path.at(key), object[key].clone(), "must not be greater than 100%");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::testing::{check, check_update, with},
+        *,
+    };
+
+    fn good() -> Value {
+        json!({"spec": {"selector": {"matchLabels": {"a": "b"}}, "template": {"metadata": {"labels": {"a": "b"}},
+            "spec": {"containers": [{"name": "c", "image": "i"}]}}}})
+    }
+
+    #[test]
+    fn what_a_deployment_must_be() {
+        for (pointer, value, expect) in [
+            ("/spec/replicas", json!(0), &[][..]),
+            ("/spec/replicas", json!(-1), &["spec.replicas: Invalid value: -1: must be greater than or equal to 0"]),
+            ("/spec/selector", json!(null), &["spec.selector: Required value"]),
+            (
+                "/spec/selector",
+                json!({}),
+                &["spec.selector: Invalid value: {}: empty selector is invalid for deployment"],
+            ),
+            (
+                "/spec/selector/matchLabels/a",
+                json!("c"),
+                &[
+                    "spec.template.metadata.labels: Invalid value: {\"a\":\"b\"}: `selector` does not match template `labels`",
+                ],
+            ),
+            (
+                "/spec/template/spec/restartPolicy",
+                json!("Never"),
+                &["spec.template.spec.restartPolicy: Unsupported value: \"Never\": supported values: \"Always\""],
+            ),
+            (
+                "/spec/template/spec/activeDeadlineSeconds",
+                json!(5),
+                &[
+                    "spec.template.spec.activeDeadlineSeconds: Forbidden: activeDeadlineSeconds in ReplicaSet is not Supported",
+                ],
+            ),
+            ("/spec/strategy", json!({"rollingUpdate": {"maxUnavailable": "100%", "maxSurge": 0}}), &[]),
+            (
+                "/spec/strategy",
+                json!({"rollingUpdate": {"maxUnavailable": "0%", "maxSurge": 0}}),
+                &[
+                    "spec.strategy.rollingUpdate.maxUnavailable: Invalid value: \"0%\": may not be 0 when `maxSurge` is 0",
+                ],
+            ),
+            (
+                "/spec/strategy",
+                json!({"rollingUpdate": {"maxUnavailable": "101%"}}),
+                &["spec.strategy.rollingUpdate.maxUnavailable: Invalid value: \"101%\": must not be greater than 100%"],
+            ),
+        ] {
+            check(&row(), with(&good(), pointer, value), expect);
+        }
+    }
+
+    #[test]
+    fn the_selector_stays() {
+        let mut other = good();
+        other["spec"]["selector"]["matchLabels"]["x"] = "y".into();
+        other["spec"]["template"]["metadata"]["labels"]["x"] = "y".into();
+        let why = r#"spec.selector: Invalid value: {"matchLabels":{"a":"b","x":"y"}}: field is immutable"#;
+        check_update(&row(), good(), other, &[why]);
+        check_update(&row(), good(), with(&good(), "/spec/replicas", 3.into()), &[]);
     }
 }

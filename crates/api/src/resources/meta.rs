@@ -6,6 +6,7 @@ use super::items;
 use crate::{
     field::{Errors, Path},
     names,
+    quantity::Quantity,
     row::{Row, Scope},
 };
 
@@ -44,16 +45,7 @@ pub fn validate_metadata(row: &Row, new: &Value, old: Option<&Value>, errors: &m
         _ => {}
     }
     labels(meta, path, errors);
-    let mut total = 0;
-    for (key, value) in meta["annotations"].as_object().into_iter().flatten() {
-        total += key.len() + value.as_str().map_or(0, str::len);
-        if let Err(detail) = names::qualified_name(&key.to_lowercase()) {
-            errors.invalid(path.at("annotations"), key.as_str(), detail);
-        }
-    }
-    if total > ANNOTATIONS_MAX {
-        errors.too_long(path.at("annotations"), ANNOTATIONS_MAX);
-    }
+    annotations(meta, path, errors);
     let mut controllers = 0;
     for (index, owner) in items(meta, "ownerReferences").enumerate() {
         let list = path.at("ownerReferences");
@@ -106,6 +98,21 @@ pub fn labels(meta: &Value, path: Path<'_>, errors: &mut Errors) {
     label_map(&meta["labels"], path.at("labels"), errors);
 }
 
+/// Validates `annotations` of an object or a template.
+pub fn annotations(meta: &Value, path: Path<'_>, errors: &mut Errors) {
+    let path = path.at("annotations");
+    let mut total = 0;
+    for (key, value) in meta["annotations"].as_object().into_iter().flatten() {
+        total += key.len() + value.as_str().map_or(0, str::len);
+        if let Err(detail) = names::qualified_name(&key.to_lowercase()) {
+            errors.invalid(path, key.as_str(), detail);
+        }
+    }
+    if total > ANNOTATIONS_MAX {
+        errors.too_long(path, ANNOTATIONS_MAX);
+    }
+}
+
 /// Validates a map of labels, such as a selector.
 pub fn label_map(labels: &Value, path: Path<'_>, errors: &mut Errors) {
     for (key, value) in labels.as_object().into_iter().flatten() {
@@ -116,6 +123,18 @@ pub fn label_map(labels: &Value, path: Path<'_>, errors: &mut Errors) {
         if let Err(detail) = names::label_value(value) {
             errors.invalid(path, value, detail);
         }
+    }
+}
+
+/// Validates a `metav1.LabelSelector` that may have been written when values were not looked at: once it is wrong, it
+/// may stay so.
+pub fn selector_after(new: &Value, old: Option<&Value>, path: Path<'_>, errors: &mut Errors) {
+    let mut before = Errors::default();
+    if let Some(old) = old {
+        selector(old, Path::Root, &mut before);
+    }
+    if before.is_empty() {
+        selector(new, path, errors);
     }
 }
 
@@ -140,6 +159,9 @@ pub fn selector(selector: &Value, path: Path<'_>, errors: &mut Errors) {
         if let Err(detail) = names::qualified_name(expression["key"].as_str().unwrap_or_default()) {
             errors.invalid(path.at("key"), expression["key"].clone(), detail);
         }
+        for (index, value) in items(expression, "values").enumerate() {
+            errors.expect(path.at("values").index(index), value.as_str().unwrap_or_default(), names::label_value);
+        }
     }
 }
 
@@ -149,6 +171,29 @@ pub fn non_negative(object: &Value, key: &str, path: Path<'_>, errors: &mut Erro
         && n < 0
     {
         errors.invalid(path.at(key), n, "must be greater than or equal to 0");
+    }
+}
+
+/// Validates a number of a port.
+pub fn port_number(n: i64, path: Path<'_>, errors: &mut Errors) {
+    if !(1..=65535).contains(&n) {
+        errors.invalid(path, n, "must be between 1 and 65535, inclusive");
+    }
+}
+
+/// Reads a quantity, which may also have been written as a number.
+pub fn quantity(value: &Value) -> Option<Quantity> {
+    match value {
+        Value::String(text) => text.parse().ok(),
+        Value::Number(number) => number.to_string().parse().ok(),
+        _ => None,
+    }
+}
+
+/// Validates a reference to something that has a kind and a name.
+pub fn reference(object: &Value, path: Path<'_>, errors: &mut Errors) {
+    for key in ["kind", "name"] {
+        errors.expect_some(path.at(key), &object[key], names::path_segment);
     }
 }
 

@@ -5,18 +5,23 @@ use crate::row::{Row, Subresource, col, row};
 mod admission;
 mod api_service;
 mod autoscaling;
+mod autoscaling_rules;
 mod certificate_signing_request;
 mod config;
 mod coordination;
+mod cron_job;
 mod custom_resource_definition;
 mod daemonset;
 mod deployment;
 mod discovery;
 mod event;
 mod flow;
+mod ip;
 mod job;
+mod job_policy;
 mod meta;
 mod namespace;
+mod networking;
 mod node;
 mod pod;
 pub mod pod_spec;
@@ -24,10 +29,13 @@ mod policy;
 mod quota;
 mod rbac;
 mod replicaset;
+mod revision;
 mod service;
 mod statefulset;
 mod storage;
 mod template;
+#[cfg(test)]
+mod testing;
 
 pub use meta::validate_metadata;
 pub use service::cluster_ips;
@@ -70,9 +78,8 @@ fn with_status(row: Row) -> Row {
 /// All built-in resources, in the order in which discovery lists them.
 pub fn all() -> Vec<Row> {
     use k8s_openapi::api::{
-        apps::v1::ControllerRevision, authentication::v1 as authentication, authorization::v1 as authorization,
-        certificates::v1 as certificates, networking::v1 as networking, node::v1::RuntimeClass,
-        resource::v1 as resource, scheduling::v1::PriorityClass,
+        authentication::v1 as authentication, authorization::v1 as authorization, certificates::v1 as certificates,
+        node::v1::RuntimeClass, resource::v1 as resource, scheduling::v1::PriorityClass,
     };
     let review = |row: Row| Row { stored: false, ..row };
     let [
@@ -104,73 +111,18 @@ pub fn all() -> Vec<Row> {
         replicaset::row(),
         statefulset::row(),
         daemonset::row(),
-        Row {
-            columns: const { &[col("Controller", "string"), col("Revision", "integer"), col("Age", "date")] },
-            cells: |o, now| {
-                let owner = items(&o["metadata"], "ownerReferences").find(|r| r["controller"] == true);
-                let owner = owner.map(|r| {
-                    let group = r["apiVersion"]
-                        .as_str()
-                        .and_then(|v| v.split_once('/'))
-                        .map_or(String::new(), |(g, _)| format!(".{g}"));
-                    format!(
-                        "{}{group}/{}",
-                        r["kind"].as_str().unwrap_or_default().to_lowercase(),
-                        r["name"].as_str().unwrap_or_default()
-                    )
-                });
-                vec![
-                    owner.unwrap_or_else(|| "<none>".into()).into(),
-                    crate::cell::int(&o["revision"]),
-                    crate::cell::age(o, now),
-                ]
-            },
-            ..row::<ControllerRevision>()
-        },
+        revision::row(),
         job::row(),
-        job::cron_job(),
+        cron_job::row(),
         autoscaling::row(),
         discovery::endpoint_slice(),
         coordination::row(),
         policy::row(),
-        Row {
-            short_names: &["netpol"],
-            columns: const { &[col("Pod-Selector", "string"), col("Age", "date")] },
-            cells: |o, now| vec![crate::cell::selector(&o["spec"]["podSelector"]), crate::cell::age(o, now)],
-            generation: true,
-            ..row::<networking::NetworkPolicy>()
-        },
+        networking::policy(),
         service::ingress(),
-        Row {
-            columns: const { &[col("Controller", "string"), col("Parameters", "string"), col("Age", "date")] },
-            cells: |o, now| {
-                vec![
-                    crate::cell::plain(&o["spec"]["controller"]),
-                    crate::cell::text(&o["spec"]["parameters"]["name"]),
-                    crate::cell::age(o, now),
-                ]
-            },
-            ..row::<networking::IngressClass>()
-        },
-        Row {
-            short_names: &["ip"],
-            name: |_| Ok(()),
-            columns: const { &[col("ParentRef", "string")] },
-            cells: |o, _| {
-                let parent = &o["spec"]["parentRef"];
-                let part = |k: &str| parent[k].as_str().unwrap_or_default().to_owned();
-                vec![format!("{}/{}/{}", part("resource"), part("namespace"), part("name")).into()]
-            },
-            ..row::<networking::IPAddress>()
-        },
-        Row {
-            columns: const { &[col("CIDRs", "string"), col("Age", "date")] },
-            cells: |o, now| {
-                let cidrs: Vec<&str> = items(&o["spec"], "cidrs").filter_map(serde_json::Value::as_str).collect();
-                vec![cidrs.join(",").into(), crate::cell::age(o, now)]
-            },
-            ..with_status(row::<networking::ServiceCIDR>())
-        },
+        networking::class(),
+        networking::address(),
+        networking::cidr(),
         cluster_role_binding,
         cluster_role,
         role,

@@ -291,10 +291,10 @@ fn container(c: &Value, list: &str, volumes: &HashSet<&str>, path: Path<'_>, err
         let at = ports.index(index);
         match port["containerPort"].as_i64() {
             None | Some(0) => errors.required(at.at("containerPort"), ""),
-            Some(n) => port_number(n, at.at("containerPort"), errors),
+            Some(n) => meta::port_number(n, at.at("containerPort"), errors),
         }
         if let Some(n) = port["hostPort"].as_i64().filter(|n| *n != 0) {
-            port_number(n, at.at("hostPort"), errors);
+            meta::port_number(n, at.at("hostPort"), errors);
         }
         meta::one_of(port, "protocol", &["TCP", "UDP", "SCTP"], at, errors);
         if let Some(name) = port["name"].as_str().filter(|n| !n.is_empty()) {
@@ -411,7 +411,7 @@ fn handler(handler: &Value, known: &[&str], path: Path<'_>, errors: &mut Errors)
         };
         let at = path.at(kind);
         match &port {
-            Value::Number(n) => port_number(n.as_i64().unwrap_or_default(), at.at("port"), errors),
+            Value::Number(n) => meta::port_number(n.as_i64().unwrap_or_default(), at.at("port"), errors),
             Value::String(name) if kind != "grpc" => {
                 if let Err(detail) = names::port_name(name) {
                     errors.invalid(at.at("port"), name.as_str(), detail);
@@ -421,12 +421,6 @@ fn handler(handler: &Value, known: &[&str], path: Path<'_>, errors: &mut Errors)
         }
     }
     meta::one_of(&handler["httpGet"], "scheme", &["HTTP", "HTTPS"], path.at("httpGet"), errors);
-}
-
-fn port_number(n: i64, path: Path<'_>, errors: &mut Errors) {
-    if !(1..=65535).contains(&n) {
-        errors.invalid(path, n, "must be between 1 and 65535, inclusive");
-    }
 }
 
 fn resources(resources: &Value, path: Path<'_>, errors: &mut Errors) {

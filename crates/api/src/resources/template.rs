@@ -23,6 +23,7 @@ pub(super) fn pod_template() -> Row {
                 defaults(template);
             }
         },
+        validate: |v, errors| validate(v.new, Path::Root, errors),
         ..row::<PodTemplate>()
     }
 }
@@ -33,8 +34,8 @@ pub(super) fn defaults(template: &mut Value) {
     }
 }
 
-/// Validates a template and that the selector of its owner picks it.
-pub(super) fn validate(spec: &Value, path: Path<'_>, restart: &[&str], errors: &mut Errors) {
+/// Validates a template.
+pub(super) fn validate(spec: &Value, path: Path<'_>, errors: &mut Errors) {
     let template = &spec["template"];
     let path = path.at("template");
     if !template["spec"].is_object() {
@@ -42,35 +43,48 @@ pub(super) fn validate(spec: &Value, path: Path<'_>, restart: &[&str], errors: &
         return;
     }
     meta::labels(&template["metadata"], path.at("metadata"), errors);
+    meta::annotations(&template["metadata"], path, errors);
     pod_spec::validate(&template["spec"], path.at("spec"), errors);
-    let policy = template["spec"]["restartPolicy"].as_str().unwrap_or_default();
-    if !restart.contains(&policy) {
-        let at = path.at("spec");
-        errors.not_supported(at.at("restartPolicy"), policy, restart);
+}
+
+/// Validates that the pods of a template run for ever, as those of `kind` do.
+pub(super) fn runs_for_ever(spec: &Value, kind: &str, path: Path<'_>, errors: &mut Errors) {
+    let pod = &spec["template"]["spec"];
+    let at = path.at("template");
+    let at = at.at("spec");
+    if !pod.is_object() {
+        return;
+    }
+    let policy = pod["restartPolicy"].as_str().unwrap_or_default();
+    if policy != "Always" {
+        errors.not_supported(at.at("restartPolicy"), policy, &["Always"]);
+    }
+    if !pod["activeDeadlineSeconds"].is_null() {
+        let why = format!("activeDeadlineSeconds in {kind} is not Supported");
+        errors.forbidden(at.at("activeDeadlineSeconds"), why);
     }
 }
 
-/// Validates `spec.selector` against `spec.template.metadata.labels`.
-pub(super) fn selects(spec: &Value, path: Path<'_>, errors: &mut Errors) {
+/// Validates `spec.selector`, which must be set, and that it selects the template's pods. `kind` is as upstream says it.
+pub(super) fn selects(spec: &Value, kind: &str, path: Path<'_>, errors: &mut Errors) {
     let selector = &spec["selector"];
     if !selector.is_object() {
         errors.required(path.at("selector"), "");
         return;
     }
     meta::selector(selector, path.at("selector"), errors);
-    match LabelSelector::from_value(selector) {
-        Some(s) if s.is_empty() => {
-            errors.invalid(path.at("selector"), selector.clone(), "empty selector is invalid for deployment")
-        }
-        Some(s) if !s.matches_labels(&spec["template"]["metadata"]["labels"]) => {
-            let at = path.at("template");
-            let at = at.at("metadata");
-            errors.invalid(
-                at.at("labels"),
-                spec["template"]["metadata"]["labels"].clone(),
-                "`selector` does not match template `labels`",
-            );
-        }
-        _ => {}
+    if LabelSelector::from_value(selector).is_some_and(|selector| selector.is_empty()) {
+        errors.invalid(path.at("selector"), selector.clone(), format!("empty selector is invalid for {kind}"));
+    }
+    matches(spec, path, errors);
+}
+
+/// Validates that `spec.selector` selects the template's pods.
+pub(super) fn matches(spec: &Value, path: Path<'_>, errors: &mut Errors) {
+    let labels = &spec["template"]["metadata"]["labels"];
+    if LabelSelector::from_value(&spec["selector"]).is_some_and(|selector| !selector.matches_labels(labels)) {
+        let at = path.at("template");
+        let why = "`selector` does not match template `labels`";
+        errors.invalid(at.at("metadata").at("labels"), labels.clone(), why);
     }
 }
