@@ -2,7 +2,7 @@
 //!
 //! <https://kubernetes.io/docs/reference/node/node-status/>
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use jiff::Timestamp;
 use k8s_openapi::{

@@ -32,7 +32,7 @@ impl Server {
             let class = json!({"metadata": {"name": name}, "value": value, "description": description});
             self.ensure("scheduling.k8s.io", "priorityclasses", class, false).await?;
         }
-        let cidr = self.config.service_cidr;
+        let cidr = self.config.service_cidr.trunc();
         let range = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": [cidr.to_string()]}});
         self.ensure("networking.k8s.io", "servicecidrs", range, false).await?;
         for (plural, object) in policy::objects() {
