@@ -11,6 +11,7 @@ use rand::Rng;
 use seawall_api::{
     Row,
     field::{Errors, Path},
+    resources::{cluster_ips, validate_families},
 };
 use seawall_store::{self as store, Expect, Revision};
 use serde_json::{Value, json};
@@ -32,10 +33,12 @@ fn port_key(protocol: &str, port: i64) -> String {
     format!("{PORTS}{}-{port}", protocol.to_lowercase())
 }
 
+/// The keys of what a Service has taken. Of its addresses that is the first: a second one, of a family that the cluster
+/// does not have, was never taken, and may be another Service's.
 fn claims(server: &Server, service: &Value) -> Vec<String> {
     let mut keys = Vec::new();
     if let Some((_, row)) = server.registry.by_name("networking.k8s.io", "ipaddresses") {
-        keys.extend(seawall_api::resources::cluster_ips(service).map(|ip| row.key("", &ip.to_string())));
+        keys.extend(cluster_ips(service).take(1).map(|ip| row.key("", &ip.to_string())));
     }
     for port in service["spec"]["ports"].as_array().into_iter().flatten() {
         if let Some(number) = port["nodePort"].as_i64().filter(|n| *n > 0) {
@@ -79,6 +82,11 @@ impl Server {
         let name = service["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         let namespace = service["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
         let held = old.map(|old| claims(self, old)).unwrap_or_default();
+        let mut errors = Errors::default();
+        validate_families(service, old, self.config.service_cidr.network().is_ipv4(), &mut errors);
+        if !errors.is_empty() {
+            return Err(ApiError::invalid(row, &name, &errors));
+        }
         let spec = &mut service["spec"];
         if kind == "ExternalName" {
             for key in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {

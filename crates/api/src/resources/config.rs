@@ -15,6 +15,9 @@ use crate::{
 /// The largest ConfigMap or Secret, in bytes of data.
 const MAX_SIZE: usize = 1024 * 1024;
 
+/// Of these a Secret for basic authentication has one or both.
+const BASIC_AUTH: [&str; 2] = ["username", "password"];
+
 pub(super) fn config_map() -> Row {
     Row {
         short_names: &["cm"],
@@ -67,6 +70,15 @@ fn immutable(v: &Validation<'_>, fields: &[&str], errors: &mut Errors) {
     }
 }
 
+/// Why an entry of a Secret is no JSON. What is no base64 is refused with its type.
+fn not_json(entry: &Value) -> Option<String> {
+    let bytes = base64::engine::general_purpose::STANDARD.decode(entry.as_str()?).ok()?;
+    if bytes.is_empty() {
+        return Some("unexpected end of JSON input".into());
+    }
+    serde_json::from_slice::<Value>(&bytes).err().map(|error| error.to_string())
+}
+
 pub(super) fn secret() -> Row {
     Row {
         columns: const { &[col("Type", "string"), col("Data", "integer"), col("Age", "date")] },
@@ -97,6 +109,16 @@ pub(super) fn secret() -> Row {
             for key in needs.iter().filter(|key| v.new["data"].get(**key).is_none()) {
                 errors.required(data.key(key), "");
             }
+            if v.new["type"] == "kubernetes.io/basic-auth"
+                && BASIC_AUTH.iter().all(|key| v.new["data"].get(*key).is_none())
+            {
+                BASIC_AUTH.iter().for_each(|key| errors.required(data.key(key), ""));
+            }
+            for key in needs.iter().filter(|key| key.starts_with(".docker")) {
+                if let Some(why) = v.new["data"].get(*key).and_then(not_json) {
+                    errors.invalid(data.key(key), "<secret contents redacted>", why);
+                }
+            }
             if v.new["type"] == "kubernetes.io/service-account-token"
                 && v.new["metadata"]["annotations"]["kubernetes.io/service-account.name"]
                     .as_str()
@@ -123,5 +145,66 @@ pub(super) fn service_account() -> Row {
         columns: const { &[col("Secrets", "integer"), col("Age", "date")] },
         cells: |o, now| vec![cell::count(&o["secrets"]), cell::age(o, now)],
         ..base::<ServiceAccount>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::testing::{check, check_update},
+        *,
+    };
+
+    #[test]
+    fn config_maps() {
+        check(&config_map(), json!({"data": {"a.b_c": "x"}, "binaryData": {"d": "AA=="}}), &[]);
+        let why = names::config_key("a b").unwrap_err();
+        check(&config_map(), json!({"data": {"a b": ""}}), &[&*format!("data[a b]: Invalid value: \"a b\": {why}")]);
+        let both = json!({"data": {"a": ""}, "binaryData": {"a": "AA=="}});
+        check(&config_map(), both, &["data[a]: Invalid value: \"a\": duplicate of key present in binaryData"]);
+        let large = json!({"data": {"a": "x".repeat(MAX_SIZE + 1)}});
+        check(&config_map(), large, &["[]: Too long: may not be more than 1048576 bytes"]);
+    }
+
+    #[test]
+    fn what_is_immutable_stays() {
+        let of = |value: &str, immutable: bool| json!({"data": {"a": value}, "immutable": immutable});
+        let why = "field is immutable when `immutable` is set";
+        for row in [config_map(), secret()] {
+            check_update(&row, of("YQ==", false), of("Yg==", true), &[]);
+            check_update(&row, of("YQ==", true), of("Yg==", true), &[&*format!("data: Forbidden: {why}")]);
+            check_update(&row, of("YQ==", true), of("YQ==", false), &[&*format!("immutable: Forbidden: {why}")]);
+        }
+        let of = |ty: &str| json!({"type": ty});
+        check_update(&secret(), of("a"), of("b"), &["type: Invalid value: \"b\": field is immutable"]);
+    }
+
+    #[test]
+    fn what_types_of_secrets_need() {
+        let of = |ty: &str, data: Value| json!({"type": ty, "data": data});
+        for (secret_of, expect) in [
+            (of("Opaque", json!({})), &[][..]),
+            (of("kubernetes.io/tls", json!({"tls.crt": "", "tls.key": ""})), &[]),
+            (of("kubernetes.io/tls", json!({"tls.crt": ""})), &["data[tls.key]: Required value"]),
+            (of("kubernetes.io/basic-auth", json!({"password": ""})), &[]),
+            (
+                of("kubernetes.io/basic-auth", json!({})),
+                &["data[username]: Required value", "data[password]: Required value"],
+            ),
+            (of("kubernetes.io/ssh-auth", json!({})), &["data[ssh-privatekey]: Required value"]),
+            (of("kubernetes.io/dockerconfigjson", json!({".dockerconfigjson": "e30="})), &[]),
+            (
+                of("kubernetes.io/dockerconfigjson", json!({".dockerconfigjson": ""})),
+                &[
+                    "data[.dockerconfigjson]: Invalid value: \"<secret contents redacted>\": unexpected end of JSON input",
+                ],
+            ),
+            (
+                of("kubernetes.io/service-account-token", json!({})),
+                &["metadata.annotations[kubernetes.io/service-account.name]: Required value"],
+            ),
+        ] {
+            check(&secret(), secret_of, expect);
+        }
     }
 }

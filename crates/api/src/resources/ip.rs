@@ -1,9 +1,11 @@
 //! Addresses and ranges in fields, strict as they are since Kubernetes 1.36
 //! (<https://github.com/kubernetes/enhancements/issues/4858>).
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+
+use crate::field::{Errors, Path};
 
 /// Reads what older versions took: IPv4 with leading zeros.
 pub(super) fn sloppy(text: &str) -> Option<IpAddr> {
@@ -69,6 +71,34 @@ pub(super) fn canonical_range(text: &str) -> Result<(), String> {
     }
 }
 
+/// Refuses addresses behind which no endpoint can be: those of nobody, of every machine itself and of one link.
+pub(super) fn not_special(text: &str, path: Path<'_>, errors: &mut Errors) {
+    let Some(ip) = sloppy(text) else {
+        errors.invalid(path, text, "must be a valid IP address");
+        return;
+    };
+    if ip.is_unspecified() {
+        errors.invalid(path, text, format!("may not be unspecified ({text})"));
+    }
+    if ip.is_loopback() {
+        errors.invalid(path, text, "may not be in the loopback range (127.0.0.0/8, ::1/128)");
+    }
+    let (local, multicast) = match ip {
+        IpAddr::V4(ip) => (ip.is_link_local(), ip.octets()[..3] == [224, 0, 0]),
+        IpAddr::V6(ip) => (ip.is_unicast_link_local(), is_link_local_multicast(ip)),
+    };
+    if local {
+        errors.invalid(path, text, "may not be in the link-local range (169.254.0.0/16, fe80::/10)");
+    }
+    if multicast {
+        errors.invalid(path, text, "may not be in the link-local multicast range (224.0.0.0/24, ff02::/10)");
+    }
+}
+
+fn is_link_local_multicast(ip: Ipv6Addr) -> bool {
+    ip.segments()[0] & 0xff0f == 0xff02
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,6 +125,22 @@ mod tests {
             ("10.0.0.0/33", "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)"),
         ] {
             assert_eq!(say(canonical_range(text)), expect, "{text}");
+        }
+    }
+
+    #[test]
+    fn special() {
+        for (text, expect) in [
+            ("10.0.0.1", ""),
+            ("0.0.0.0", "may not be unspecified (0.0.0.0)"),
+            ("::1", "may not be in the loopback range (127.0.0.0/8, ::1/128)"),
+            ("169.254.1.1", "may not be in the link-local range (169.254.0.0/16, fe80::/10)"),
+            ("224.0.0.5", "may not be in the link-local multicast range (224.0.0.0/24, ff02::/10)"),
+        ] {
+            let mut errors = Errors::default();
+            not_special(text, Path::Root.at("ip"), &mut errors);
+            let found = errors.to_string();
+            assert_eq!(found.split_once(&format!("{text:?}: ")).map_or("", |(_, why)| why), expect, "{text}");
         }
     }
 }

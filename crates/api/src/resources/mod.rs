@@ -1,21 +1,24 @@
 //! The table of resources. What a resource needs beyond a schema stands in its own file.
 
-use crate::row::{Row, Subresource, col, row};
+use crate::row::{Row, Subresource, row};
 
 mod admission;
 mod api_service;
 mod autoscaling;
 mod autoscaling_rules;
 mod certificate_signing_request;
+mod claim;
 mod config;
 mod coordination;
 mod cron_job;
+mod csi;
 mod custom_resource_definition;
 mod daemonset;
 mod deployment;
 mod discovery;
 mod event;
 mod flow;
+mod ingress;
 mod ip;
 mod job;
 mod job_policy;
@@ -26,19 +29,23 @@ mod node;
 mod pod;
 pub mod pod_spec;
 mod policy;
+mod priority_class;
 mod quota;
 mod rbac;
 mod replicaset;
 mod revision;
+mod runtime_class;
 mod service;
+mod service_ips;
 mod statefulset;
 mod storage;
+mod storage_class;
 mod template;
 #[cfg(test)]
 mod testing;
 
 pub use meta::validate_metadata;
-pub use service::cluster_ips;
+pub use service_ips::{cluster_ips, validate_families};
 
 /// Sets `object[key]` if it is not set.
 pub(crate) fn default(object: &mut serde_json::Value, key: &str, value: impl Into<serde_json::Value>) {
@@ -79,7 +86,7 @@ fn with_status(row: Row) -> Row {
 pub fn all() -> Vec<Row> {
     use k8s_openapi::api::{
         authentication::v1 as authentication, authorization::v1 as authorization, certificates::v1 as certificates,
-        node::v1::RuntimeClass, resource::v1 as resource, scheduling::v1::PriorityClass,
+        resource::v1 as resource,
     };
     let review = |row: Row| Row { stored: false, ..row };
     let [
@@ -103,8 +110,8 @@ pub fn all() -> Vec<Row> {
         event::row(),
         quota::limit_range(),
         quota::resource_quota(),
-        storage::volume(),
-        storage::claim(),
+        storage::row(),
+        claim::row(),
         template::pod_template(),
         replicaset::replication_controller(),
         deployment::row(),
@@ -119,7 +126,7 @@ pub fn all() -> Vec<Row> {
         coordination::row(),
         policy::row(),
         networking::policy(),
-        service::ingress(),
+        ingress::row(),
         networking::class(),
         networking::address(),
         networking::cidr(),
@@ -127,38 +134,14 @@ pub fn all() -> Vec<Row> {
         cluster_role,
         role,
         role_binding,
-        storage::class(),
-        row::<k8s_openapi::api::storage::v1::CSIDriver>(),
-        row::<k8s_openapi::api::storage::v1::CSINode>(),
-        row::<k8s_openapi::api::storage::v1::CSIStorageCapacity>(),
-        Row { subresources: STATUS, ..row::<k8s_openapi::api::storage::v1::VolumeAttachment>() },
-        Row { short_names: &["vac"], ..row::<k8s_openapi::api::storage::v1::VolumeAttributesClass>() },
-        Row {
-            short_names: &["pc"],
-            columns: const {
-                &[
-                    col("Value", "integer"),
-                    col("Global-Default", "boolean"),
-                    col("Age", "date"),
-                    col("PreemptionPolicy", "string"),
-                ]
-            },
-            defaults: |o| default(o, "preemptionPolicy", "PreemptLowerPriority"),
-            cells: |o, now| {
-                vec![
-                    crate::cell::int(&o["value"]),
-                    o["globalDefault"].as_bool().unwrap_or(false).into(),
-                    crate::cell::age(o, now),
-                    crate::cell::text(&o["preemptionPolicy"]),
-                ]
-            },
-            ..row::<PriorityClass>()
-        },
-        Row {
-            columns: const { &[col("Handler", "string"), col("Age", "date")] },
-            cells: |o, now| vec![crate::cell::plain(&o["handler"]), crate::cell::age(o, now)],
-            ..row::<RuntimeClass>()
-        },
+        storage_class::row(),
+        csi::driver(),
+        csi::node(),
+        csi::capacity(),
+        csi::attachment(),
+        storage_class::attributes(),
+        priority_class::row(),
+        runtime_class::row(),
         certificate_signing_request::row(),
         Row { subresources: STATUS, prepare_create: drop_status, ..row::<certificates::PodCertificateRequest>() },
         row::<certificates::ClusterTrustBundle>(),

@@ -13,6 +13,10 @@ use crate::{
     quantity::Quantity,
 };
 
+/// What the path of a node's own volume may be.
+pub(super) const HOST_PATHS: [&str; 8] =
+    ["", "DirectoryOrCreate", "Directory", "FileOrCreate", "File", "Socket", "CharDevice", "BlockDevice"];
+
 /// Fills in what was left out.
 pub fn defaults(spec: &mut Value) {
     default(spec, "restartPolicy", "Always");
@@ -254,9 +258,7 @@ fn volumes<'a>(spec: &'a Value, path: Path<'_>, errors: &mut Errors) -> HashSet<
             let at = at.at("hostPath");
             errors.invalid(at.at("path"), text, "must not contain '..'");
         }
-        let kinds =
-            ["", "DirectoryOrCreate", "Directory", "FileOrCreate", "File", "Socket", "CharDevice", "BlockDevice"];
-        meta::one_of(&volume["hostPath"], "type", &kinds, at.at("hostPath"), errors);
+        meta::one_of(&volume["hostPath"], "type", &HOST_PATHS, at.at("hostPath"), errors);
         if let Some(size) = volume["emptyDir"]["sizeLimit"].as_str().and_then(|s| s.parse::<Quantity>().ok())
             && size.is_negative()
         {
@@ -423,24 +425,28 @@ fn handler(handler: &Value, known: &[&str], path: Path<'_>, errors: &mut Errors)
     meta::one_of(&handler["httpGet"], "scheme", &["HTTP", "HTTPS"], path.at("httpGet"), errors);
 }
 
-fn resources(resources: &Value, path: Path<'_>, errors: &mut Errors) {
-    let quantity = |v: &Value| v.as_str().and_then(|s| s.parse::<Quantity>().ok());
-    for kind in ["limits", "requests"] {
-        let at = path.at(kind);
-        for (name, value) in resources[kind].as_object().into_iter().flatten() {
-            let at = at.key(name);
-            if quantity(value).is_some_and(|q| q.is_negative()) {
-                errors.invalid(at, value.clone(), "must be greater than or equal to 0");
-            }
-            let standard = ["cpu", "memory", "ephemeral-storage", "storage"];
-            if !name.contains('/') && !standard.contains(&name.as_str()) && !name.starts_with("hugepages-") {
-                errors.invalid(at, name.as_str(), "must be a standard resource type or fully qualified");
-            }
+/// Validates a map of resources that containers have.
+pub(super) fn amounts(object: &Value, key: &str, path: Path<'_>, errors: &mut Errors) {
+    const STANDARD: [&str; 4] = ["cpu", "memory", "ephemeral-storage", "storage"];
+    let at = path.at(key);
+    for (name, value) in object[key].as_object().into_iter().flatten() {
+        let at = at.key(name);
+        if meta::quantity(value).is_some_and(|amount| amount.is_negative()) {
+            errors.invalid(at, value.clone(), "must be greater than or equal to 0");
         }
+        if !name.contains('/') && !STANDARD.contains(&name.as_str()) && !name.starts_with("hugepages-") {
+            errors.invalid(at, name.as_str(), "must be a standard resource type or fully qualified");
+        }
+    }
+}
+
+fn resources(resources: &Value, path: Path<'_>, errors: &mut Errors) {
+    for kind in ["limits", "requests"] {
+        amounts(resources, kind, path, errors);
     }
     let at = path.at("requests");
     for (name, value) in resources["requests"].as_object().into_iter().flatten() {
-        if let (Some(request), Some(limit)) = (quantity(value), quantity(&resources["limits"][name]))
+        if let (Some(request), Some(limit)) = (meta::quantity(value), meta::quantity(&resources["limits"][name]))
             && request > limit
         {
             errors.invalid(at, value.clone(), format!("must be less than or equal to {name} limit of {limit}"));
@@ -448,7 +454,8 @@ fn resources(resources: &Value, path: Path<'_>, errors: &mut Errors) {
     }
 }
 
-fn tolerations(spec: &Value, path: Path<'_>, errors: &mut Errors) {
+/// Validates `tolerations` of a pod, or of a class of pods.
+pub(super) fn tolerations(spec: &Value, path: Path<'_>, errors: &mut Errors) {
     let list = path.at("tolerations");
     for (index, toleration) in items(spec, "tolerations").enumerate() {
         let at = list.index(index);
@@ -532,7 +539,8 @@ fn weight(term: &Value, path: Path<'_>, errors: &mut Errors) {
     }
 }
 
-fn node_selector_term(term: &Value, path: Path<'_>, errors: &mut Errors) {
+/// Validates one of the terms of which a node must fulfil one.
+pub(super) fn node_selector_term(term: &Value, path: Path<'_>, errors: &mut Errors) {
     let known = ["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"];
     let list = path.at("matchExpressions");
     for (index, expression) in items(term, "matchExpressions").enumerate() {

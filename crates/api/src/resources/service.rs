@@ -1,11 +1,11 @@
-//! Service and Ingress.
+//! Service. Its addresses and their families are in `service_ips.rs`.
 
-use std::{collections::HashSet, net::IpAddr};
+use std::collections::HashSet;
 
-use k8s_openapi::api::{core::v1::Service, networking::v1::Ingress};
+use k8s_openapi::api::core::v1::Service;
 use serde_json::{Value, json};
 
-use super::{default, drop_status, items, items_mut, meta, with_status};
+use super::{default, ip, items, items_mut, meta, service_ips};
 use crate::{
     cell,
     field::{Errors, Path},
@@ -13,10 +13,9 @@ use crate::{
     row::{Row, Subresource, Validation, col, row as base, wide},
 };
 
-/// The cluster addresses of a Service; none for a headless or external one.
-pub fn cluster_ips(service: &Value) -> impl Iterator<Item = IpAddr> {
-    items(&service["spec"], "clusterIPs").filter_map(|ip| ip.as_str()?.parse().ok())
-}
+/// The port of the node agent, which no load balancer should lead to.
+const AGENT_PORT: i64 = 10_250;
+const BALANCED_ONLY: &str = "may only be used when `type` is 'LoadBalancer'";
 
 pub(super) fn row() -> Row {
     Row {
@@ -68,6 +67,7 @@ pub(super) fn row() -> Row {
                     new["spec"][key] = old["spec"][key].clone();
                 }
             }
+            drop_dependents(new, old);
         },
         ..base::<Service>()
     }
@@ -95,7 +95,13 @@ fn defaults(o: &mut Value) {
     let spec = &mut o["spec"];
     default(spec, "sessionAffinity", "None");
     if spec["sessionAffinity"] == "ClientIP" {
-        default(spec, "sessionAffinityConfig", json!({"clientIP": {"timeoutSeconds": 10_800}}));
+        default(spec, "sessionAffinityConfig", json!({}));
+        default(&mut spec["sessionAffinityConfig"], "clientIP", json!({}));
+        default(&mut spec["sessionAffinityConfig"]["clientIP"], "timeoutSeconds", 10_800);
+    } else if spec["sessionAffinity"] == "None"
+        && let Some(spec) = spec.as_object_mut()
+    {
+        spec.remove("sessionAffinityConfig");
     }
     default(spec, "type", "ClusterIP");
     for port in items_mut(spec, "ports") {
@@ -123,6 +129,9 @@ fn defaults(o: &mut Value) {
 }
 
 fn validate(v: &Validation<'_>, errors: &mut Errors) {
+    if v.subresource == "status" {
+        return;
+    }
     let spec = &v.new["spec"];
     let path = Path::Root.at("spec");
     let kinds = ["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"];
@@ -148,12 +157,7 @@ fn validate(v: &Validation<'_>, errors: &mut Errors) {
     if headless && (kind == "NodePort" || kind == "LoadBalancer") {
         errors.invalid(path.at("clusterIPs").index(0), "None", format!("may not be set to 'None' for {kind} services"));
     }
-    if let Some(ip) = spec["clusterIP"].as_str().filter(|ip| !ip.is_empty() && *ip != "None")
-        && ip.parse::<IpAddr>().is_err()
-    {
-        let list = path.at("clusterIPs");
-        errors.invalid(list.index(0), ip, "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)");
-    }
+    service_ips::validate(spec, v.old.map(|old| &old["spec"]), path, errors);
     ports(spec, path, errors);
     if let Some(timeout) = spec["sessionAffinityConfig"]["clientIP"]["timeoutSeconds"].as_i64()
         && !(1..=86_400).contains(&timeout)
@@ -162,12 +166,85 @@ fn validate(v: &Validation<'_>, errors: &mut Errors) {
         let at = at.at("clientIP");
         errors.invalid(at.at("timeoutSeconds"), timeout, "must be greater than 0 and less than 86400");
     }
-    if let Some(old) = v.old {
-        let (was, is) = (&old["spec"]["clusterIP"], &spec["clusterIP"]);
-        let kept_type = old["spec"]["type"] != "ExternalName" && kind != "ExternalName";
-        if kept_type && was.is_string() && was != is {
-            let list = path.at("clusterIPs");
-            errors.invalid(list.index(0), is.clone(), "may not change once set");
+    outside(v, path, errors);
+    let traffic = ["PreferClose", "PreferSameNode", "PreferSameZone"];
+    meta::one_of(spec, "trafficDistribution", &traffic, path, errors);
+}
+
+/// Validates how a Service is reached from outside the cluster.
+fn outside(v: &Validation<'_>, path: Path<'_>, errors: &mut Errors) {
+    let (spec, old) = (&v.new["spec"], v.old.map(|old| &old["spec"]));
+    let balanced = spec["type"] == "LoadBalancer";
+    // Addresses and ranges that were there before are not looked at again.
+    let known = |key: &str, text: &str| old.is_some_and(|old| items(old, key).any(|old| old == text));
+    let list = path.at("externalIPs");
+    for (index, address) in items(spec, "externalIPs").filter_map(Value::as_str).enumerate() {
+        if !known("externalIPs", address) {
+            errors.expect(list.index(index), address, ip::address);
+        }
+        ip::not_special(address, list.index(index), errors);
+    }
+    let list = path.at("loadBalancerSourceRanges");
+    if !balanced && items(spec, "loadBalancerSourceRanges").next().is_some() {
+        errors.forbidden(list, BALANCED_ONLY);
+    }
+    for (index, range) in items(spec, "loadBalancerSourceRanges").filter_map(Value::as_str).enumerate() {
+        if !known("loadBalancerSourceRanges", range) {
+            errors.expect(list.index(index), range.trim(), ip::range);
+        }
+    }
+    for key in ["loadBalancerClass", "allocateLoadBalancerNodePorts"] {
+        if !balanced && !spec[key].is_null() {
+            errors.forbidden(path.at(key), BALANCED_ONLY);
+        }
+    }
+    let at = path.at("loadBalancerClass");
+    if let Some(class) = spec["loadBalancerClass"].as_str().filter(|_| balanced) {
+        errors.expect(at, class, names::qualified_name);
+    }
+    if balanced
+        && old.is_some_and(|old| old["type"] == "LoadBalancer" && old["loadBalancerClass"] != spec["loadBalancerClass"])
+    {
+        errors.invalid(at, spec["loadBalancerClass"].clone(), "may not change once set");
+    }
+    let reached = balanced || spec["type"] == "NodePort" || items(spec, "externalIPs").next().is_some();
+    if !reached && let Some(policy) = spec["externalTrafficPolicy"].as_str() {
+        let why = "may only be set for externally-accessible services";
+        errors.invalid(path.at("externalTrafficPolicy"), policy, why);
+    }
+}
+
+/// What only the old type of a Service has goes with it, unless the client changed it.
+fn drop_dependents(new: &mut Value, old: &Value) {
+    let exposed = |service: &Value| service["spec"]["type"] == "NodePort" || service["spec"]["type"] == "LoadBalancer";
+    if new["spec"]["type"] == old["spec"]["type"] {
+        return;
+    }
+    let mut gone: Vec<&str> = Vec::new();
+    if new["spec"]["type"] == "ExternalName" {
+        gone.extend(["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"]);
+    }
+    if old["spec"]["type"] == "LoadBalancer" {
+        gone.extend(["allocateLoadBalancerNodePorts", "loadBalancerClass"]);
+    }
+    let hidden = exposed(old) && !exposed(new);
+    if hidden && items(&new["spec"], "externalIPs").next().is_none() {
+        gone.push("externalTrafficPolicy");
+    }
+    let Some(spec) = new["spec"].as_object_mut() else { return };
+    for key in gone {
+        if spec.get(key) == old["spec"].get(key) {
+            spec.remove(key);
+        }
+    }
+    let numbers = |ports: Option<&Value>| -> Vec<Value> {
+        ports.and_then(Value::as_array).into_iter().flatten().map(|port| port["nodePort"].clone()).collect()
+    };
+    if hidden && numbers(spec.get("ports")) == numbers(old["spec"].get("ports")) {
+        for port in spec.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
+            if let Some(port) = port.as_object_mut() {
+                port.remove("nodePort");
+            }
         }
     }
 }
@@ -211,6 +288,13 @@ fn ports(spec: &Value, path: Path<'_>, errors: &mut Errors) {
             }
             _ => {}
         }
+        if number == AGENT_PORT && spec["type"] == "LoadBalancer" {
+            let why = format!("may not expose port {AGENT_PORT} externally since it is used by kubelet");
+            errors.invalid(at.at("port"), number, why);
+        }
+        if let Some(application) = port["appProtocol"].as_str() {
+            errors.expect(at.at("appProtocol"), application, names::qualified_name);
+        }
         if let Some(node) = port["nodePort"].as_i64().filter(|n| *n != 0) {
             if !matches!(spec["type"].as_str(), Some("NodePort" | "LoadBalancer")) {
                 errors.forbidden(at.at("nodePort"), "may not be used when `type` is 'ClusterIP'");
@@ -222,32 +306,107 @@ fn ports(spec: &Value, path: Path<'_>, errors: &mut Errors) {
     }
 }
 
-pub(super) fn ingress() -> Row {
-    Row {
-        short_names: &["ing"],
-        columns: const {
-            &[
-                col("Class", "string"),
-                col("Hosts", "string"),
-                col("Address", "string"),
-                col("Ports", "string"),
-                col("Age", "date"),
-            ]
-        },
-        cells: |o, now| {
-            let hosts: Vec<&str> = items(&o["spec"], "rules").filter_map(|r| r["host"].as_str()).collect();
-            let addresses: Vec<&str> = items(&o["status"]["loadBalancer"], "ingress")
-                .filter_map(|i| i["ip"].as_str().or(i["hostname"].as_str()))
-                .collect();
-            vec![
-                cell::text(&o["spec"]["ingressClassName"]),
-                if hosts.is_empty() { "*".into() } else { hosts.join(",").into() },
-                addresses.join(",").into(),
-                if items(&o["spec"], "tls").next().is_some() { "80, 443".into() } else { "80".into() },
-                cell::age(o, now),
-            ]
-        },
-        prepare_create: drop_status,
-        ..with_status(base::<Ingress>())
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::testing::{check, check_update, with},
+        *,
+    };
+
+    fn good() -> Value {
+        json!({"spec": {"type": "LoadBalancer", "ports": [{"port": 80}]}})
+    }
+
+    #[test]
+    fn what_a_service_must_be() {
+        for (pointer, value, expect) in [
+            ("/spec/loadBalancerClass", json!("a.b/c"), &[][..]),
+            ("/spec/ports", json!([]), &["spec.ports: Required value"]),
+            (
+                "/spec/ports/0/port",
+                json!(10_250),
+                &[
+                    "spec.ports[0].port: Invalid value: 10250: may not expose port 10250 externally since it is used by kubelet",
+                ],
+            ),
+            (
+                "/spec/type",
+                json!("Some"),
+                &[
+                    "spec.type: Unsupported value: \"Some\": supported values: \"ClusterIP\", \"ExternalName\", \"LoadBalancer\", \"NodePort\"",
+                ],
+            ),
+            (
+                "/spec/externalIPs",
+                json!(["127.0.0.1", "010.0.0.1"]),
+                &[
+                    "spec.externalIPs[0]: Invalid value: \"127.0.0.1\": may not be in the loopback range (127.0.0.0/8, ::1/128)",
+                    "spec.externalIPs[1]: Invalid value: \"010.0.0.1\": must not have leading 0s",
+                ],
+            ),
+            (
+                "/spec/loadBalancerSourceRanges",
+                json!(["10.0.0.0/8", "10.0.0.1"]),
+                &[
+                    "spec.loadBalancerSourceRanges[1]: Invalid value: \"10.0.0.1\": must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)",
+                ],
+            ),
+            (
+                "/spec/trafficDistribution",
+                json!("PreferFar"),
+                &[
+                    "spec.trafficDistribution: Unsupported value: \"PreferFar\": supported values: \"PreferClose\", \"PreferSameNode\", \"PreferSameZone\"",
+                ],
+            ),
+        ] {
+            check(&row(), with(&good(), pointer, value), expect);
+        }
+        let inside = |key: &str, value: Value| {
+            with(&with(&good(), "/spec/type", "ClusterIP".into()), &format!("/spec/{key}"), value)
+        };
+        for (key, value) in [
+            ("loadBalancerClass", json!("c")),
+            ("allocateLoadBalancerNodePorts", json!(true)),
+            ("loadBalancerSourceRanges", json!(["10.0.0.0/8"])),
+        ] {
+            let why = format!("spec.{key}: Forbidden: may only be used when `type` is 'LoadBalancer'");
+            check(&row(), inside(key, value), &[&why]);
+        }
+        let why =
+            "spec.externalTrafficPolicy: Invalid value: \"Local\": may only be set for externally-accessible services";
+        check(&row(), inside("externalTrafficPolicy", "Local".into()), &[why]);
+        check(&row(), inside("sessionAffinityConfig", json!({"clientIP": {"timeoutSeconds": 0}})), &[]);
+    }
+
+    #[test]
+    fn what_may_change() {
+        let why = "spec.loadBalancerClass: Invalid value: \"b\": may not change once set";
+        let of = |class: &str| with(&good(), "/spec/loadBalancerClass", class.into());
+        check_update(&row(), of("a"), of("b"), &[why]);
+        check_update(&row(), of("a"), of("a"), &[]);
+    }
+
+    #[test]
+    fn what_goes_with_the_type() {
+        let mut old = good();
+        defaults(&mut old);
+        old["spec"]["clusterIP"] = "10.0.0.1".into();
+        old["spec"]["clusterIPs"] = json!(["10.0.0.1"]);
+        old["spec"]["ports"][0]["nodePort"] = 30_000.into();
+        let turned = |ty: &str| {
+            let mut new = with(&old, "/spec/type", ty.into());
+            new["spec"]["externalName"] = "a.b".into();
+            (row().prepare_update)(&mut new, &old);
+            check_update(&row(), old.clone(), new.clone(), &[]);
+            new["spec"].clone()
+        };
+        let inside = turned("ClusterIP");
+        for key in ["externalTrafficPolicy", "allocateLoadBalancerNodePorts"] {
+            assert!(inside[key].is_null(), "{inside}");
+        }
+        assert!(inside["ports"][0]["nodePort"].is_null(), "{inside}");
+        assert_eq!(inside["clusterIP"], "10.0.0.1");
+        assert_eq!(turned("NodePort")["ports"][0]["nodePort"], 30_000);
+        assert!(turned("ExternalName")["clusterIPs"].is_null());
     }
 }

@@ -4,9 +4,9 @@ use k8s_openapi::api::apps::v1::StatefulSet;
 use serde_json::{Value, json};
 
 use super::{
-    default,
+    claim, default,
     deployment::{at_most_all, count_or_percent, is_none},
-    drop_status, items_mut, meta, storage, template,
+    drop_status, items_mut, meta, template,
 };
 use crate::{
     cell,
@@ -53,10 +53,10 @@ fn defaults(object: &mut Value) {
     let retention = &mut spec["persistentVolumeClaimRetentionPolicy"];
     default(retention, "whenDeleted", "Retain");
     default(retention, "whenScaled", "Retain");
-    for claim in items_mut(spec, "volumeClaimTemplates") {
-        storage::claim_defaults(claim);
-        default(claim, "apiVersion", "v1");
-        default(claim, "kind", "PersistentVolumeClaim");
+    for template in items_mut(spec, "volumeClaimTemplates") {
+        claim::defaults(template);
+        default(template, "apiVersion", "v1");
+        default(template, "kind", "PersistentVolumeClaim");
     }
     if let Some(template) = spec.get_mut("template") {
         template::defaults(template);

@@ -342,6 +342,10 @@ async fn addresses_and_ports_are_given_once_and_come_back() {
     );
     let outside = json!({"metadata": {"name": "o"}, "spec": {"clusterIP": "192.0.2.9", "ports": [{"port": 80}]}});
     assert!(api.fails(Method::POST, services, outside).await.2.contains("is not in the valid range"));
+    // An address of a family without a range is nobody's to take, nor to give back.
+    let both =
+        json!({"metadata": {"name": "b"}, "spec": {"clusterIPs": ["10.96.0.200", "fd00::1"], "ports": [{"port": 80}]}});
+    assert!(api.fails(Method::POST, services, both).await.2.contains("IPv6 is not configured on this cluster"));
 }
 
 #[tokio::test]
