@@ -5,7 +5,7 @@ SHELL := /bin/bash
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-down demo-single demo-single-down build test check
+.PHONY: help setup demo demo-down demo-single demo-single-down build test check fuzz
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,3 +34,6 @@ check: ## Format and lint
 
 test: ## Run all tests; installs what they need
 	@scripts/test.sh
+
+fuzz: ## Give random bytes to all that reads bytes, FUZZ_SECONDS (60) for each target
+	@scripts/fuzz.sh

@@ -34,8 +34,8 @@ packages=(
     protobuf-compiler=protoc
     python3-venv=/usr/lib/python3.11/ensurepip/__init__.py
 )
-# What only the tests need: etcd's own tool, which has to read the snapshots that Seawall takes.
-[ $tests = no ] || packages=(etcd-client=etcdctl "${packages[@]}")
+# What only the tests need: etcd's own tool, which has to read the snapshots that Seawall takes, and what runs clients.
+[ $tests = no ] || packages=(etcd-client=etcdctl nodejs=node npm=npm "${packages[@]}")
 rust_needed="$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)"
 
 there() {
@@ -124,6 +124,15 @@ if [ $tests = yes ] && ! .venv/bin/python -c 'import kopf, kubernetes' 2>/dev/nu
     title "Installing Python's client and kopf into .venv"
     .venv/bin/python -m pip install -q --disable-pip-version-check 'kubernetes==37.*' 'kopf==1.45.*' </dev/null ||
         fail "the Python packages kubernetes and kopf could not be installed from PyPI"
+fi
+
+# JavaScript's, in the versions of its lock file. 1.4 is the last line that runs on the Node.js 18 of Debian 12.
+js=tests/clients/js
+if [ $tests = yes ] && ! cmp -s $js/package-lock.json $js/node_modules/.installed; then
+    title "Installing JavaScript's client into $js/node_modules"
+    npm ci --prefix $js --ignore-scripts --no-audit --no-fund --silent </dev/null ||
+        fail "the npm package @kubernetes/client-node could not be installed"
+    cp $js/package-lock.json $js/node_modules/.installed
 fi
 
 # --- Rust ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-//! The clients that others wrote, as their users use them: Python's, and an operator made with kopf.
+//! The clients that others wrote, as their users use them: Python's, JavaScript's, and an operator made with kopf.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::process::Stdio;
+use std::{ffi::OsStr, process::Stdio};
 
 use seawall_tests::{Options, Server, kubectl, workspace};
 use tokio::process::Command;
@@ -13,12 +13,18 @@ async fn server() -> Server {
     server
 }
 
-/// A program of the virtual environment that `scripts/setup.sh --tests` makes.
-fn python(server: &Server, program: &str) -> Command {
-    let mut command = Command::new(workspace().join(".venv/bin").join(program));
+/// A program that finds the server by `KUBECONFIG`.
+fn program(server: &Server, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
     command.env("KUBECONFIG", &server.kubectl.kubeconfig).env("HOME", &server.kubectl.home);
-    command.env("PYTHONUNBUFFERED", "1").current_dir(&server.kubectl.home);
-    command.stdin(Stdio::null()).kill_on_drop(true);
+    command.current_dir(&server.kubectl.home).stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+/// A program of the virtual environment that `scripts/setup.sh --tests` makes.
+fn python(server: &Server, name: &str) -> Command {
+    let mut command = program(server, workspace().join(".venv/bin").join(name));
+    command.env("PYTHONUNBUFFERED", "1");
     command
 }
 
@@ -28,6 +34,14 @@ async fn pythons_client() {
     let mut command = python(&server, "python");
     command.arg(workspace().join("tests/clients/client.py"));
     assert_eq!(kubectl::run(command, "client.py", "").await.ok(), "ok\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn javascripts_client() {
+    let server = server().await;
+    let mut command = program(&server, "node");
+    command.arg(workspace().join("tests/clients/js/client.mjs"));
+    assert_eq!(kubectl::run(command, "client.mjs", "").await.ok(), "ok\n");
 }
 
 const VAULTS: &str = "

@@ -1,6 +1,10 @@
 //! Strategic merge patch
-//! (<https://github.com/kubernetes/community/blob/master/contributors/devel/sig-api-machinery/strategic-merge-patch.md>).
+//! (<https://github.com/kubernetes/community/blob/master/contributors/devel/sig-api-machinery/strategic-merge-patch.md>),
+//! and the bounds of a JSON patch.
 
+use json_patch::{
+    AddOperation, CopyOperation, MoveOperation, PatchOperation, ReplaceOperation, TestOperation, jsonptr::Pointer,
+};
 use serde_json::{Map, Value};
 
 use crate::schema::{Field, Schemas, Shape, TypeId};
@@ -22,6 +26,86 @@ pub enum PatchError {
     /// A directive of the wrong type.
     #[error("invalid {0} directive in a strategic merge patch: expected a list")]
     Directive(String),
+}
+
+/// A JSON patch that cannot be applied.
+#[derive(Debug, thiserror::Error)]
+pub enum JsonPatchError {
+    /// An operation fails.
+    #[error(transparent)]
+    Operation(#[from] json_patch::PatchError),
+    /// Copies of copies grow by their number as a power of two.
+    #[error("operation '/{operation}' failed: what is copied exceeds the limit of {limit} bytes")]
+    Copied {
+        /// Which operation.
+        operation: usize,
+        /// How many bytes may be copied.
+        limit: usize,
+    },
+    /// The object could not be read again.
+    #[error("operation '/{operation}' failed: the object would be nested deeper than {DEEPEST} levels")]
+    Deep {
+        /// Which operation.
+        operation: usize,
+    },
+}
+
+/// How deep an object may be nested. What is built step by step could not be read again: the decoder has a limit, too.
+pub const DEEPEST: usize = 100;
+
+/// Whether a value is nested deeper than so many levels.
+pub fn is_deep(value: &Value, levels: usize) -> bool {
+    match (value, levels.checked_sub(1)) {
+        (Value::Array(_) | Value::Object(_), None) => true,
+        (Value::Array(list), Some(left)) => list.iter().any(|value| is_deep(value, left)),
+        (Value::Object(map), Some(left)) => map.values().any(|value| is_deep(value, left)),
+        _ => false,
+    }
+}
+
+/// Applies a JSON patch, which may copy no more than so many bytes and nest no deeper than [`DEEPEST`]. After an error
+/// the target is nobody's any more.
+///
+/// # Errors
+/// If an operation fails, or makes too much of the object.
+pub fn json(target: &mut Value, patch: &[PatchOperation], copied: usize) -> Result<(), JsonPatchError> {
+    let mut left = copied;
+    for (operation, step) in patch.iter().enumerate() {
+        let from = |from: &Pointer| target.pointer(from.as_str());
+        let put = match step {
+            PatchOperation::Add(AddOperation { path, value })
+            | PatchOperation::Replace(ReplaceOperation { path, value }) => Some((path, value)),
+            PatchOperation::Move(MoveOperation { from: place, path }) => from(place).map(|value| (path, value)),
+            PatchOperation::Copy(CopyOperation { from: place, path }) => {
+                if let Some(value) = from(place) {
+                    let too_much = JsonPatchError::Copied { operation, limit: copied };
+                    left = left.checked_sub(value.to_string().len()).ok_or(too_much)?;
+                }
+                from(place).map(|value| (path, value))
+            }
+            // kube-rs asks so whether there are no finalizers yet.
+            PatchOperation::Test(TestOperation { path, value }) if value.is_null() && is_missing(target, path) => {
+                continue;
+            }
+            PatchOperation::Remove(_) | PatchOperation::Test(_) => None,
+        };
+        if put.is_some_and(|(path, value)| is_deep(value, DEEPEST.saturating_sub(path.count()))) {
+            return Err(JsonPatchError::Deep { operation });
+        }
+        // Alone it is the first.
+        json_patch::patch(target, std::slice::from_ref(step)).map_err(|mut error| {
+            error.operation = operation;
+            error
+        })?;
+    }
+    Ok(())
+}
+
+/// Whether an object has no such field. To a test that is null, as in upstream's library.
+fn is_missing(target: &Value, path: &Pointer) -> bool {
+    let Some((parent, key)) = path.split_back() else { return false };
+    let parent = target.pointer(parent.as_str()).and_then(Value::as_object);
+    parent.is_some_and(|object| !object.contains_key(&*key.decoded()))
 }
 
 const DIRECTIVE: &str = "$patch";
@@ -153,7 +237,7 @@ fn merge_list(
         let Value::Object(mut item) = item else {
             return Err(PatchError::MissingKey { item: item.to_string(), key: key.to_owned() });
         };
-        let Some(id) = item.get(key).cloned() else {
+        let Some(id) = item.get(key).filter(|id| !id.is_null()).cloned() else {
             return Err(PatchError::MissingKey { item: Value::Object(item).to_string(), key: key.to_owned() });
         };
         let place = current.iter().position(|c| c.get(key) == Some(&id));
@@ -202,4 +286,73 @@ fn reorder(items: &mut Vec<Value>, order: &[Value], key: Option<&str>) {
     }
     ranked.sort_by_key(|(rank, _)| *rank);
     items.extend(ranked.into_iter().map(|(_, item)| item));
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::resources;
+
+    /// Null is no key, or each time that the patch came there would be one more.
+    #[test]
+    fn an_item_has_a_key() {
+        let schemas = Schemas::new(resources::all().iter().map(|row| row.schema));
+        let ty = schemas.by_name("io.k8s.api.core.v1.Pod").unwrap();
+        let patch = json!({"spec": {"containers": [{"name": null, "image": "i"}]}});
+        let error = strategic(&schemas, ty, &mut json!({}), patch).unwrap_err();
+        assert!(matches!(error, PatchError::MissingKey { key, .. } if key == "name"));
+    }
+
+    #[track_caller]
+    fn check(target: Value, steps: Value, expect: Result<Value, &str>) {
+        let (mut target, steps): (_, json_patch::Patch) = (target, serde_json::from_value(steps).unwrap());
+        let result = json(&mut target, &steps, 64).map(|()| target).map_err(|error| error.to_string());
+        assert_eq!(result, expect.map_err(str::to_owned));
+    }
+
+    #[test]
+    fn a_json_patch_says_which_operation_failed() {
+        let steps = json!([
+            {"op": "test", "path": "/a", "value": 1}, {"op": "copy", "from": "/a", "path": "/b"},
+            {"op": "move", "from": "/a", "path": "/c"}, {"op": "add", "path": "/d", "value": [2]},
+            {"op": "replace", "path": "/d/0", "value": 3},
+        ]);
+        check(json!({"a": 1}), steps, Ok(json!({"b": 1, "c": 1, "d": [3]})));
+        let steps = json!([{"op": "add", "path": "/a", "value": 1}, {"op": "remove", "path": "/b"}]);
+        check(json!({}), steps, Err("operation '/1' failed at path '/b': path is invalid"));
+        let steps = json!([{"op": "copy", "from": "/b", "path": "/a"}]);
+        check(json!({}), steps, Err("operation '/0' failed at path '/a': \"from\" path is invalid"));
+    }
+
+    #[test]
+    fn what_is_not_there_is_null_to_a_test() {
+        let test = |path: &str, value: Value| json!([{"op": "test", "path": path, "value": value}]);
+        check(json!({"a": {}}), test("/a/b", Value::Null), Ok(json!({"a": {}})));
+        check(json!({}), test("/a/b", Value::Null), Err("operation '/0' failed at path '/a/b': path is invalid"));
+        check(json!({}), test("/a", json!(1)), Err("operation '/0' failed at path '/a': path is invalid"));
+    }
+
+    #[test]
+    fn copies_of_copies_have_an_end() {
+        let steps = vec![json!({"op": "copy", "from": "", "path": "/x"}); 40];
+        let message = "operation '/3' failed: what is copied exceeds the limit of 64 bytes";
+        check(json!({"a": 1}), steps.into(), Err(message));
+    }
+
+    #[test]
+    fn what_is_built_step_by_step_can_be_read_again() {
+        let mut steps: Vec<Value> =
+            (1..DEEPEST).map(|depth| json!({"op": "add", "path": "/a".repeat(depth), "value": {}})).collect();
+        let mut target = json!({});
+        let read = |steps: &[Value]| serde_json::from_value::<json_patch::Patch>(json!(steps)).unwrap();
+        json(&mut target, &read(&steps), 0).unwrap();
+        assert!(!is_deep(&target, DEEPEST) && is_deep(&target, DEEPEST - 1));
+        steps.push(json!({"op": "add", "path": "/a".repeat(DEEPEST), "value": 1}));
+        json(&mut target, &read(&steps[DEEPEST - 1..]), 0).unwrap();
+        steps.push(json!({"op": "replace", "path": "/a".repeat(DEEPEST), "value": []}));
+        let error = json(&mut target, &read(&steps), 0).unwrap_err();
+        assert_eq!(error.to_string(), "operation '/100' failed: the object would be nested deeper than 100 levels");
+    }
 }

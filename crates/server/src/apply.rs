@@ -21,7 +21,7 @@ use crate::{
     encode::Body,
     error::{ApiError, Result},
     registry::Registry,
-    write::{ATTEMPTS, Change, expected_version, meta, name_of, timestamp},
+    write::{ATTEMPTS, Change, expected_version, meta, name_of, timestamp, yaml},
 };
 
 /// The content type of a configuration.
@@ -145,10 +145,8 @@ impl Server {
     pub(crate) async fn apply(self: &Arc<Self>, context: &Context<'_>) -> Result<Response<Body>> {
         let (mut config, duplicates) = match parse(&context.body) {
             Ok(parsed) => parsed,
-            // YAML of which JSON is a part; only JSON is looked through for what stands twice.
-            Err(_) => serde_yaml_ng::from_slice(&context.body)
-                .map(|value| (value, Vec::new()))
-                .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}")))?,
+            // YAML of which JSON is a part.
+            Err(_) => yaml(&context.body).map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}")))?,
         };
         let (row, name) = (&context.row, context.name()?);
         let about = format!("({}/{name}; {}, Kind={})", context.namespace(), context.served.api_version(), row.kind);

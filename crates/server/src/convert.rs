@@ -24,19 +24,6 @@ const TIMEOUT: u64 = 30;
 /// The largest answer of a conversion, in bytes: it may hold a whole list.
 const LARGEST: usize = 64 << 20;
 
-/// How deep an object may be nested. Patches can build what could not be read again: the decoder has a limit, too.
-pub(crate) const DEEPEST: usize = 100;
-
-/// Whether a value is nested deeper than so many levels.
-pub(crate) fn is_deep(value: &Value, levels: usize) -> bool {
-    match (value, levels.checked_sub(1)) {
-        (Value::Array(_) | Value::Object(_), None) => true,
-        (Value::Array(list), Some(left)) => list.iter().any(|value| is_deep(value, left)),
-        (Value::Object(map), Some(left)) => map.values().any(|value| is_deep(value, left)),
-        _ => false,
-    }
-}
-
 /// How many objects are sent to a webhook at a time.
 const BATCH: usize = 500;
 

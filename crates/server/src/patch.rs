@@ -13,7 +13,7 @@ use seawall_api::{
 use serde_json::{Value, json};
 
 use crate::{
-    Context, Server, apply,
+    Context, MAX_BODY, Server, apply,
     error::{ApiError, Result},
 };
 
@@ -50,7 +50,7 @@ impl Server {
                 }
                 let (row, name) = (context.row.clone(), context.path.name.clone().unwrap_or_default());
                 Ok(Box::new(move |object| {
-                    json_patch::patch(object, &patch).map_err(|e| {
+                    patch::json(object, &patch, MAX_BODY).map_err(|e| {
                         let mut error = ApiError::invalid(&row, &name, &Errors::default());
                         error.message = format!("the server rejected our request due to an error in our request: {e}");
                         // kubectl leaves the message out of what it prints when an object is named.

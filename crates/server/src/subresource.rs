@@ -18,7 +18,7 @@ use crate::{
     error::{ApiError, Result},
     object::encode,
     registry::subresource,
-    write::timestamp,
+    write::{timestamp, yaml},
 };
 
 /// The longest life of a token, in seconds.
@@ -115,8 +115,8 @@ impl Server {
         plain.path.subresource = None;
         plain.recording = Recording::As("scale");
         if *method == Method::PATCH && context.content_type() == APPLY {
-            let body: Value = serde_yaml_ng::from_slice(&context.body)
-                .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}")))?;
+            let (body, _) =
+                yaml(&context.body).map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}")))?;
             let replicas = body["spec"]["replicas"].as_i64().ok_or_else(|| {
                 ApiError::bad_request("spec.replicas: Required value: a number is what a Scale is about")
             })?;

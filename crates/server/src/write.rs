@@ -9,19 +9,20 @@ use seawall_api::{
     Row, Scope, Subresource,
     field::Errors,
     managed::Managed,
+    patch::{DEEPEST, is_deep},
     proto,
     resources::validate_metadata,
     row::Validation,
     schema::{
         TypeId,
-        check::{conform, parse},
+        check::{self, conform, parse},
     },
 };
 use seawall_store::{self as store, Expect, Revision};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    Context, Server, apply,
+    Context, MAX_BODY, Server, apply,
     delete::is_finished,
     encode::Body,
     error::{ApiError, Result},
@@ -94,8 +95,7 @@ impl Context<'_> {
         match self.content_type() {
             "application/json" | "" | "*/*" => parse(&self.body)
                 .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}"))),
-            "application/yaml" | "application/x-yaml" => serde_yaml_ng::from_slice(&self.body)
-                .map(|v| (v, Vec::new()))
+            "application/yaml" | "application/x-yaml" => yaml(&self.body)
                 .map_err(|e| ApiError::bad_request(format!("couldn't get version/kind; yaml parse error: {e}"))),
             "application/vnd.kubernetes.protobuf" if self.row.custom.is_none() => {
                 proto::decode(&server.registry.schemas, ty, &self.body)
@@ -135,9 +135,8 @@ impl Context<'_> {
                 self.served.version
             ))
         })?;
-        if self.row.custom.is_some() && crate::convert::is_deep(&value, crate::convert::DEEPEST) {
-            let most = crate::convert::DEEPEST;
-            return Err(ApiError::bad_request(format!("the object is nested deeper than {most} levels")));
+        if is_deep(&value, DEEPEST) {
+            return Err(ApiError::bad_request(format!("the object is nested deeper than {DEEPEST} levels")));
         }
         let complaints: Vec<String> = duplicates
             .iter()
@@ -167,6 +166,12 @@ impl Context<'_> {
         }
         Ok(value)
     }
+}
+
+/// A body in YAML, with the paths of keys that stand twice. Once its aliases are followed it may be no larger than one in
+/// JSON.
+pub(crate) fn yaml(body: &[u8]) -> Result<(Value, Vec<String>), serde_yaml_ng::Error> {
+    check::read(serde_yaml_ng::Deserializer::from_slice(body), MAX_BODY)
 }
 
 /// The metadata as an object. [`Context::conform`] has made sure that it is one.

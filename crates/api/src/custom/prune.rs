@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::schema::{Additional, Node};
+use crate::schema::check::complain;
 
 /// Takes out what the schema does not know
 /// (<https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#field-pruning>).
@@ -49,7 +50,7 @@ fn fields(node: &Node, value: &mut Value, path: &mut String, resource: bool, gon
             None => node.preserve || matches!(node.additional, Additional::Allowed(true)),
         };
         if !known {
-            gone.push(path.clone());
+            complain(gone, || path.clone());
         }
         path.truncate(end);
         known

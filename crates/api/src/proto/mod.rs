@@ -14,7 +14,7 @@ use std::{
 use base64::Engine as _;
 use serde_json::{Map, Number, Value};
 
-use crate::schema::{Schemas, Shape, TypeId};
+use crate::schema::{Schemas, Shape, TypeId, check};
 
 /// What precedes every message.
 pub const MAGIC: &[u8] = b"k8s\0";
@@ -311,11 +311,8 @@ fn single(schemas: &Schemas, ty: TypeId, key: &str, wire: Wire<'_>, depth: usize
             if bytes.is_empty() {
                 return Ok(Value::Null);
             }
-            let time = jiff::Timestamp::new(seconds, nanos).map_err(|_| malformed())?;
-            match ty_ref.short_name() {
-                "MicroTime" => time.strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string().into(),
-                _ => time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string().into(),
-            }
+            let at = jiff::Timestamp::new(seconds, nanos).map_err(|_| malformed())?;
+            check::time(at, ty_ref.short_name()).ok_or_else(malformed)?.into()
         }
         (Shape::Quantity, Wire::Bytes(bytes)) => {
             let mut text = String::new();

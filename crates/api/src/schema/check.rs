@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use jiff::Timestamp;
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
 use super::{Schemas, Shape, TypeId};
@@ -48,7 +49,8 @@ pub enum TypeError {
     },
 }
 
-/// Brings `value` into the form that is stored: unknown fields and nulls leave it, quantities become canonical.
+/// Brings `value` into the form that is stored: unknown fields and nulls leave it, quantities and times become
+/// canonical.
 /// Returns the paths of the unknown fields, in order.
 pub fn conform(schemas: &Schemas, ty: TypeId, value: &mut Value) -> Result<Vec<String>, TypeError> {
     let mut checker = Checker { schemas, path: Vec::new(), owner: schemas.get(ty).short_name(), unknown: Vec::new() };
@@ -86,8 +88,7 @@ impl<'a> Checker<'a> {
                     let known = fields.contains_key(key.as_str());
                     if !known {
                         self.path.push(Step::Field(key.as_str().into()));
-                        let path = self.place();
-                        self.unknown.push(path);
+                        complain(&mut self.unknown, || place(&self.path));
                         self.path.pop();
                     }
                     known && !value.is_null()
@@ -134,9 +135,12 @@ impl<'a> Checker<'a> {
                     Err(_) => Err(TypeError::Base64 { place: self.place() }),
                 }
             }
-            (Shape::Time, Value::String(text)) => match text.parse::<jiff::Timestamp>() {
-                Ok(_) => Ok(()),
-                Err(_) => Err(TypeError::Time { place: self.place(), value: text.clone() }),
+            (Shape::Time, Value::String(text)) => match text.parse().ok().and_then(|at| time(at, ty.short_name())) {
+                Some(canonical) => {
+                    *text = canonical;
+                    Ok(())
+                }
+                None => Err(TypeError::Time { place: self.place(), value: text.clone() }),
             },
             (Shape::Int32, Value::Number(number)) => match integer(number) {
                 Some(n) if i32::try_from(n).is_ok() => {
@@ -220,20 +224,45 @@ impl<'a> Checker<'a> {
     }
 
     fn place(&self) -> String {
-        let mut out = String::new();
-        for step in &self.path {
-            match step {
-                Step::Field(name) | Step::Key(name) => {
-                    if !out.is_empty() {
-                        out.push('.');
-                    }
-                    out.push_str(name);
-                }
-                Step::Index(index) => out.push_str(&format!("[{index}]")),
-            }
-        }
-        out
+        place(&self.path)
     }
+}
+
+fn place(path: &[Step]) -> String {
+    let mut out = String::new();
+    for step in path {
+        match step {
+            Step::Field(name) | Step::Key(name) => {
+                if !out.is_empty() {
+                    out.push('.');
+                }
+                out.push_str(name);
+            }
+            Step::Index(index) => out.push_str(&format!("[{index}]")),
+        }
+    }
+    out
+}
+
+/// Keeps a path of which something is to be said. A hostile object has more of them than anyone reads, and longer ones.
+pub(crate) fn complain(list: &mut Vec<String>, path: impl FnOnce() -> String) {
+    const MOST: usize = 100;
+    const LONGEST: usize = 1000;
+    if list.len() < MOST {
+        let mut path = path();
+        path.truncate(path.floor_char_boundary(LONGEST));
+        list.push(path);
+    }
+}
+
+/// The first second of the year 0.
+const YEAR_ZERO: i64 = -62_167_219_200;
+
+/// A time as upstream writes it, whatever the client wrote: in UTC, to the second or, if its type is `MicroTime`, to the
+/// microsecond. Nothing if its year has no four digits: clients could not read it.
+pub fn time(at: Timestamp, type_name: &str) -> Option<String> {
+    let form = if type_name == "MicroTime" { "%Y-%m-%dT%H:%M:%S%.6fZ" } else { "%Y-%m-%dT%H:%M:%SZ" };
+    (at.as_second() >= YEAR_ZERO).then(|| at.strftime(form).to_string())
 }
 
 /// An integer, also one that was written as `3.0`.
@@ -249,22 +278,45 @@ const DEPTH: usize = 128;
 
 /// Parses JSON and reports the paths of keys that an object has twice (the last one wins, as in Go).
 pub fn parse(bytes: &[u8]) -> Result<(Value, Vec<String>), serde_json::Error> {
-    let mut duplicates = Vec::new();
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    let value = Node { path: String::new(), duplicates: &mut duplicates, depth: 0 }.deserialize(&mut deserializer)?;
+    let read = read(&mut deserializer, usize::MAX)?;
     deserializer.end()?;
-    Ok((value, duplicates))
+    Ok(read)
 }
 
-struct Node<'a> {
-    path: String,
-    duplicates: &'a mut Vec<String>,
-    depth: usize,
+/// Reads a document of any form, as [`parse`] does. Its values and the bytes of its texts may be no more than `most` together:
+/// where a document can refer to parts of itself, as in YAML, little makes much.
+pub fn read<'de, D: Deserializer<'de>>(deserializer: D, most: usize) -> Result<(Value, Vec<String>), D::Error> {
+    let mut reading = Reading { path: Vec::new(), duplicates: Vec::new(), left: most };
+    let value = Node(&mut reading).deserialize(deserializer)?;
+    Ok((value, reading.duplicates))
 }
+
+/// How far a document has been read.
+struct Reading {
+    path: Vec<Step>,
+    duplicates: Vec<String>,
+    left: usize,
+}
+
+impl Reading {
+    fn pay<E: Error>(&mut self, amount: usize) -> Result<(), E> {
+        let left = self.left.checked_sub(amount);
+        self.left = left.ok_or_else(|| E::custom("the document refers to too much of itself"))?;
+        Ok(())
+    }
+
+    fn go_down<E: Error>(&self) -> Result<(), E> {
+        if self.path.len() > DEPTH { Err(E::custom("exceeded max depth")) } else { Ok(()) }
+    }
+}
+
+struct Node<'a>(&'a mut Reading);
 
 impl<'de> DeserializeSeed<'de> for Node<'_> {
     type Value = Value;
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        self.0.pay::<D::Error>(1)?;
         deserializer.deserialize_any(self)
     }
 }
@@ -286,41 +338,42 @@ impl<'de> Visitor<'de> for Node<'_> {
     fn visit_f64<E>(self, v: f64) -> Result<Value, E> {
         Ok(Number::from_f64(v).map_or(Value::Null, Value::Number))
     }
-    fn visit_str<E>(self, v: &str) -> Result<Value, E> {
+    fn visit_str<E: Error>(self, v: &str) -> Result<Value, E> {
+        self.0.pay::<E>(v.len())?;
         Ok(Value::String(v.to_owned()))
     }
-    fn visit_string<E>(self, v: String) -> Result<Value, E> {
+    fn visit_string<E: Error>(self, v: String) -> Result<Value, E> {
+        self.0.pay::<E>(v.len())?;
         Ok(Value::String(v))
     }
     fn visit_unit<E>(self) -> Result<Value, E> {
         Ok(Value::Null)
     }
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
-        if self.depth > DEPTH {
-            return Err(serde::de::Error::custom("exceeded max depth"));
-        }
+        self.0.go_down::<A::Error>()?;
         let mut items = Vec::new();
         loop {
-            let path = format!("{}[{}]", self.path, items.len());
-            let node = Node { path, duplicates: &mut *self.duplicates, depth: self.depth + 1 };
-            match seq.next_element_seed(node)? {
+            self.0.path.push(Step::Index(items.len()));
+            let item = seq.next_element_seed(Node(&mut *self.0))?;
+            self.0.path.pop();
+            match item {
                 Some(item) => items.push(item),
                 None => return Ok(Value::Array(items)),
             }
         }
     }
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-        if self.depth > DEPTH {
-            return Err(serde::de::Error::custom("exceeded max depth"));
-        }
+        self.0.go_down::<A::Error>()?;
         let mut object = Map::new();
         while let Some(key) = map.next_key::<String>()? {
-            let path = if self.path.is_empty() { key.clone() } else { format!("{}.{key}", self.path) };
+            self.0.pay::<A::Error>(key.len())?;
+            self.0.path.push(Step::Key(key.as_str().into()));
             if object.contains_key(&key) {
-                self.duplicates.push(path.clone());
+                let Reading { path, duplicates, .. } = &mut *self.0;
+                complain(duplicates, || place(path));
             }
-            let node = Node { path, duplicates: &mut *self.duplicates, depth: self.depth + 1 };
-            let value = map.next_value_seed(node)?;
+            let value = map.next_value_seed(Node(&mut *self.0))?;
+            self.0.path.pop();
             object.insert(key, value);
         }
         Ok(Value::Object(object))

@@ -379,6 +379,31 @@ mod tests {
     }
 
     #[test]
+    fn a_hostile_document_is_read_within_bounds() {
+        let text = format!("{{\"{}\": {{{}}}}}", "k".repeat(2000), ["\"a\": 1"; 300].join(","));
+        let (_, duplicates) = check::parse(text.as_bytes()).unwrap();
+        assert_eq!((duplicates.len(), duplicates[0].len()), (100, 1000));
+        let read = |most| check::read(&mut serde_json::Deserializer::from_str(r#"{"ab": ["c"]}"#), most).is_ok();
+        assert!(read(6) && !read(5));
+    }
+
+    #[test]
+    fn times_are_kept_as_upstream_writes_them() {
+        let schemas = schemas();
+        let ty = schemas.by_name("io.k8s.api.coordination.v1.Lease").unwrap();
+        let check = |written: &str, expect: Option<(&str, &str)>| {
+            let mut lease = json!({"metadata": {"creationTimestamp": written}, "spec": {"renewTime": written}});
+            let result = conform(&schemas, ty, &mut lease).ok();
+            let (time, micro) = (lease["metadata"]["creationTimestamp"].as_str(), lease["spec"]["renewTime"].as_str());
+            assert_eq!(result.and(time.zip(micro)), expect, "{written}");
+        };
+        check("2026-01-02T03:04:05Z", Some(("2026-01-02T03:04:05Z", "2026-01-02T03:04:05.000000Z")));
+        check("2026-01-02t03:04:05.6789019+02:00", Some(("2026-01-02T01:04:05Z", "2026-01-02T01:04:05.678901Z")));
+        check("0001-01-01T00:00:00Z", Some(("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000000Z")));
+        check("-000001-12-31T23:59:59Z", None);
+    }
+
+    #[test]
     fn strategic_merge_merges_lists_by_key() {
         let schemas = schemas();
         let ty = schemas.by_name("io.k8s.api.apps.v1.Deployment").unwrap();

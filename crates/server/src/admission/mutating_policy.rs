@@ -6,6 +6,7 @@ use std::sync::Arc;
 use seawall_api::{
     cel::Session,
     managed::{self, Types},
+    patch,
 };
 use serde_json::{Value, json};
 
@@ -16,7 +17,7 @@ use super::{
     request::Request,
 };
 use crate::{
-    Server,
+    MAX_BODY, Server,
     error::{ApiError, Result},
 };
 
@@ -114,7 +115,7 @@ impl Server {
                 }
             }
             let patch: json_patch::Patch = serde_json::from_value(made).map_err(|e| format!("JSON patch: {e}"))?;
-            json_patch::patch(&mut object, &patch).map_err(|e| format!("JSON patch: {e}"))?;
+            patch::json(&mut object, &patch, MAX_BODY).map_err(|e| format!("JSON patch: {e}"))?;
             return Ok(object);
         }
         if request.other.is_some() {

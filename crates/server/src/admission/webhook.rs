@@ -4,7 +4,10 @@
 use base64::Engine as _;
 use futures::future::join_all;
 use http::StatusCode;
-use seawall_api::cel::{Program, Session};
+use seawall_api::{
+    cel::{Program, Session},
+    patch,
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -210,7 +213,7 @@ impl Server {
         }
         let patch: json_patch::Patch = serde_json::from_value(patch).map_err(|e| wrong(&e))?;
         let mut object = request.convert(&request.object, version);
-        json_patch::patch(&mut object, &patch).map_err(|e| wrong(&e))?;
+        patch::json(&mut object, &patch, MAX_BODY).map_err(|e| wrong(&e))?;
         self.take_mutated(request, object, version).map_err(|why| wrong(&why))
     }
 

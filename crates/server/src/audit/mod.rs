@@ -35,6 +35,7 @@ use crate::{
     error::ApiError,
     outside::kubeconfig::Target,
     request::{Query, ResourcePath, verb},
+    write::yaml,
 };
 use event::{Event, ObjectRef};
 use policy::{Asked, Decision, Level, Policy, Stage};
@@ -335,7 +336,7 @@ impl Trail {
         let body = match (whole, json || context.content_type().ends_with("+json")) {
             (true, true) => serde_json::from_slice(&context.body).ok(),
             (_, false) if context.content_type() == "application/apply-patch+yaml" => {
-                serde_yaml_ng::from_slice(&context.body).ok()
+                yaml(&context.body).ok().map(|(body, _)| body)
             }
             (_, false) => context.body(server, context.served.ty).ok().map(|(body, _)| body),
             (false, true) => None,

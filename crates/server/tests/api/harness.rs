@@ -29,9 +29,19 @@ impl Api {
 
     /// A server that is told something else than usual.
     pub(crate) async fn configured(change: impl FnOnce(&mut Config)) -> Api {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Embedded::open(&dir.path().join("store"), Default::default()).unwrap();
+        Api::start(dir, Arc::new(store), change).await
+    }
+
+    /// A server on a store of somebody else's.
+    pub(crate) async fn on(store: Arc<dyn Store>, change: impl FnOnce(&mut Config)) -> Api {
+        Api::start(tempfile::tempdir().unwrap(), store, change).await
+    }
+
+    async fn start(dir: tempfile::TempDir, store: Arc<dyn Store>, change: impl FnOnce(&mut Config)) -> Api {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let dir = Arc::new(tempfile::tempdir().unwrap());
-        let store: Arc<dyn Store> = Arc::new(Embedded::open(&dir.path().join("store"), Default::default()).unwrap());
+        let dir = Arc::new(dir);
         let authority = Authority::open(&dir.path().join("tls")).unwrap();
         let client = authority.client("kubelet-client", MASTERS).unwrap();
         let mut config = Config {

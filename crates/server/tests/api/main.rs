@@ -1,4 +1,4 @@
-//! The API's semantics, through the whole pipeline, on the embedded store.
+//! The API's semantics, through the whole pipeline, on the embedded store; `model.rs` on both.
 
 #![allow(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
 
@@ -12,8 +12,12 @@ mod aggregation;
 mod apply;
 mod conversion;
 mod crd;
+#[allow(dead_code, reason = "the store's tests need more of it")]
+#[path = "../../../store/tests/etcd/cluster.rs"]
+mod etcd;
 mod flow;
 mod harness;
+mod model;
 mod pod_security;
 mod policies;
 mod protobuf;
@@ -110,6 +114,47 @@ async fn every_kind_of_patch() {
         api.call(Method::PATCH, &format!("{PODS}/p"), MERGE, json!({"spec": {"restartPolicy": "Never"}})).await;
     assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
     assert!(failed["message"].as_str().unwrap().contains("pod updates may not change fields other than"), "{failed}");
+}
+
+/// Neither in memory nor in depth: what is nested too deeply cannot be read again, and may end the process on the way.
+#[tokio::test]
+async fn no_request_blows_an_object_up() {
+    let api = Api::new().await;
+    let path = format!("{MAPS}/a");
+    api.create(MAPS, map("a", json!({"k": "v".repeat(1000)}))).await;
+    let json_patch = async |path: &str, steps: Vec<Value>| {
+        let (status, answer) = api.call(Method::PATCH, path, "application/json-patch+json", steps.into()).await;
+        (status.as_u16(), answer["message"].as_str().unwrap_or_default().to_owned())
+    };
+    let (code, message) = json_patch(&path, vec![json!({"op": "copy", "from": "", "path": "/x"}); 60]).await;
+    assert_eq!(code, 422);
+    assert!(message.contains("what is copied exceeds the limit"), "{message}");
+    let deeper = |count: usize, at: &str| -> Vec<Value> {
+        (1..=count)
+            .map(|depth| json!({"op": "add", "path": format!("{at}{}", "/a".repeat(depth)), "value": {}}))
+            .collect()
+    };
+    let (code, message) = json_patch(&path, deeper(1000, "")).await;
+    assert_eq!(code, 422);
+    assert!(message.contains("would be nested deeper than 100 levels"), "{message}");
+
+    // Aliases of YAML: a list of lists.
+    let (one, all) = ("x, ".repeat(2000), "*one, ".repeat(2000));
+    let body = format!("metadata: {{name: y}}\ndata: {{one: &one [{one}], all: [{all}]}}\n");
+    let response = api.raw(Method::POST, MAPS, &[("content-type", "application/yaml")], body).await;
+    let answer = String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap();
+    assert!(answer.contains("the document refers to too much of itself"), "{answer}");
+
+    // Built-in types have places for anything, too.
+    let revisions = "/apis/apps/v1/namespaces/default/controllerrevisions";
+    let revision = |depth: usize| {
+        let data = (1..depth).fold(json!({}), |data, _| json!({"a": data}));
+        json!({"metadata": {"name": format!("r{depth}")}, "revision": 1, "data": data})
+    };
+    let (code, _, message) = api.fails(Method::POST, revisions, revision(100)).await;
+    assert_eq!((code, &*message), (400, "the object is nested deeper than 100 levels"));
+    let made = api.create(revisions, revision(99)).await;
+    assert_eq!(api.get(&format!("{revisions}/r99")).await["data"], made["data"]);
 }
 
 #[tokio::test]
