@@ -6,7 +6,7 @@ use std::{
     fs,
     path::Path,
     process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use seawall_drill::lab::{Machine, Service};
@@ -126,7 +126,7 @@ async fn servers_join_are_lost_and_replaced() {
         async move {
             let mut longest = Duration::ZERO;
             for i in 0.. {
-                let started = Instant::now();
+                let started = tokio::time::Instant::now();
                 let written = kubectl.run(&format!("create configmap during-{i} --request-timeout=30s")).await;
                 longest = longest.max(started.elapsed());
                 if !written.status.success() || kubectl.run("get configmap removed").await.status.success() {

@@ -75,7 +75,8 @@ async fn put(client: &Client, conditions: Value) {
 ///
 /// Nodes `here`, `n1`, `n2`; a Service on TCP, one that is sticky, one on UDP, all of both families; an endpoint of each on
 /// `n1` and on `n2`.
-async fn fill(client: &Client) {
+async fn fill(cluster: &Cluster) {
+    let client = &cluster.client();
     let nodes: Api<Node> = Api::all(client.clone());
     for (name, address, pods) in [
         ("here", "192.168.77.1", &["10.244.0.0/24"][..]),
@@ -89,25 +90,24 @@ async fn fill(client: &Client) {
     }
     let services: Api<Service> = Api::namespaced(client.clone(), "default");
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
-    for (name, spec, protocol) in [
+    for (name, spec, other, protocol) in [
         (
             "web",
-            json!({"type": "NodePort", "clusterIPs": ["10.96.0.9", "fd00:96::9"], "ports": [{"port": 80, "nodePort": 30005}]}),
+            json!({"type": "NodePort", "clusterIP": "10.96.0.9", "ports": [{"port": 80, "nodePort": 30005}]}),
+            "fd00:96::9",
             "TCP",
         ),
         (
             "sticky",
-            json!({"clusterIPs": ["10.96.0.11", "fd00:96::11"], "sessionAffinity": "ClientIP", "ports": [{"port": 80}]}),
+            json!({"clusterIP": "10.96.0.11", "sessionAffinity": "ClientIP", "ports": [{"port": 80}]}),
+            "fd00:96::11",
             "TCP",
         ),
-        (
-            "dns",
-            json!({"clusterIPs": ["10.96.0.10", "fd00:96::10"], "ports": [{"port": 53, "protocol": "UDP"}]}),
-            "UDP",
-        ),
+        ("dns", json!({"clusterIP": "10.96.0.10", "ports": [{"port": 53, "protocol": "UDP"}]}), "fd00:96::10", "UDP"),
     ] {
         let service = json!({"metadata": {"name": name}, "spec": spec});
         services.create(&PostParams::default(), &object(service)).await.unwrap();
+        cluster.add_address(name, other).await;
         let ready = json!({"ready": true});
         for slice in self::slices(name, protocol, ready) {
             slices.create(&PostParams::default(), &slice).await.unwrap();
@@ -209,7 +209,7 @@ fn a_dead_machine_is_left_at_once() {
     let both = ["pod1", "pod2"];
     on_node(&net, async {
         let cluster = Cluster::new("192.168.77.1").await;
-        fill(&cluster.client()).await;
+        fill(&cluster).await;
         let proxy = Running::start(cluster.client(), None);
         listed("10.96.0.9 . tcp . 80", true).await;
         listed("10.96.0.10 . udp . 53", true).await;
@@ -327,7 +327,7 @@ fn a_connection_that_nobody_answers_is_led_elsewhere() {
     let here = net.clone();
     on_node(&net, async move {
         let cluster = Cluster::new("192.168.77.1").await;
-        fill(&cluster.client()).await;
+        fill(&cluster).await;
         let proxy = Running::start(cluster.client(), None);
         listed("10.96.0.9 . tcp . 80", true).await;
         for to in [SERVICE, SERVICE6] {
@@ -376,7 +376,7 @@ fn verdicts_act_without_the_api_and_after_a_restart_without_it() {
     let both = ["pod1", "pod2"];
     on_node(&net, async {
         let cluster = Cluster::new("192.168.77.1").await;
-        fill(&cluster.client()).await;
+        fill(&cluster).await;
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("proxy.json");
         let kept = async |text: &str, there: bool| {

@@ -11,13 +11,14 @@ use seawall_server::{
     pki::{Authority, service_account_key},
     serve,
 };
-use seawall_store::embedded::Embedded;
+use seawall_store::{Expect, Store, embedded::Embedded};
 use tokio_util::sync::CancellationToken;
 
 /// One cluster: several servers on one store.
 pub struct Cluster {
     pub authority: Authority,
     pub server: Arc<Server>,
+    store: Arc<dyn Store>,
     pub directory: tempfile::TempDir,
 }
 
@@ -45,9 +46,22 @@ impl Cluster {
             goaway_chance: 0.0,
             access: Default::default(),
         };
-        let store = Arc::new(Embedded::open(&directory.path().join("store"), Default::default()).unwrap());
-        let server = Server::start(config, store, CancellationToken::new()).await.unwrap();
-        Cluster { authority, server, directory }
+        let store: Arc<dyn Store> =
+            Arc::new(Embedded::open(&directory.path().join("store"), Default::default()).unwrap());
+        let server = Server::start(config, store.clone(), CancellationToken::new()).await.unwrap();
+        Cluster { authority, server, store, directory }
+    }
+
+    /// Gives a Service an address of the other family as well, as a server with ranges of both would.
+    pub async fn add_address(&self, service: &str, address: &str) {
+        let mut value = self.server.peek("", "services", "default", service).unwrap();
+        value["metadata"].as_object_mut().unwrap().remove("resourceVersion");
+        let first = value["spec"]["clusterIP"].clone();
+        value["spec"]["clusterIPs"] = serde_json::json!([first, address]);
+        value["spec"]["ipFamilies"] = serde_json::json!(["IPv4", "IPv6"]);
+        value["spec"]["ipFamilyPolicy"] = "RequireDualStack".into();
+        let key = format!("/registry/services/specs/default/{service}");
+        self.store.put(&key, value.to_string().into(), Expect::Any, None).await.unwrap();
     }
 
     /// A client that needs no socket.
