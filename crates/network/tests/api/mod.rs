@@ -54,7 +54,13 @@ impl Cluster {
 
     /// Gives a Service an address of the other family as well, as a server with ranges of both would.
     pub async fn add_address(&self, service: &str, address: &str) {
-        let mut value = self.server.peek("", "services", "default", service).unwrap();
+        let mut value = loop {
+            // The cache follows the write.
+            match self.server.peek("", "services", "default", service) {
+                Some(value) => break value,
+                None => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+            }
+        };
         value["metadata"].as_object_mut().unwrap().remove("resourceVersion");
         let first = value["spec"]["clusterIP"].clone();
         value["spec"]["clusterIPs"] = serde_json::json!([first, address]);
