@@ -54,14 +54,14 @@ async fn secrets_are_not_found_on_the_disk() {
     assert!(!found(server.directory(), &STANDARD.encode(WORD)));
     // What was there before is read, and written anew.
     assert_eq!(server.kubectl.path("secret/open", "{.data.word}").await, plain);
-    // The gossip's key is a Secret as well.
-    until("what was in the clear is written anew", async || server.logged("says count=2").then_some(())).await;
+    // The gossip's key is a Secret as well, and so is the authority that other API servers believe.
+    until("what was in the clear is written anew", async || server.logged("says count=3").then_some(())).await;
 
     // Another key: the old one still reads, and is not needed any more once everything has been written anew.
     let directory = server.cut_off().await;
     let server = Server::start_in(directory, options(files.path(), &format!("{two}, {one}"))).await;
     assert_eq!(server.kubectl.path("secret/closed", "{.data.word}").await, STANDARD.encode(WORD));
-    until("they are written anew", async || server.logged("says count=3").then_some(())).await;
+    until("they are written anew", async || server.logged("says count=4").then_some(())).await;
     let directory = server.cut_off().await;
     let server = Server::start_in(directory, options(files.path(), &two)).await;
     for (name, word) in [("open", plain), ("closed", STANDARD.encode(WORD))] {
