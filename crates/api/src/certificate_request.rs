@@ -41,6 +41,8 @@ pub struct CertificateRequest {
     pub uris: Vec<String>,
     /// How many alternative names there are of other sorts.
     pub others: usize,
+    /// The public key that it is for (a SubjectPublicKeyInfo in DER).
+    pub key: Vec<u8>,
     /// The request as it was signed.
     pub der: Vec<u8>,
 }
@@ -71,7 +73,11 @@ impl CertificateRequest {
         if block.tag() != "CERTIFICATE REQUEST" {
             return Err(Malformed::Pem);
         }
-        let der = block.into_contents();
+        Self::from_der(block.into_contents())
+    }
+
+    /// Reads a request in DER, and verifies that who made it has the key.
+    pub fn from_der(der: Vec<u8>) -> Result<CertificateRequest, Malformed> {
         let bad = |e: &dyn std::fmt::Display| Malformed::Der(e.to_string());
         let (rest, request) = X509CertificationRequest::from_der(&der).map_err(|e| bad(&e))?;
         if !rest.is_empty() {
@@ -87,6 +93,7 @@ impl CertificateRequest {
                 None => String::new(),
             },
             organizations: subject.iter_organization().map(text).collect::<Result<_, _>>().map_err(|e| bad(&e))?,
+            key: request.certification_request_info.subject_pki.raw.to_vec(),
             ..Default::default()
         };
         // Two lists of names would be read as one by some and as the other by others.

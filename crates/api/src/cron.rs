@@ -4,7 +4,7 @@
 
 use std::sync::LazyLock;
 
-use jiff::tz::TimeZoneDatabase;
+use jiff::tz::{TimeZone, TimeZoneDatabase};
 
 /// When something happens: the bit `n` of a field is set if it happens at the number `n`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,11 +79,18 @@ impl Schedule {
     }
 }
 
-/// Whether there is a time zone of this name. The zones are those in the binary, so that all servers know the same.
-pub fn known_zone(name: &str) -> Result<(), String> {
+/// The time zone of this name; UTC if it is empty. The zones are those in the binary, so that all servers know the same.
+pub fn zone(name: &str) -> Result<TimeZone, String> {
     static ZONES: LazyLock<TimeZoneDatabase> = LazyLock::new(TimeZoneDatabase::bundled);
-    let known = name.is_empty() || ZONES.get(name).is_ok();
-    known.then_some(()).ok_or_else(|| format!("unknown time zone {name}"))
+    match name {
+        "" => Ok(TimeZone::UTC),
+        name => ZONES.get(name).map_err(|_| format!("unknown time zone {name}")),
+    }
+}
+
+/// Whether there is a time zone of this name.
+pub fn known_zone(name: &str) -> Result<(), String> {
+    zone(name).map(drop)
 }
 
 fn descriptor(text: &str) -> Result<Schedule, String> {

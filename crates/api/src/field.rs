@@ -177,6 +177,11 @@ impl Errors {
         self.push(Reason::TooLong, path, format!("Too long: may not be more than {max} bytes"));
     }
 
+    /// `Too long: may not be more than MAX characters`.
+    pub fn too_many_characters(&mut self, path: Path<'_>, max: usize) {
+        self.push(Reason::TooLong, path, format!("Too long: may not be more than {max} characters"));
+    }
+
     /// `Invalid value: VALUE: DETAIL`, of a value whose type is wrong.
     pub fn type_invalid(&mut self, path: Path<'_>, value: impl Into<Value>, detail: impl fmt::Display) {
         self.push(Reason::TypeInvalid, path, format!("Invalid value: {}: {detail}", show(&value.into())));
@@ -196,6 +201,11 @@ impl Errors {
     /// `Not found: VALUE`.
     pub fn not_found(&mut self, path: Path<'_>, value: impl Into<Value>) {
         self.push(Reason::NotFound, path, format!("Not found: {}", show(&value.into())));
+    }
+
+    /// The same, with what could have been found.
+    pub fn not_found_among(&mut self, path: Path<'_>, value: impl Into<Value>, detail: impl fmt::Display) {
+        self.push(Reason::NotFound, path, format!("Not found: {}: {detail}", show(&value.into())));
     }
 
     /// A field that must not change on update.

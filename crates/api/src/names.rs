@@ -57,6 +57,71 @@ pub fn dns_subdomain(name: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// The same with large letters, as drivers are named.
+pub fn dns_subdomain_caseless(name: &str) -> Result<(), String> {
+    if name.len() > 253 {
+        return Err("must be no more than 253 bytes".into());
+    }
+    dns_subdomain(&name.to_ascii_lowercase()).map_err(|_| {
+        "an RFC 1123 subdomain must consist of alphanumeric characters, '-' or '.', and must start and end with an \
+            alphanumeric character (e.g. 'Example.com', regex used for validation is \
+            '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')"
+            .into()
+    })
+}
+
+/// A name as in C.
+pub fn c_identifier(name: &str) -> Result<(), String> {
+    let word = |c: u8| c.is_ascii_alphanumeric() || c == b'_';
+    let good = name.bytes().all(word) && name.bytes().next().is_some_and(|c| !c.is_ascii_digit());
+    good.then_some(()).ok_or_else(|| {
+        "a valid C identifier must start with alphabetic character or '_', followed by a string of alphanumeric \
+            characters or '_' (e.g. 'my_name',  or 'MY_NAME',  or 'MyName', regex used for validation is \
+            '[A-Za-z_][A-Za-z0-9_]*')"
+            .into()
+    })
+}
+
+/// The reason of a condition.
+pub fn condition_reason(reason: &str) -> Result<(), String> {
+    let inner = |c: u8| c.is_ascii_alphanumeric() || b"_,:".contains(&c);
+    let bytes = reason.as_bytes();
+    let good = bytes.iter().all(|c| inner(*c))
+        && bytes.first().is_some_and(u8::is_ascii_alphabetic)
+        && bytes.last().is_some_and(|c| c.is_ascii_alphanumeric() || *c == b'_');
+    good.then_some(()).ok_or_else(|| {
+        "a condition reason must start with alphabetic character, optionally followed by a string of alphanumeric \
+            characters or '_,:', and must end with an alphanumeric character or '_' (e.g. 'my_name',  or 'MY_NAME',  \
+            or 'MyName',  or 'ReasonA,ReasonB',  or 'ReasonA:ReasonB', regex used for validation is \
+            '[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?')"
+            .into()
+    })
+}
+
+/// A domain that is searched: parts may have and begin with underscores, as SRV records do.
+pub fn dns_subdomain_underscore(name: &str) -> Result<(), String> {
+    let part = |part: &str| framed(part.strip_prefix('_').unwrap_or(part), lower, |c| lower(c) || b"-_".contains(&c));
+    if name.len() > 253 {
+        return Err("must be no more than 253 bytes".into());
+    }
+    name.split('.').all(part).then_some(()).ok_or_else(|| {
+        "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-', '_' or '.', and must \
+            start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
+            '_?[a-z0-9]([-_a-z0-9]*[a-z0-9])?(\\._?[a-z0-9]([-_a-z0-9]*[a-z0-9])?)*')"
+            .into()
+    })
+}
+
+/// The name of an HTTP header.
+pub fn http_header(name: &str) -> Result<(), String> {
+    let good = !name.is_empty() && name.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-');
+    good.then_some(()).ok_or_else(|| {
+        "a valid HTTP header must consist of alphanumeric characters or '-' (e.g. 'X-Header-Name', regex used for \
+            validation is '[-A-Za-z0-9]+')"
+            .into()
+    })
+}
+
 /// An RFC 1035 label: a name of a Service in older versions.
 pub fn dns_1035_label(name: &str) -> Result<(), String> {
     if name.len() > 63 {

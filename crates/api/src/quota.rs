@@ -64,16 +64,37 @@ fn larger(to: &mut Amounts, other: &Amounts) {
     }
 }
 
+/// What a container takes while its resources are being changed: the most of what it should have, has been given, and has.
+/// What the node cannot give does not count (KEP-1287).
+fn of_container(pod: &Value, statuses: &str, container: &Value, part: &str) -> Amounts {
+    let wanted = amounts(&container["resources"][part]);
+    let mut all = pod["status"][statuses].as_array().into_iter().flatten();
+    let Some(status) = all.find(|status| status["name"] == container["name"]) else { return wanted };
+    let mut most = amounts(&status["resources"][part]);
+    if part == "requests" {
+        larger(&mut most, &amounts(&status["allocatedResources"]));
+    }
+    if most.is_empty() || !resize_is_infeasible(pod) {
+        larger(&mut most, &wanted);
+    }
+    most
+}
+
+fn resize_is_infeasible(pod: &Value) -> bool {
+    let mut conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
+    conditions.any(|c| c["type"] == "PodResizePending" && c["reason"] == "Infeasible")
+}
+
 /// What one part of a pod's resources comes to: all containers and sidecars, or one that runs before them, and the overhead.
-fn peak(spec: &Value, part: &str) -> Amounts {
-    let of = |container: &Value| amounts(&container["resources"][part]);
+fn peak(pod: &Value, part: &str) -> Amounts {
+    let spec = &pod["spec"];
     let mut running = Amounts::new();
     for container in spec["containers"].as_array().into_iter().flatten() {
-        add(&mut running, &of(container));
+        add(&mut running, &of_container(pod, "containerStatuses", container, part));
     }
     let (mut sidecars, mut before) = (Amounts::new(), Amounts::new());
     for container in spec["initContainers"].as_array().into_iter().flatten() {
-        let now = sum(sidecars.clone(), &of(container));
+        let now = sum(sidecars.clone(), &of_container(pod, "initContainerStatuses", container, part));
         if container["restartPolicy"] == "Always" {
             sidecars = now.clone();
         }
@@ -103,13 +124,13 @@ fn of_pod(pod: &Value, out: &mut Amounts) {
         return;
     }
     out.insert("pods".to_owned(), Quantity::new(1));
-    for (name, amount) in peak(&pod["spec"], "requests") {
+    for (name, amount) in peak(pod, "requests") {
         if BARE.contains(&name.as_str()) || name.starts_with("hugepages-") {
             out.insert(name.clone(), amount);
         }
         out.insert(format!("requests.{name}"), amount);
     }
-    for (name, amount) in peak(&pod["spec"], "limits") {
+    for (name, amount) in peak(pod, "limits") {
         if BARE.contains(&name.as_str()) {
             out.insert(format!("limits.{name}"), amount);
         }
@@ -343,6 +364,16 @@ mod tests {
             "count/pods=1,cpu=2,limits.cpu=2,memory=2Gi,pods=1,requests.cpu=2,requests.memory=2Gi",
         );
         check("", "pods", json!({"status": {"phase": "Succeeded"}}), "count/pods=1");
+        let resized = |reason: &str| {
+            json!({"spec": {"containers": [{"name": "a", "resources": {"requests": {"cpu": "9"}, "limits": {"cpu": "9"}}}]},
+                "status": {"conditions": [{"type": "PodResizePending", "reason": reason}], "containerStatuses": [
+                    {"name": "a", "allocatedResources": {"cpu": "2"},
+                     "resources": {"requests": {"cpu": "1"}, "limits": {"cpu": "3"}}}]}})
+        };
+        let of =
+            |cpu: &str, limit: &str| format!("count/pods=1,cpu={cpu},limits.cpu={limit},pods=1,requests.cpu={cpu}");
+        check("", "pods", resized("Deferred"), &of("9", "9"));
+        check("", "pods", resized("Infeasible"), &of("2", "3"));
         let service = |ty: &str| json!({"spec": {"type": ty, "ports": [{}, {}]}});
         check(
             "",

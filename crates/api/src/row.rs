@@ -47,6 +47,9 @@ pub const fn wide(name: &'static str, ty: &'static str) -> Column {
     Column { name, ty, priority: 1 }
 }
 
+/// Of how many paths [`Row::seen`] consists at most.
+pub const MOST_SEEN: usize = 64;
+
 /// Makes the cells of one object, without the first one (the name), in the order of the columns.
 pub type Cells = fn(&Value, Timestamp) -> Vec<Value>;
 
@@ -81,6 +84,8 @@ pub enum Subresource {
     Attach,
     /// `/portforward` to a pod.
     PortForward,
+    /// `/proxy` of a pod, a Service or a node: what runs there answers. With the kind that its options have in discovery.
+    Proxy(&'static str),
     /// `/ephemeralcontainers` of a pod.
     EphemeralContainers,
     /// `/resize` of a pod.
@@ -104,6 +109,7 @@ impl Subresource {
             Subresource::Exec => "exec",
             Subresource::Attach => "attach",
             Subresource::PortForward => "portforward",
+            Subresource::Proxy(_) => "proxy",
             Subresource::EphemeralContainers => "ephemeralcontainers",
             Subresource::Resize => "resize",
             Subresource::Token => "token",
@@ -125,6 +131,7 @@ impl Subresource {
             Subresource::Exec => (&["create", "get"], Some(("", "v1", "PodExecOptions"))),
             Subresource::Attach => (&["create", "get"], Some(("", "v1", "PodAttachOptions"))),
             Subresource::PortForward => (&["create", "get"], Some(("", "v1", "PodPortForwardOptions"))),
+            Subresource::Proxy(kind) => (&["create", "delete", "get", "patch", "update"], Some(("", "v1", kind))),
             Subresource::Token => (&["create"], Some(("authentication.k8s.io", "v1", "TokenRequest"))),
         }
     }
@@ -152,6 +159,8 @@ pub struct Alias {
     pub version: &'static str,
     /// How it relates to the stored version.
     pub conversion: Conversion,
+    /// Says what is wrong, beyond what the row says, if an object is written under this name. It is in its stored form.
+    pub validate: fn(&Validation<'_>, &mut Errors),
 }
 
 /// A resource.
@@ -189,6 +198,9 @@ pub struct Row {
     pub columns: &'static [Column],
     /// Their cells.
     pub cells: Cells,
+    /// What cells look at, [`MOST_SEEN`] at most: names with dots between them, which lead into the elements of lists as into
+    /// objects. A table reads nothing else. If nothing is said, it reads everything but `managedFields`.
+    pub seen: &'static [&'static str],
     /// Fills in what was left out.
     pub defaults: fn(&mut Value),
     /// Says everything that is wrong.
@@ -199,6 +211,8 @@ pub struct Row {
     pub prepare_create: fn(&mut Value),
     /// Carries over what a client may not change on update.
     pub prepare_update: fn(&mut Value, &Value),
+    /// The same for an update of the status.
+    pub prepare_status: fn(&mut Value, &Value),
     /// Whether a change of `spec` raises `metadata.generation`.
     pub generation: bool,
     /// Set for a custom resource: what its schema says takes the place of the hooks above.
@@ -295,7 +309,7 @@ pub fn api_version(group: &str, version: &str) -> String {
 
 fn nothing(_: &mut Value) {}
 fn unchanged(_: &mut Value, _: &Value) {}
-fn valid(_: &Validation<'_>, _: &mut Errors) {}
+pub(crate) fn valid(_: &Validation<'_>, _: &mut Errors) {}
 
 const AGE: &[Column] = &[col("Age", "date")];
 
@@ -412,6 +426,7 @@ pub(crate) fn minimal() -> Row {
         subresources: &[],
         aliases: &[],
         stored: true,
+        seen: &[],
         type_name: "",
         schema: |_| {},
         name: names::dns_subdomain,
@@ -422,6 +437,7 @@ pub(crate) fn minimal() -> Row {
         selectable: &[],
         prepare_create: nothing,
         prepare_update: unchanged,
+        prepare_status: unchanged,
         generation: false,
         custom: None,
     }

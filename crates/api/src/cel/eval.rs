@@ -7,7 +7,7 @@ use cel::common::ast::{
 };
 
 use super::{
-    EvalError, PER_EXPRESSION, PER_SESSION, Program, Question, Session, check, functions,
+    EvalError, PER_EXPRESSION, Program, Question, Session, check, functions,
     value::{List, Map, Text, Val, compare},
 };
 
@@ -45,7 +45,7 @@ impl<'a> Session<'a> {
         let (spent, total) = (self.spent.get().saturating_add(units), self.total.get().saturating_add(units));
         self.spent.set(spent);
         self.total.set(total);
-        match spent > PER_EXPRESSION || total > PER_SESSION {
+        match spent > PER_EXPRESSION || total > self.budget {
             true => Err(EvalError {
                 message: "operation cancelled: actual cost limit exceeded".to_owned(),
                 exhausted: true,
@@ -65,10 +65,7 @@ impl<'a> Session<'a> {
 
     fn variable(&self, name: &str) -> Eval<'a> {
         if let Some((_, value)) = self.variables.iter().find(|(known, _)| *known == name) {
-            return Ok(Val::from(*value));
-        }
-        if let Some((_, value)) = self.optional.filter(|(known, _)| *known == name) {
-            return Ok(value.map_or(Val::Optional(None), |value| Val::some(Val::from(value))));
+            return Ok(value.clone());
         }
         if name == "authorizer" && self.authorizer.is_some() {
             return Ok(Val::Authorizer(Rc::new(Question::default())));
@@ -174,6 +171,7 @@ impl<'a> Session<'a> {
         let operand = self.value(program, &select.operand, scope, depth)?;
         let field = select.field.as_str();
         match (operand, select.test) {
+            (Val::Authorizer(_), false) if field == "requestResource" => self.about_request(),
             (Val::Map(map), true) => Ok(Val::Bool(map.field(field).is_some())),
             (Val::Map(map), false) => map.field(field).ok_or_else(|| EvalError::new(format!("no such key: {field}"))),
             (Val::Optional(None), true) => Ok(Val::Bool(false)),
@@ -185,6 +183,25 @@ impl<'a> Session<'a> {
             },
             (other, _) => Err(EvalError::new(format!("type '{}' does not support field selection", other.ty()))),
         }
+    }
+
+    /// `authorizer.requestResource`: the question about what the request is about.
+    fn about_request(&self) -> Eval<'a> {
+        let none = || EvalError::new("no such key: requestResource");
+        let Val::Map(request) = self.variable("request")? else { return Err(none()) };
+        let Some(Val::Map(resource)) = request.field("resource") else { return Err(none()) };
+        let text = |map: &Map<'a>, name: &str| match map.field(name) {
+            Some(Val::Str(text)) => (*text).to_owned(),
+            _ => String::new(),
+        };
+        Ok(Val::Authorizer(Rc::new(Question {
+            group: text(&resource, "group"),
+            resource: text(&resource, "resource"),
+            subresource: text(&request, "subResource"),
+            namespace: text(&request, "namespace"),
+            name: text(&request, "name"),
+            ..Question::default()
+        })))
     }
 
     fn call(&self, program: &'a Program, call: &'a CallExpr, scope: Outer<'_, 'a>, depth: u64) -> Eval<'a> {

@@ -1,4 +1,4 @@
-//! Quantities, URLs, addresses, times and the authorizer
+//! Quantities, versions, URLs, addresses, times and the authorizer
 //! (<https://kubernetes.io/docs/reference/using-api/cel/#cel-options-language-features-and-libraries>).
 
 use std::{net::IpAddr, rc::Rc};
@@ -10,9 +10,10 @@ use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use super::{
     EvalError, Question, Session,
     eval::{Eval, no_overload},
+    named,
     value::{Url, Val, compare},
 };
-use crate::quantity::Quantity;
+use crate::{quantity::Quantity, semver::Version};
 
 /// An address as Kubernetes takes it in expressions: IPv4-mapped ones and zones are none.
 fn address(text: &str) -> Option<IpAddr> {
@@ -85,6 +86,8 @@ impl<'a> Session<'a> {
             ("quantity", [Val::Str(text)]) => {
                 text.parse().map(Val::Quantity).map_err(|e| EvalError::new(format!("quantity: {e}")))
             }
+            ("includes", [list @ Val::List(_), value]) => self.contained(value, list),
+            ("includes", [one, value]) => self.equal(one, value).map(Val::Bool),
             ("isURL", [Val::Str(text)]) => Ok(Val::Bool(url(text).is_some())),
             ("url", [Val::Str(text)]) => {
                 let parsed = url(text).ok_or_else(|| EvalError::new(format!("URL parse error: {:?}", &**text)))?;
@@ -103,6 +106,24 @@ impl<'a> Session<'a> {
                     EvalError::new(format!("network address parse error during conversion from string: {:?}", &**text))
                 };
                 network(text).map(Val::Cidr).ok_or_else(error)
+            }
+            ("semver" | "isSemver", [Val::Str(text), normalize @ ..]) => {
+                self.spend_bytes(text.len())?;
+                let read = match normalize {
+                    [] | [Val::Bool(false)] => text.parse(),
+                    [Val::Bool(true)] => Version::normalized(text),
+                    _ => return no(),
+                };
+                match name {
+                    "isSemver" => Ok(Val::Bool(read.is_ok())),
+                    _ => read.map(|version| Val::Version(Rc::new(version))).map_err(|e| EvalError::new(e.to_string())),
+                }
+            }
+            (_, [Val::Version(version), rest @ ..]) => version_function(name, version, rest),
+            ("validate", [Val::Format(format), Val::Str(text)]) => {
+                self.spend(named::cost(format, text.chars().count() as u64))?;
+                let why = named::validate(format, text).err();
+                Ok(Val::Optional(why.map(|why| Rc::new(Val::list(vec![Val::text(why)])))))
             }
             (_, [Val::Quantity(quantity), rest @ ..]) => quantity_function(name, *quantity, rest),
             (_, [Val::Url(url)]) => Ok(match name {
@@ -177,6 +198,9 @@ impl<'a> Session<'a> {
             "subresource" => next.subresource = text(0)?,
             "namespace" => next.namespace = text(0)?,
             "name" => next.name = text(0)?,
+            // One that cannot be read asks about everything, as if it were not there.
+            "fieldSelector" => next.fields = text(0)?,
+            "labelSelector" => next.labels = text(0)?,
             "serviceAccount" => next.service_account = Some((text(0)?, text(1)?)),
             "check" => {
                 // Upstream's estimate of what asking costs.
@@ -199,6 +223,10 @@ impl<'a> Session<'a> {
             ("optional", "ofNonZeroValue", [value]) => {
                 Ok(if value.is_zero() { Val::Optional(None) } else { Val::some(value.clone()) })
             }
+            ("format", "named", [Val::Str(name)]) => {
+                Ok(Val::Optional(named::find(name).map(|format| Rc::new(Val::Format(format)))))
+            }
+            ("format", name, []) => named::find(name).map(Val::Format).ok_or_else(|| no_overload(name)),
             ("sets", _, args) => self.set_function(name, args),
             ("base64", "encode", [Val::Bytes(bytes)]) => {
                 self.spend_bytes(bytes.len())?;
@@ -259,6 +287,19 @@ impl<'a> Session<'a> {
             _ => Err(no_overload(name)),
         }
     }
+}
+
+fn version_function<'a>(name: &str, version: &Version, rest: &[Val<'a>]) -> Eval<'a> {
+    let number = |at: usize| i64::try_from(version.numbers()[at]).map(Val::Int).map_err(|_| no_overload(name));
+    Ok(match (name, rest) {
+        ("major", []) => number(0)?,
+        ("minor", []) => number(1)?,
+        ("patch", []) => number(2)?,
+        ("isGreaterThan", [Val::Version(other)]) => Val::Bool(*version > **other),
+        ("isLessThan", [Val::Version(other)]) => Val::Bool(*version < **other),
+        ("compareTo", [Val::Version(other)]) => Val::Int(version.cmp(other) as i64),
+        _ => return Err(no_overload(name)),
+    })
 }
 
 fn quantity_function<'a>(name: &str, quantity: Quantity, rest: &[Val<'a>]) -> Eval<'a> {

@@ -2,27 +2,34 @@
 //! (<https://kubernetes.io/docs/reference/using-api/cel/>).
 //!
 //! The `cel` crate reads an expression; what it says is worked out here, because every step of it has to be counted:
-//! an expression comes from outside and runs inside a request. There are no static types: what upstream's type checker
-//! refuses when an object is written is, but for unknown names and functions, an error when it is evaluated.
+//! an expression comes from outside and runs inside a request. What can only fail is refused before, by its types
+//! ([`Type`], `infer.rs`, and `signatures.txt` for what may be called with what).
 //!
 //! Limits. A text may have [`LONGEST`] bytes and nest [`DEEPEST`] levels. Evaluating costs one unit per node that is
 //! visited, and a tenth of a unit per byte or item that a function looks at; an expression may spend [`PER_EXPRESSION`]
 //! units, which is upstream's limit, and all expressions of one [`Session`] [`PER_SESSION`], as upstream's policies may.
 
 mod check;
+mod cost;
 mod eval;
 mod format;
 mod functions;
+mod infer;
 mod library;
 mod lists;
+mod named;
+mod names;
+pub mod openapi;
+mod signatures;
 mod strings;
 #[cfg(test)]
 mod tests;
+mod types;
 mod value;
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fmt,
     sync::Arc,
 };
@@ -31,6 +38,9 @@ use cel::common::ast::IdedExpr;
 use regex::Regex;
 use serde_json::Value;
 
+pub use cost::Sizes;
+pub use names::{of_policy, of_policy_about, of_webhooks, with_variables};
+pub use types::{Fields, Type};
 use value::Val;
 
 /// How many bytes an expression may have.
@@ -41,6 +51,9 @@ pub const DEEPEST: usize = 150;
 pub const PER_EXPRESSION: u64 = 1_000_000;
 /// What all expressions of a session may cost (upstream's `RuntimeCELCostBudget`).
 pub const PER_SESSION: u64 = 10_000_000;
+/// What all conditions under which a webhook or policy is asked may cost (upstream's
+/// `RuntimeCELCostBudgetMatchConditions`).
+pub const PER_CONDITIONS: u64 = 2_500_000;
 /// The stack on which expressions are read. A parser recurses as deep as its input does, and a stack that overflows
 /// takes the whole process with it. Memory is only used as far as it is needed.
 const STACK: usize = 128 << 20;
@@ -81,6 +94,10 @@ pub struct Question {
     pub namespace: String,
     /// The object's name.
     pub name: String,
+    /// The field selector of a list, as it is written.
+    pub fields: String,
+    /// The label selector of a list, as it is written.
+    pub labels: String,
     /// Whoever is asked about, if it is not the user of the request: namespace and name.
     pub service_account: Option<(String, String)>,
     /// The verb.
@@ -100,6 +117,16 @@ pub struct Program {
     root: Arc<IdedExpr>,
     /// Patterns that stand in the text as they are, by the pattern.
     patterns: Arc<HashMap<String, Regex>>,
+    ty: Type,
+    used: Arc<BTreeSet<String>>,
+}
+
+/// What an expression may name, and of which type each is.
+pub type Variable<'n> = (&'n str, Type);
+
+/// Variables of which nothing is known before the expression is evaluated.
+pub fn untyped<'n>(names: &[&'n str]) -> Vec<Variable<'n>> {
+    names.iter().map(|name| (*name, Type::Dyn)).collect()
 }
 
 impl fmt::Debug for Program {
@@ -112,22 +139,46 @@ impl Program {
     /// Reads an expression that may use these variables.
     ///
     /// # Errors
-    /// If it cannot be read, or names a variable or function that there is not.
-    pub fn compile(text: &str, variables: &[&str]) -> Result<Program, CompileError> {
+    /// If it cannot be read, names a variable, field or function that there is not, or does with a value what its type does
+    /// not allow.
+    pub fn compile(text: &str, variables: &[Variable<'_>]) -> Result<Program, CompileError> {
+        Program::read(text, variables, None).map(|(program, _)| program)
+    }
+
+    /// The same, with the most that evaluating it may cost, in units, if values of all variables are no larger than this.
+    ///
+    /// # Errors
+    /// As [`Program::compile`].
+    pub fn estimate(text: &str, variables: &[Variable<'_>], sizes: &Sizes) -> Result<(Program, u64), CompileError> {
+        Program::read(text, variables, Some(sizes))
+    }
+
+    fn read(text: &str, variables: &[Variable<'_>], sizes: Option<&Sizes>) -> Result<(Program, u64), CompileError> {
         if text.len() > LONGEST {
             return Err(CompileError(format!("the expression is too long: it may not be more than {LONGEST} bytes")));
         }
         if text.trim().is_empty() {
             return Err(CompileError("ERROR: <input>:1:1: Syntax error: the expression is empty".to_owned()));
         }
-        let root = std::thread::scope(|scope| {
-            let work = || check::parse(text);
+        let (root, facts, cost) = std::thread::scope(|scope| {
+            let work = || {
+                let (root, source) = check::parse(text)?;
+                let facts = infer::infer(&root, &source, variables, sizes.is_some())?;
+                let cost = sizes.map_or(0, |sizes| cost::most(&root, &facts, sizes));
+                Ok((root, facts, cost))
+            };
             let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work);
             let joined = thread.map_err(|e| CompileError(format!("no thread to read it on: {e}")))?.join();
             joined.unwrap_or_else(|_| Err(CompileError("the expression cannot be read".to_owned())))
         })?;
-        let patterns = check::check(&root, variables)?;
-        Ok(Program { text: text.into(), root: Arc::new(root), patterns: Arc::new(patterns) })
+        let program = Program {
+            text: text.into(),
+            root: Arc::new(root),
+            patterns: Arc::new(facts.patterns),
+            ty: facts.ty,
+            used: Arc::new(facts.used),
+        };
+        Ok((program, cost))
     }
 
     /// The expression as it was written.
@@ -135,10 +186,19 @@ impl Program {
         &self.text
     }
 
-    /// Whether the expression can only have a value of another type than this one (`bool`, `string`), as far as that is
-    /// plain from its form.
-    pub fn never(&self, ty: &str) -> Option<&'static str> {
-        check::shape(&self.root).filter(|found| *found != ty)
+    /// The type of its value.
+    pub fn ty(&self) -> &Type {
+        &self.ty
+    }
+
+    /// Whether its value can only be of another type than this one.
+    pub fn is_never(&self, ty: &Type) -> bool {
+        !matches!(&self.ty, Type::Dyn) && self.ty != *ty
+    }
+
+    /// Whether it names this variable.
+    pub fn uses(&self, variable: &str) -> bool {
+        self.used.contains(variable)
     }
 
     /// Evaluates the expression once.
@@ -152,26 +212,26 @@ impl Program {
 
 /// Evaluates expressions over the same variables.
 pub struct Session<'a> {
-    variables: Vec<(&'a str, &'a Value)>,
-    optional: Option<(&'a str, Option<&'a Value>)>,
+    variables: Vec<(&'a str, Val<'a>)>,
     named: &'a [(String, Program)],
     memory: RefCell<HashMap<usize, Option<Result<Val<'a>, EvalError>>>>,
     authorizer: Option<&'a dyn Authorizer>,
     spent: Cell<u64>,
     total: Cell<u64>,
+    budget: u64,
 }
 
 impl<'a> Session<'a> {
     /// With these variables.
     pub fn new(variables: Vec<(&'a str, &'a Value)>) -> Session<'a> {
         Session {
-            variables,
-            optional: None,
+            variables: variables.into_iter().map(|(name, value)| (name, Val::from(value))).collect(),
             named: &[],
             memory: RefCell::default(),
             authorizer: None,
             spent: Cell::new(0),
             total: Cell::new(0),
+            budget: PER_SESSION,
         }
     }
 
@@ -182,23 +242,31 @@ impl<'a> Session<'a> {
         Session { named, ..self }
     }
 
-    /// With one more variable.
+    /// With one more variable, of this type: what JSON has no form for, such as times, becomes what the type says.
     #[must_use]
-    pub fn with(mut self, name: &'a str, value: &'a Value) -> Session<'a> {
-        self.variables.push((name, value));
+    pub fn with(mut self, name: &'a str, value: &'a Value, ty: &Type) -> Session<'a> {
+        self.variables.push((name, Val::of(value, ty)));
         self
     }
 
     /// With a variable that is an optional value.
     #[must_use]
-    pub fn with_optional(self, name: &'a str, value: Option<&'a Value>) -> Session<'a> {
-        Session { optional: Some((name, value)), ..self }
+    pub fn with_optional(mut self, name: &'a str, value: Option<&'a Value>, ty: &Type) -> Session<'a> {
+        let value = value.map(|value| std::rc::Rc::new(Val::of(value, ty)));
+        self.variables.push((name, Val::Optional(value)));
+        self
     }
 
     /// With somebody who answers what is asked of `authorizer`.
     #[must_use]
     pub fn with_authorizer(self, authorizer: &'a dyn Authorizer) -> Session<'a> {
         Session { authorizer: Some(authorizer), ..self }
+    }
+
+    /// All expressions may cost so much together, in units, instead of [`PER_SESSION`].
+    #[must_use]
+    pub fn with_budget(self, budget: u64) -> Session<'a> {
+        Session { budget, ..self }
     }
 
     /// What everything so far has cost.

@@ -2,12 +2,13 @@
 
 use std::{cmp::Ordering, net::IpAddr, ops::Deref, rc::Rc};
 
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use ipnet::IpNet;
-use jiff::{SignedDuration, Timestamp};
+use jiff::{SignedDuration, Timestamp, civil::Date, tz::TimeZone};
 use serde_json::{Map as JsonMap, Value};
 
-use super::{EvalError, Question, Session};
-use crate::quantity::Quantity;
+use super::{EvalError, Question, Session, Type, functions::duration};
+use crate::{quantity::Quantity, semver::Version};
 
 /// A text.
 #[derive(Clone, Debug)]
@@ -176,9 +177,12 @@ pub(super) enum Val<'a> {
     Type(&'static str),
     Optional(Option<Rc<Val<'a>>>),
     Quantity(Quantity),
+    Version(Rc<Version>),
     Url(Rc<Url>),
     Ip(IpAddr),
     Cidr(IpNet),
+    /// By its name.
+    Format(&'static str),
     Authorizer(Rc<Question>),
     Decision(bool, Rc<str>),
 }
@@ -201,6 +205,35 @@ impl<'a> From<&'a Value> for Val<'a> {
 }
 
 impl<'a> Val<'a> {
+    /// A value of JSON as its type says that it is to be read. What cannot be read so stays as it is.
+    pub(super) fn of(value: &'a Value, ty: &Type) -> Val<'a> {
+        if !ty.converts() {
+            return Val::from(value);
+        }
+        match (ty, value) {
+            (Type::Double, Value::Number(number)) => Val::Double(number.as_f64().unwrap_or(f64::NAN)),
+            (Type::Duration, Value::String(text)) => duration(text).map_or_else(|| Val::from(value), Val::Duration),
+            (Type::Timestamp, Value::String(text)) => timestamp(text).map_or_else(|| Val::from(value), Val::Time),
+            (Type::Bytes, Value::String(text)) => {
+                BASE64.decode(text).map_or_else(|_| Val::from(value), |bytes| Val::Bytes(bytes.into()))
+            }
+            (Type::List(of), Value::Array(list)) => Val::list(list.iter().map(|item| Val::of(item, of)).collect()),
+            (Type::Map(of), Value::Object(map)) => {
+                let entry =
+                    |(key, value): (&'a String, &'a Value)| (Val::Str(Text::Borrowed(key)), Val::of(value, &of.1));
+                Val::map(map.iter().map(entry).collect())
+            }
+            (Type::Object(fields), Value::Object(map)) => {
+                let entry = |(key, value): (&'a String, &'a Value)| {
+                    let value = fields.get(key.as_str()).map_or_else(|| Val::from(value), |ty| Val::of(value, ty));
+                    (Val::Str(Text::Borrowed(key)), value)
+                };
+                Val::map(map.iter().map(entry).collect())
+            }
+            _ => Val::from(value),
+        }
+    }
+
     pub(super) fn text(text: impl Into<Rc<str>>) -> Val<'a> {
         Val::Str(Text::Owned(text.into()))
     }
@@ -234,9 +267,11 @@ impl<'a> Val<'a> {
             Val::Type(_) => "type",
             Val::Optional(_) => "optional_type",
             Val::Quantity(_) => "kubernetes.Quantity",
+            Val::Version(_) => "kubernetes.Semver",
             Val::Url(_) => "kubernetes.URL",
             Val::Ip(_) => "net.IP",
             Val::Cidr(_) => "net.CIDR",
+            Val::Format(_) => "kubernetes.NamedFormat",
             Val::Authorizer(_) => "kubernetes.authorization.Authorizer",
             Val::Decision(..) => "kubernetes.authorization.Decision",
         }
@@ -272,8 +307,10 @@ pub(super) fn scalar_eq(a: &Val<'_>, b: &Val<'_>) -> Option<bool> {
         (Val::Bytes(a), Val::Bytes(b)) => a == b,
         (Val::Type(a), Val::Type(b)) => a == b,
         (Val::Url(a), Val::Url(b)) => a == b,
+        (Val::Version(a), Val::Version(b)) => a == b,
         (Val::Ip(a), Val::Ip(b)) => a == b,
         (Val::Cidr(a), Val::Cidr(b)) => a == b,
+        (Val::Format(a), Val::Format(b)) => a == b,
         (Val::Str(a), Val::Str(b)) => **a == **b,
         (a, b) => compare(a, b) == Some(Ordering::Equal),
     })
@@ -299,6 +336,12 @@ pub(super) fn compare(a: &Val<'_>, b: &Val<'_>) -> Option<Ordering> {
         (Val::Uint(a), Val::Double(b)) => (*a as f64).partial_cmp(b),
         _ => None,
     }
+}
+
+/// A point in time, or the beginning of a day.
+fn timestamp(text: &str) -> Option<Timestamp> {
+    let of_day = || Some(text.parse::<Date>().ok()?.to_zoned(TimeZone::UTC).ok()?.timestamp());
+    text.parse().ok().or_else(of_day)
 }
 
 /// A duration as CEL writes it.
@@ -328,10 +371,7 @@ impl<'a> Session<'a> {
                 self.spend_bytes(text.len())?;
                 (**text).into()
             }
-            Val::Bytes(bytes) => {
-                use base64::Engine;
-                base64::engine::general_purpose::STANDARD.encode(bytes).into()
-            }
+            Val::Bytes(bytes) => BASE64.encode(bytes).into(),
             Val::List(List::Json(list)) => {
                 self.spend_bytes(list.len())?;
                 list.to_vec().into()
@@ -358,10 +398,11 @@ impl<'a> Session<'a> {
             Val::Optional(None) => Value::Null,
             Val::Optional(Some(value)) => self.to_json(value)?,
             Val::Quantity(value) => value.to_string().into(),
+            Val::Version(value) => value.to_string().into(),
             Val::Url(url) => url.text.clone().into(),
             Val::Ip(ip) => ip.to_string().into(),
             Val::Cidr(cidr) => cidr.to_string().into(),
-            Val::Authorizer(_) | Val::Decision(..) => {
+            Val::Format(_) | Val::Authorizer(_) | Val::Decision(..) => {
                 return Err(EvalError::new(format!("a {} is no value of JSON", value.ty())));
             }
         })

@@ -45,6 +45,13 @@ impl JsonPath {
         self.0.iter().map(|step| if let Step::Field(name) = step { Some(&**name) } else { None }).collect()
     }
 
+    /// The names that it begins with, as far as none of them has a dot: all that it leads to is there.
+    pub fn start(&self) -> Vec<&str> {
+        let plain = |step: &'_ Step| matches!(step, Step::Field(name) if !name.contains('.'));
+        let names = self.0.iter().take_while(|step| plain(step));
+        names.filter_map(|step| if let Step::Field(name) = step { Some(&**name) } else { None }).collect()
+    }
+
     /// Every value that it leads to.
     pub fn find<'v>(&self, value: &'v Value) -> Vec<&'v Value> {
         let mut at = vec![value];

@@ -5,6 +5,7 @@
 //! as serves built-in kinds. Whatever depends on the schema goes through the row's [`Version`].
 
 pub mod arena;
+pub mod costs;
 pub mod format;
 pub mod jsonpath;
 pub mod names;
@@ -28,7 +29,7 @@ use serde_json::{Value, json};
 use crate::{
     cell,
     field::Errors,
-    row::{Row, Scope, Subresource, intern, intern_list, minimal},
+    row::{MOST_SEEN, Row, Scope, Subresource, intern, intern_list, minimal},
     schema::{
         Schemas, TypeId,
         check::{TypeError, conform},
@@ -190,6 +191,16 @@ impl Version {
         validate::validate(&self.root, new, old, rules, errors);
     }
 
+    /// What columns look at, for [`Row::seen`]; nothing if that cannot be said.
+    fn seen(&self) -> &'static [&'static str] {
+        let starts = self.columns.iter().filter_map(|column| Some(column.path.as_ref()?.start().join(".")));
+        let starts: Vec<String> = starts.collect();
+        match starts.len() > MOST_SEEN || starts.iter().any(String::is_empty) {
+            true => &[],
+            false => intern_list(starts.iter().map(String::as_str)),
+        }
+    }
+
     /// The cells of an object, in the order of the columns.
     pub fn cells(&self, object: &Value, now: Timestamp) -> Vec<Value> {
         self.columns.iter().map(|column| column.cell(object, now)).collect()
@@ -325,6 +336,7 @@ pub fn rows(definition: &Value, base: &Arc<Schemas>) -> Option<Vec<(Row, bool)>>
             scope: if spec["scope"] == "Namespaced" { Scope::Namespaced } else { Scope::Cluster },
             subresources,
             selectable,
+            seen: custom.seen(),
             type_name: intern(&type_name),
             generation: true,
             custom: Some(Arc::new(custom)),

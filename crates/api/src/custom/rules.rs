@@ -10,12 +10,9 @@ use super::{
     validate::Rules,
 };
 use crate::{
-    cel::{CompileError, PER_SESSION, Program, Session},
+    cel::{CompileError, PER_SESSION, Program, Session, Sizes, Type, Variable},
     field::{Errors, Path},
 };
-
-/// What rules may name.
-const VARIABLES: [&str; 2] = ["self", "oldSelf"];
 
 /// What the expressions of a rule say.
 #[derive(Clone, Debug)]
@@ -26,17 +23,51 @@ pub struct Compiled {
     pub message: Option<Result<Program, CompileError>>,
     /// Whether the rule is about a change: it names what was there before.
     pub transition: bool,
+    /// The type by which values are read; none in particular if JSON's own forms are right for all of them.
+    subject: Type,
 }
 
 impl Compiled {
-    /// Reads a rule and the expression of its message, which is empty if there is none.
-    pub fn new(rule: &str, message: &str) -> Compiled {
-        let message = Some(message).filter(|text| !text.is_empty());
-        Compiled {
-            rule: Program::compile(rule, &VARIABLES),
-            message: message.map(|text| Program::compile(text, &VARIABLES)),
-            transition: rule.contains("oldSelf") && Program::compile(rule, &["self"]).is_err(),
-        }
+    /// Reads a rule about values of this type.
+    pub fn new(rule: &Value, subject: &Type) -> Compiled {
+        Compiled::read(rule, subject, |text, variables| Program::compile(text, variables).map(|program| (program, 0))).0
+    }
+
+    /// Reads a rule about values of this type and these sizes; with the most that it may cost once, and its message, in units.
+    pub fn estimate(rule: &Value, subject: &Type, sizes: &Sizes) -> (Compiled, u64, u64) {
+        Compiled::read(rule, subject, |text, variables| Program::estimate(text, variables, sizes))
+    }
+
+    fn read(
+        rule: &Value,
+        subject: &Type,
+        compile: impl Fn(&str, &[Variable<'_>]) -> Result<(Program, u64), CompileError>,
+    ) -> (Compiled, u64, u64) {
+        let text = |key: &str| rule[key].as_str().unwrap_or_default();
+        let old = match rule["optionalOldSelf"].as_bool() {
+            Some(true) => Type::optional(subject.clone()),
+            _ => subject.clone(),
+        };
+        let variables = [("self", subject.clone()), ("oldSelf", old)];
+        let message = Some(text("messageExpression")).filter(|text| !text.is_empty());
+        let (rule, rule_cost) = apart(compile(text("rule"), &variables));
+        let message = message.map(|text| apart(compile(text, &variables)));
+        let message_cost = message.as_ref().map_or(0, |(_, cost)| *cost);
+        let compiled = Compiled {
+            transition: rule.as_ref().is_ok_and(|program| program.uses("oldSelf")),
+            rule,
+            message: message.map(|(program, _)| program),
+            subject: if subject.converts() { subject.clone() } else { Type::Dyn },
+        };
+        (compiled, rule_cost, message_cost)
+    }
+}
+
+/// A program and what it costs; what is none costs nothing.
+fn apart(read: Result<(Program, u64), CompileError>) -> (Result<Program, CompileError>, u64) {
+    match read {
+        Ok((program, cost)) => (Ok(program), cost),
+        Err(error) => (Err(error), 0),
     }
 }
 
@@ -84,10 +115,11 @@ impl Expressions {
             Some(old) if !transition && old == new => return,
             _ => {}
         }
-        let session = Session::new(vec![("self", new)]);
+        let subject = &rule.compiled.subject;
+        let session = Session::new(Vec::new()).with("self", new, subject);
         let session = match (rule.optional_old_self, old) {
-            (Some(true), old) => session.with_optional("oldSelf", old),
-            (_, Some(old)) => session.with("oldSelf", old),
+            (Some(true), old) => session.with_optional("oldSelf", old, subject),
+            (_, Some(old)) => session.with("oldSelf", old, subject),
             (_, None) => session,
         };
         let holds = session.holds(program);
@@ -197,6 +229,32 @@ mod tests {
         // What was invalid before a rule came may stay as it is (KEP-4008).
         let same = || json!({"min": 3, "max": 2, "name": "x"});
         check(json!({"rule": "self.min <= self.max"}), same(), same(), &[]);
+    }
+
+    /// A time is a time and a number a number, whatever form JSON has for them.
+    #[test]
+    fn values_are_read_by_their_types() {
+        let check = |rule: &str, expect: usize| {
+            let root =
+                Node::parse(&json!({"type": "object", "x-kubernetes-validations": [{"rule": rule}], "properties": {
+                "since": {"type": "string", "format": "date-time"}, "day": {"type": "string", "format": "date"},
+                "ttl": {"type": "string", "format": "duration"}, "data": {"type": "string", "format": "byte"},
+                "ratio": {"type": "number"}, "parts": {"type": "array", "items": {"type": "number"}},
+                "times": {"type": "object", "additionalProperties": {"type": "string", "format": "duration"}}}}));
+            let new = json!({"since": "2030-01-02T03:04:05Z", "day": "2030-01-02", "ttl": "90s", "data": "YWJj", "ratio": 1,
+                "parts": [1, 2.5], "times": {"a": "1h"}});
+            let mut errors = Errors::default();
+            validate(&root, &new, None, &Expressions::default(), &mut errors);
+            assert_eq!(errors.0.len(), expect, "{rule}: {:?}", errors.0);
+        };
+        check("self.since > timestamp('2030-01-01T00:00:00Z') && self.since.getFullYear() == 2030", 0);
+        check("self.day < self.since && self.day == timestamp('2030-01-02T00:00:00Z')", 0);
+        check("self.ttl > duration('1m') && self.times['a'] == duration('60m')", 0);
+        check("self.data == b'abc' && self.data.size() == 3", 0);
+        check("self.ratio + 0.5 == 1.5 && self.parts.sum() == 3.5", 0);
+        check("self.ttl > duration('2m')", 1);
+        // What cannot be is no rule.
+        check("self.ttl > '1m'", 1);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use regex::Regex;
 use serde_json::Value;
 
-use crate::schema::ListType;
+use crate::{cel::Type, schema::ListType};
 
 /// The type of a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -163,15 +163,25 @@ pub struct Node {
 }
 
 impl Node {
-    /// Reads a schema.
+    /// Reads the schema of whole objects.
     pub fn parse(schema: &Value) -> Node {
+        Node::read(schema, true)
+    }
+
+    /// Reads the schema of a part of them.
+    pub(super) fn below(schema: &Value) -> Node {
+        Node::read(schema, schema["x-kubernetes-embedded-resource"] == true)
+    }
+
+    /// `root` says whether these are objects with `apiVersion`, `kind` and `metadata`.
+    fn read(schema: &Value, root: bool) -> Node {
         let text = |key: &str| schema[key].as_str().unwrap_or_default();
         let flag = |key: &str| schema[key].as_bool().unwrap_or_default();
         let texts = |key: &str| -> Vec<Box<str>> {
             schema[key].as_array().into_iter().flatten().filter_map(Value::as_str).map(Into::into).collect()
         };
         let nodes =
-            |key: &str| -> Vec<Node> { schema[key].as_array().into_iter().flatten().map(Node::parse).collect() };
+            |key: &str| -> Vec<Node> { schema[key].as_array().into_iter().flatten().map(Node::below).collect() };
         let range = |low: &str, high: &str| (schema[low].as_u64(), schema[high].as_u64());
         let bound =
             |key: &str, exclusive: &str| schema[key].as_f64().map(|value| Bound { value, exclusive: flag(exclusive) });
@@ -185,14 +195,14 @@ impl Node {
                 .as_object()
                 .into_iter()
                 .flatten()
-                .map(|(key, value)| (key.as_str().into(), Node::parse(value)))
+                .map(|(key, value)| (key.as_str().into(), Node::below(value)))
                 .collect(),
             additional: match &schema["additionalProperties"] {
                 Value::Bool(allowed) => Additional::Allowed(*allowed),
-                Value::Object(_) => Additional::Schema(Box::new(Node::parse(&schema["additionalProperties"]))),
+                Value::Object(_) => Additional::Schema(Box::new(Node::below(&schema["additionalProperties"]))),
                 _ => Additional::Unset,
             },
-            items: schema["items"].is_object().then(|| Box::new(Node::parse(&schema["items"]))),
+            items: schema["items"].is_object().then(|| Box::new(Node::below(&schema["items"]))),
             default: schema.get("default").filter(|v| !v.is_null()).cloned(),
             list: match text("x-kubernetes-list-type") {
                 "map" => ListType::Map,
@@ -215,8 +225,8 @@ impl Node {
             all_of: nodes("allOf"),
             any_of: nodes("anyOf"),
             one_of: nodes("oneOf"),
-            not: schema["not"].is_object().then(|| Box::new(Node::parse(&schema["not"]))),
-            rules: schema["x-kubernetes-validations"].as_array().into_iter().flatten().map(rule).collect(),
+            not: schema["not"].is_object().then(|| Box::new(Node::below(&schema["not"]))),
+            rules: rules(schema, root),
         }
     }
 
@@ -258,7 +268,15 @@ impl Node {
     }
 }
 
-fn rule(value: &Value) -> Rule {
+fn rules(schema: &Value, root: bool) -> Vec<Rule> {
+    let Some(list) = schema["x-kubernetes-validations"].as_array().filter(|list| !list.is_empty()) else {
+        return Vec::new();
+    };
+    let subject = Type::of_schema(schema, root).unwrap_or(Type::Dyn);
+    list.iter().map(|value| rule(value, &subject)).collect()
+}
+
+fn rule(value: &Value, subject: &Type) -> Rule {
     let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
     Rule {
         rule: text("rule"),
@@ -267,6 +285,6 @@ fn rule(value: &Value) -> Rule {
         reason: text("reason"),
         field_path: text("fieldPath"),
         optional_old_self: value["optionalOldSelf"].as_bool(),
-        compiled: Compiled::new(&text("rule"), &text("messageExpression")),
+        compiled: Compiled::new(value, subject),
     }
 }

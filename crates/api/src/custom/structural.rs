@@ -1,23 +1,41 @@
 //! What a schema in a CustomResourceDefinition must be
 //! (<https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#specifying-a-structural-schema>).
 
-use super::rules::Compiled;
 use regex::Regex;
 use serde_json::{Value, json};
 
 use super::{
+    costs::{self, Costs, Times},
     prune,
+    rules::Compiled,
     schema::{Kind, Node},
     validate,
 };
-use crate::field::{Errors, Path};
+use crate::{
+    cel::{Sizes, Type},
+    field::{Errors, Path},
+};
 
 /// Where in the schema we are.
+#[derive(Clone, Copy)]
+struct Within {
+    level: Level,
+    depth: usize,
+    /// How often what is described here can be in an object.
+    times: Times,
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Level {
     Root,
     Item,
     Field,
+}
+
+impl Within {
+    fn below(self, schema: &Value, level: Level) -> Within {
+        Within { level, depth: self.depth + 1, times: costs::below(schema, self.times) }
+    }
 }
 
 /// Fields that a schema may have.
@@ -78,10 +96,12 @@ const UNSUPPORTED: &[&str] = &[
 /// The deepest nesting of a schema: one that is parsed has a limit of its own.
 const DEPTH: usize = 120;
 
-/// Checks a schema. `path` leads to `openAPIV3Schema`.
-pub fn check(schema: &Value, path: Path<'_>, errors: &mut Errors) {
+/// Checks a schema, or one that is `stored` as it is. `path` leads to `openAPIV3Schema`.
+pub fn check(schema: &Value, stored: bool, path: Path<'_>, errors: &mut Errors) {
     let before = errors.0.len();
-    invariants(schema, Level::Root, path, 0, errors);
+    let mut costs = Costs::new(stored);
+    invariants(schema, Within { level: Level::Root, depth: 0, times: Some(1) }, path, &mut costs, errors);
+    costs.judge(path, errors);
     if errors.0.len() > before {
         return;
     }
@@ -109,7 +129,8 @@ fn is_int_or_string(any_of: &Value) -> bool {
     *any_of == json!([{"type": "integer"}, {"type": "string"}])
 }
 
-fn invariants(schema: &Value, level: Level, path: Path<'_>, depth: usize, errors: &mut Errors) {
+fn invariants(schema: &Value, within: Within, path: Path<'_>, costs: &mut Costs, errors: &mut Errors) {
+    let Within { level, depth, .. } = within;
     if depth > DEPTH {
         return errors.invalid(path, "", format!("must not be nested deeper than {DEPTH} levels"));
     }
@@ -132,7 +153,7 @@ fn invariants(schema: &Value, level: Level, path: Path<'_>, depth: usize, errors
     if schema["items"].is_array() {
         errors.forbidden(path.at("items"), "items must be a schema object and not an array");
     } else if !schema["items"].is_null() {
-        invariants(&schema["items"], Level::Item, path.at("items"), depth + 1, errors);
+        invariants(&schema["items"], within.below(schema, Level::Item), path.at("items"), costs, errors);
     }
     for (key, child) in map(schema, "properties") {
         let list = path.at("properties");
@@ -141,7 +162,7 @@ fn invariants(schema: &Value, level: Level, path: Path<'_>, depth: usize, errors
             root_metadata(child, at, errors);
             continue;
         }
-        invariants(child, Level::Field, at, depth + 1, errors);
+        invariants(child, within.below(schema, Level::Field), at, costs, errors);
     }
     if !schema["additionalProperties"].is_null() {
         let at = path.at("additionalProperties");
@@ -158,7 +179,7 @@ fn invariants(schema: &Value, level: Level, path: Path<'_>, depth: usize, errors
             errors.forbidden(at, "must not be used if x-kubernetes-embedded-resource is set");
         }
         if schema["additionalProperties"].is_object() {
-            invariants(&schema["additionalProperties"], Level::Field, at, depth + 1, errors);
+            invariants(&schema["additionalProperties"], within.below(schema, Level::Field), at, costs, errors);
         }
     }
     if int_or_string && preserve {
@@ -209,7 +230,7 @@ fn invariants(schema: &Value, level: Level, path: Path<'_>, depth: usize, errors
     let skip = is_int_or_string(&schema["anyOf"]);
     let skip_first = is_int_or_string(&schema["allOf"][0]["anyOf"]);
     junctors(schema, (skip, skip_first), path, depth, errors);
-    rules(schema, path, errors);
+    rules(schema, within, path, costs, errors);
 }
 
 fn root_metadata(schema: &Value, path: Path<'_>, errors: &mut Errors) {
@@ -455,7 +476,7 @@ fn defaults(schema: &Value, path: Path<'_>, root: bool, errors: &mut Errors) {
         if root {
             errors.forbidden(at, "must not be set at the root");
         }
-        let node = Node::parse(schema);
+        let node = Node::below(schema);
         let mut found = Errors::default();
         validate::value(&node, at, default, None, &mut found);
         if found.is_empty() && default.is_object() {
@@ -477,16 +498,27 @@ fn defaults(schema: &Value, path: Path<'_>, root: bool, errors: &mut Errors) {
     }
 }
 
-/// Rules are compiled elsewhere; here is what can be said without understanding them.
-fn rules(schema: &Value, path: Path<'_>, errors: &mut Errors) {
+/// What rules say has to fit the values that the schema describes.
+fn rules(schema: &Value, within: Within, path: Path<'_>, costs: &mut Costs, errors: &mut Errors) {
     let all = path.at("x-kubernetes-validations");
+    if schema["x-kubernetes-validations"].is_null() {
+        return;
+    }
+    let root = within.level == Level::Root || schema["x-kubernetes-embedded-resource"] == true;
+    let subject = Type::of_schema(schema, root).unwrap_or(Type::Dyn);
+    let sizes = Sizes::of_schema(schema, root).unwrap_or_default();
+    let times = within.times.unwrap_or_else(|| sizes.most_in_request());
     for (index, rule) in list(schema, "x-kubernetes-validations") {
         let at = all.index(index);
-        let compiled = Compiled::new(of(rule, "rule"), of(rule, "messageExpression"));
+        let (compiled, rule_cost, message_cost) = Compiled::estimate(rule, &subject, &sizes);
+        costs.add("estimated rule cost", rule_cost.saturating_mul(times), at.at("rule"), errors);
+        if compiled.rule.is_ok() {
+            costs.add("estimated messageExpression cost", message_cost, at.at("messageExpression"), errors);
+        }
         match compiled.rule {
             _ if of(rule, "rule").trim().is_empty() => errors.required(at.at("rule"), "rule is not specified"),
             Err(error) => errors.invalid(at.at("rule"), of(rule, "rule"), error),
-            Ok(program) if program.never("bool").is_some() => {
+            Ok(program) if program.is_never(&Type::Bool) => {
                 errors.invalid(at.at("rule"), of(rule, "rule"), "cel expression must evaluate to a bool");
             }
             Ok(_) if rule["optionalOldSelf"].is_boolean() && !compiled.transition => {
@@ -497,7 +529,7 @@ fn rules(schema: &Value, path: Path<'_>, errors: &mut Errors) {
         }
         match compiled.message {
             Some(Err(error)) => errors.invalid(at.at("messageExpression"), of(rule, "messageExpression"), error),
-            Some(Ok(program)) if program.never("string").is_some() => {
+            Some(Ok(program)) if program.is_never(&Type::String) => {
                 let why = "messageExpression must evaluate to a string";
                 errors.invalid(at.at("messageExpression"), of(rule, "messageExpression"), why);
             }

@@ -27,7 +27,7 @@ fn texts(errors: &Errors) -> Vec<String> {
 fn schemas_are_structural() {
     let check = |schema: Value, expect: &[&str]| {
         let mut errors = Errors::default();
-        structural::check(&schema, Path::Root.at("s"), &mut errors);
+        structural::check(&schema, false, Path::Root.at("s"), &mut errors);
         assert_eq!(texts(&errors), expect, "{schema}");
     };
     let deep = |field: Value| object(json!({"f": field}));
@@ -95,11 +95,141 @@ fn schemas_are_structural() {
         &["s.properties[f].default: Invalid value: {\"x\":1}: must not have unknown fields"],
     );
     let mut errors = Errors::default();
-    structural::check(&deep(json!({"type": "string", "pattern": "("})), Path::Root.at("s"), &mut errors);
+    structural::check(&deep(json!({"type": "string", "pattern": "("})), false, Path::Root.at("s"), &mut errors);
     assert!(
         texts(&errors)[0]
             .starts_with("s.properties[f].pattern: Invalid value: \"(\": must be a valid regular expression")
     );
+}
+
+#[test]
+fn rules_fit_what_they_are_about() {
+    let check = |rule: Value, expect: &[&str]| {
+        let mut schema = object(json!({"spec": object(json!({"n": {"type": "integer"}, "any": {
+            "type": "object", "x-kubernetes-preserve-unknown-fields": true}}))}));
+        schema["x-kubernetes-validations"] = json!([rule]);
+        let mut errors = Errors::default();
+        structural::check(&schema, false, Path::Root.at("s"), &mut errors);
+        let found: Vec<String> = texts(&errors).iter().map(|text| text.lines().next().unwrap().to_owned()).collect();
+        assert_eq!(found, expect, "{rule}");
+    };
+    let at = "s.x-kubernetes-validations[0]";
+    check(json!({"rule": "self.spec.n > 1 && self.metadata.name != self.kind"}), &[]);
+    check(json!({"rule": "self.spec.n > oldSelf.spec.n"}), &[]);
+    check(json!({"rule": "!oldSelf.hasValue() || oldSelf.spec.n.value() < 5", "optionalOldSelf": true}), &[]);
+    check(
+        json!({"rule": "self.spec.m > 1"}),
+        &[&format!(
+            "{at}.rule: Invalid value: \"self.spec.m > 1\": compilation failed: ERROR: <input>:1:10: undefined field 'm'"
+        )],
+    );
+    check(
+        json!({"rule": "self.spec.any.x == 1"}),
+        &[&format!(
+            "{at}.rule: Invalid value: \"self.spec.any.x == 1\": compilation failed: ERROR: <input>:1:14: undefined field 'x'"
+        )],
+    );
+    let why = "cel expression must evaluate to a bool";
+    check(json!({"rule": "self.spec.n"}), &[&format!("{at}.rule: Invalid value: \"self.spec.n\": {why}")]);
+    let why = "messageExpression must evaluate to a string";
+    let message = json!({"rule": "true", "messageExpression": "self.spec.n"});
+    check(message, &[&format!("{at}.messageExpression: Invalid value: \"self.spec.n\": {why}")]);
+    let why = "may not be set unless rule uses the variable oldSelf";
+    let unused = json!({"rule": "self.spec.n > 1", "optionalOldSelf": true});
+    check(unused, &[&format!("{at}.optionalOldSelf: Invalid value: true: {why}")]);
+}
+
+/// A definition with a list of objects, whose items have a rule.
+fn with_rule(rule: Value, most_items: Option<u64>, most_length: Option<u64>) -> Value {
+    let mut v = json!({"type": "string"});
+    if let Some(most) = most_length {
+        v["maxLength"] = most.into();
+    }
+    let mut list = json!({"type": "array", "items": object(json!({"v": v}))});
+    list["items"]["x-kubernetes-validations"] = json!([rule]);
+    if let Some(most) = most_items {
+        list["maxItems"] = most.into();
+    }
+    object(json!({"spec": object(json!({"list": list}))}))
+}
+
+const HINT: &str = "(try simplifying the rule, or adding maxItems, maxProperties, and maxLength where arrays, maps, and strings are declared)";
+
+#[test]
+fn rules_may_not_cost_too_much() {
+    let check = |schema: &Value, expect: &[&str]| {
+        let mut errors = Errors::default();
+        structural::check(schema, false, Path::Root.at("s"), &mut errors);
+        assert_eq!(texts(&errors), expect, "{schema}");
+    };
+    let rule = || json!({"rule": "self.v.contains('test')"});
+    let at = "s.properties[spec].properties[list].items.x-kubernetes-validations[0]";
+    check(&with_rule(rule(), Some(10), Some(100)), &[]);
+    // 314575 for an item, and at most so many items.
+    check(&with_rule(rule(), Some(31), None), &[]);
+    check(
+        &with_rule(rule(), Some(32), None),
+        &[&format!("{at}.rule: Forbidden: estimated rule cost exceeds budget by factor of 1.006640x {HINT}")],
+    );
+    let all = "x-kubernetes-validations estimated rule cost total for entire OpenAPIv3 schema";
+    check(
+        &with_rule(rule(), None, None),
+        &[
+            &format!("{at}.rule: Forbidden: estimated rule cost exceeds budget by factor of more than 100x {HINT}"),
+            &format!(
+                "{at}.rule: Forbidden: contributed to estimated rule cost total exceeding cost limit for entire OpenAPIv3 schema"
+            ),
+            &format!("s: Forbidden: {all} exceeds budget by factor of more than 100x {HINT}"),
+        ],
+    );
+    // What is said when a rule does not hold is said once.
+    let message = "self.v + self.v + self.v";
+    check(&with_rule(json!({"rule": "true", "messageExpression": message}), None, None), &[]);
+    let message = "[1,2,3,4,5,6].all(x, [1,2,3,4,5,6].all(y, self.v + self.v != 'a')) ? 'a' : 'b'";
+    check(
+        &with_rule(json!({"rule": "true", "messageExpression": message}), None, None),
+        &[&format!(
+            "{at}.messageExpression: Forbidden: estimated messageExpression cost exceeds budget by factor of 2.3x {HINT}"
+        )],
+    );
+}
+
+#[test]
+fn a_schema_that_stays_is_not_asked_what_it_costs() {
+    let rows = crate::resources::all();
+    let row = rows.iter().find(|row| row.plural == "customresourcedefinitions").unwrap();
+    let definition = |schemas: &[&Value]| {
+        let versions = schemas.iter().enumerate().map(|(index, schema)| {
+            json!({"name": format!("v{}", index + 1), "served": true, "storage": index == 0, "schema": {"openAPIV3Schema": schema}})
+        });
+        json!({"metadata": {"name": "as.x.y"}, "status": {"storedVersions": ["v1"]}, "spec": {"group": "x.y", "scope": "Cluster",
+            "conversion": {"strategy": "None"}, "versions": versions.collect::<Vec<_>>(),
+            "names": {"plural": "as", "singular": "a", "kind": "A", "listKind": "AList"}}})
+    };
+    let check = |old: Option<&Value>, new: &Value, expect: &[&str]| {
+        let mut errors = Errors::default();
+        (row.validate)(&crate::row::Validation { new, old, subresource: "" }, &mut errors);
+        let places: Vec<String> = errors.0.iter().map(|error| error.field.replace("openAPIV3Schema", "_")).collect();
+        assert_eq!(places, expect, "{new}");
+    };
+    let (dear, dearer, cheap) = (
+        with_rule(json!({"rule": "self.v.contains('test')"}), None, None),
+        with_rule(json!({"rule": "self.v.contains('tests')"}), None, None),
+        with_rule(json!({"rule": "self.v.contains('test')"}), Some(1), Some(1)),
+    );
+    let rule = "properties[spec].properties[list].items.x-kubernetes-validations[0].rule";
+    let of = |version: usize| {
+        let schema = format!("spec.versions[{version}].schema._");
+        [format!("{schema}.{rule}"), format!("{schema}.{rule}"), schema]
+    };
+    let (first, second) = (of(0), of(1));
+    let (first, second) = (first.each_ref().map(String::as_str), second.each_ref().map(String::as_str));
+    check(None, &definition(&[&dear]), &first);
+    check(None, &definition(&[&cheap]), &[]);
+    let old = definition(&[&dear]);
+    check(Some(&old), &definition(&[&dear, &cheap]), &[]);
+    check(Some(&old), &definition(&[&dearer]), &first);
+    check(Some(&old), &definition(&[&dear, &dear]), &second);
 }
 
 #[test]
@@ -320,6 +450,8 @@ fn paths_lead_to_values() {
     for bad in ["spec", ".spec[", ".spec[x]", ".spec[?(type)]", ".spec..", ""] {
         assert!(JsonPath::parse(bad).is_err() || bad == ".spec..", "{bad}");
     }
+    let start = |path: &str| JsonPath::parse(path).unwrap().start().join(" ");
+    assert_eq!([".a.b", ".a[0].b", ".a['b.c'].d", "..a"].map(start), ["a b", "a", "a", ""]);
     assert_eq!(JsonPath::parse(".a.b").unwrap().fields(), Some(vec!["a", "b"]));
     assert_eq!(JsonPath::parse(".a[0]").unwrap().fields(), None);
 }

@@ -10,15 +10,12 @@ use serde_json::{Value, json};
 
 use super::{default, items, meta, with_status};
 use crate::{
-    cel::Program,
+    cel::{Program, Type, Variable, of_policy, of_webhooks, with_variables},
     field::{Errors, Path},
     row::{Row, Validation, col, row as base},
 };
 
 const OPERATIONS: [&str; 5] = ["*", "CREATE", "UPDATE", "DELETE", "CONNECT"];
-const OF_WEBHOOKS: [&str; 4] = ["object", "oldObject", "request", "authorizer"];
-const OF_POLICIES: [&str; 7] =
-    ["object", "oldObject", "request", "authorizer", "namespaceObject", "params", "variables"];
 /// How many conditions something may have.
 const CONDITIONS: usize = 64;
 
@@ -197,27 +194,46 @@ fn scope(value: &Value, path: Path<'_>, errors: &mut Errors) {
     meta::one_of(value, "matchPolicy", &["Equivalent", "Exact"], path, errors);
 }
 
-/// Compiles an expression and says where it cannot be. `ty` is what it has to come to.
-fn expression(value: &Value, key: &str, names: &[&str], ty: Option<&str>, path: Path<'_>, errors: &mut Errors) {
+/// What an expression has to come to: how that is called, and whether values of a type may be one.
+type Wanted = (&'static str, fn(&Type) -> bool);
+
+const BOOL: Wanted = ("bool", |ty| *ty == Type::Bool);
+const STRING: Wanted = ("string", |ty| *ty == Type::String);
+
+/// Compiles an expression and says where it cannot be.
+fn expression(
+    value: &Value,
+    key: &str,
+    names: &[Variable<'_>],
+    wanted: Option<Wanted>,
+    path: Path<'_>,
+    errors: &mut Errors,
+) -> Option<Program> {
     let path = path.at(key);
     let text = value[key].as_str().unwrap_or_default();
     if text.trim().is_empty() {
         errors.required(path, "");
-        return;
+        return None;
     }
     match Program::compile(text, names) {
-        Err(error) => errors.invalid(path, text, error),
+        Err(error) => {
+            errors.invalid(path, text, error);
+            None
+        }
         Ok(program) => {
-            if let Some(ty) = ty
-                && program.never(ty).is_some()
+            let ty = program.ty();
+            if let Some((name, may_be)) = wanted
+                && *ty != Type::Dyn
+                && !may_be(ty)
             {
-                errors.invalid(path, text, format!("must evaluate to {ty}"));
+                errors.invalid(path, text, format!("must evaluate to {name} but got {ty}"));
             }
+            Some(program)
         }
     }
 }
 
-fn conditions(value: &Value, names: &[&str], path: Path<'_>, errors: &mut Errors) {
+fn conditions(value: &Value, names: &[Variable<'_>], path: Path<'_>, errors: &mut Errors) {
     let path = path.at("matchConditions");
     let mut known: Vec<&str> = Vec::new();
     if items(value, "matchConditions").count() > CONDITIONS {
@@ -237,7 +253,7 @@ fn conditions(value: &Value, names: &[&str], path: Path<'_>, errors: &mut Errors
             }
         }
         known.push(name);
-        expression(condition, "expression", names, Some("bool"), path, errors);
+        expression(condition, "expression", names, Some(BOOL), path, errors);
     }
 }
 
@@ -348,7 +364,7 @@ fn validate_webhooks(v: &Validation<'_>, mutating: bool, errors: &mut Errors) {
             errors.invalid(path.at("timeoutSeconds"), seconds, "the timeout value must be between 1 and 30 seconds");
         }
         client(&webhook["clientConfig"], path.at("clientConfig"), errors);
-        conditions(webhook, &OF_WEBHOOKS, path, errors);
+        conditions(webhook, &of_webhooks(), path, errors);
     }
 }
 
@@ -367,8 +383,8 @@ fn match_resources(value: &Value, required: bool, path: Path<'_>, errors: &mut E
     scope(value, path, errors);
 }
 
-/// What both kinds of policies have.
-fn policy_parts<'a>(spec: &'a Value, path: Path<'_>, errors: &mut Errors) {
+/// What both kinds of policies have. Gives what their expressions may name.
+fn policy_parts<'a>(spec: &'a Value, path: Path<'_>, errors: &mut Errors) -> Vec<Variable<'static>> {
     meta::one_of(spec, "failurePolicy", &["Fail", "Ignore"], path, errors);
     if spec["paramKind"].is_object() {
         let at = path.at("paramKind");
@@ -379,9 +395,10 @@ fn policy_parts<'a>(spec: &'a Value, path: Path<'_>, errors: &mut Errors) {
         }
     }
     match_resources(&spec["matchConstraints"], true, path.at("matchConstraints"), errors);
-    conditions(spec, &OF_POLICIES, path, errors);
+    let names = of_policy(spec["paramKind"].is_object());
+    conditions(spec, &names, path, errors);
     let at = path.at("variables");
-    let mut known: Vec<&'a str> = Vec::new();
+    let (mut known, mut variables): (Vec<&'a str>, Vec<(String, Option<Program>)>) = Default::default();
     for (index, variable) in items(spec, "variables").enumerate() {
         let path = at.index(index);
         let name = variable["name"].as_str().unwrap_or_default();
@@ -394,21 +411,24 @@ fn policy_parts<'a>(spec: &'a Value, path: Path<'_>, errors: &mut Errors) {
             _ => {}
         }
         known.push(name);
-        expression(variable, "expression", &OF_POLICIES, None, path, errors);
+        // A variable may use those before it.
+        let program = expression(variable, "expression", &with_variables(&names, &variables), None, path, errors);
+        variables.push((name.to_owned(), program));
     }
+    with_variables(&names, &variables)
 }
 
 fn validating_policy(v: &Validation<'_>, errors: &mut Errors) {
     let (spec, root) = (&v.new["spec"], Path::Root);
     let path = root.at("spec");
-    policy_parts(spec, path, errors);
+    let names = policy_parts(spec, path, errors);
     if items(spec, "validations").next().is_none() && items(spec, "auditAnnotations").next().is_none() {
         errors.required(path.at("validations"), "validations or auditAnnotations must not be empty");
     }
     let at = path.at("validations");
     for (index, check) in items(spec, "validations").enumerate() {
         let path = at.index(index);
-        expression(check, "expression", &OF_POLICIES, Some("bool"), path, errors);
+        expression(check, "expression", &names, Some(BOOL), path, errors);
         if let Some(message) = check["message"].as_str() {
             if !message.is_empty() && message.trim().is_empty() {
                 errors.invalid(path.at("message"), message, "message must be non-empty if specified");
@@ -418,7 +438,7 @@ fn validating_policy(v: &Validation<'_>, errors: &mut Errors) {
             }
         }
         if check["messageExpression"].as_str().is_some_and(|text| !text.is_empty()) {
-            expression(check, "messageExpression", &OF_POLICIES, Some("string"), path, errors);
+            expression(check, "messageExpression", &names, Some(STRING), path, errors);
         }
         let reasons = ["Forbidden", "Invalid", "RequestEntityTooLarge", "Unauthorized"];
         meta::one_of(check, "reason", &reasons, path, errors);
@@ -429,14 +449,14 @@ fn validating_policy(v: &Validation<'_>, errors: &mut Errors) {
         if annotation["key"].as_str().unwrap_or_default().is_empty() {
             errors.required(path.at("key"), "");
         }
-        expression(annotation, "valueExpression", &OF_POLICIES, None, path, errors);
+        expression(annotation, "valueExpression", &names, None, path, errors);
     }
 }
 
 fn mutating_policy(v: &Validation<'_>, errors: &mut Errors) {
     let (spec, root) = (&v.new["spec"], Path::Root);
     let path = root.at("spec");
-    policy_parts(spec, path, errors);
+    let names = policy_parts(spec, path, errors);
     match spec["reinvocationPolicy"].as_str() {
         None | Some("") => errors.required(path.at("reinvocationPolicy"), ""),
         _ => meta::one_of(spec, "reinvocationPolicy", &["IfNeeded", "Never"], path, errors),
@@ -447,9 +467,9 @@ fn mutating_policy(v: &Validation<'_>, errors: &mut Errors) {
     let at = path.at("mutations");
     for (index, mutation) in items(spec, "mutations").enumerate() {
         let path = at.index(index);
-        let (key, ty) = match mutation["patchType"].as_str() {
-            Some("JSONPatch") => ("jsonPatch", "list"),
-            Some("ApplyConfiguration") => ("applyConfiguration", "object"),
+        let (key, wanted): (_, Wanted) = match mutation["patchType"].as_str() {
+            Some("JSONPatch") => ("jsonPatch", ("list", |ty| matches!(ty, Type::List(_)))),
+            Some("ApplyConfiguration") => ("applyConfiguration", ("object", |ty| matches!(ty, Type::Object(_)))),
             None | Some("") => {
                 errors.required(path.at("patchType"), "");
                 continue;
@@ -460,7 +480,7 @@ fn mutating_policy(v: &Validation<'_>, errors: &mut Errors) {
             }
         };
         match mutation[key].is_object() {
-            true => expression(&mutation[key], "expression", &OF_POLICIES, Some(ty), path.at(key), errors),
+            true => _ = expression(&mutation[key], "expression", &names, Some(wanted), path.at(key), errors),
             false => errors.required(path.at(key), ""),
         }
     }
@@ -602,13 +622,13 @@ mod tests {
             plural,
             one("matchConditions", json!([{"name": "x", "expression": "objet.a == 1"}])),
             &[
-                "webhooks[0].matchConditions[0].expression: Invalid value: \"objet.a == 1\": compilation failed: ERROR: <input>: undeclared reference to 'objet' (in container '')",
+                "webhooks[0].matchConditions[0].expression: Invalid value: \"objet.a == 1\": compilation failed: ERROR: <input>:1:1: undeclared reference to 'objet' (in container '')\n | objet.a == 1\n | ^",
             ],
         );
         check(
             plural,
             one("matchConditions", json!([{"name": "x", "expression": "1 + 1"}])),
-            &["webhooks[0].matchConditions[0].expression: Invalid value: \"1 + 1\": must evaluate to bool"],
+            &["webhooks[0].matchConditions[0].expression: Invalid value: \"1 + 1\": must evaluate to bool but got int"],
         );
     }
 
@@ -638,7 +658,7 @@ mod tests {
         check(
             plural,
             with(&good, "/spec/validations/0/expression", "'a'".into()),
-            &["spec.validations[0].expression: Invalid value: \"'a'\": must evaluate to bool"],
+            &["spec.validations[0].expression: Invalid value: \"'a'\": must evaluate to bool but got string"],
         );
         check(plural, with(&good, "/spec/matchConstraints", json!(null)), &["spec.matchConstraints: Required value"]);
         check(

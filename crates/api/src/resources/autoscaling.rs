@@ -19,6 +19,7 @@ pub(super) fn row() -> Row {
             to_stored: from_v1,
             from_stored: to_v1,
         },
+        validate: crate::row::valid,
     };
     Row {
         short_names: &["hpa"],

@@ -197,7 +197,7 @@ fn validate_spec(spec: &Value, errors: &mut Errors) {
 }
 
 /// `example.com/signer-name`.
-fn validate_signer(name: &str, path: Path<'_>, errors: &mut Errors) {
+pub(super) fn validate_signer(name: &str, path: Path<'_>, errors: &mut Errors) {
     if name.is_empty() {
         return errors.required(path, "signerName must be provided");
     }

@@ -4,7 +4,7 @@ use base64::Engine as _;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret, ServiceAccount};
 use serde_json::{Value, json};
 
-use super::default;
+use super::{default, items_mut};
 use crate::{
     cell,
     field::{Errors, Path},
@@ -144,7 +144,19 @@ pub(super) fn service_account() -> Row {
         subresources: &[Subresource::Token],
         columns: const { &[col("Secrets", "integer"), col("Age", "date")] },
         cells: |o, now| vec![cell::count(&o["secrets"]), cell::age(o, now)],
+        prepare_create: names_of_secrets,
+        prepare_update: |new, _| names_of_secrets(new),
         ..base::<ServiceAccount>()
+    }
+}
+
+/// Of the secrets of an account only the names are kept.
+fn names_of_secrets(account: &mut Value) {
+    for secret in items_mut(account, "secrets") {
+        *secret = match secret["name"].as_str() {
+            Some(name) => json!({"name": name}),
+            None => json!({}),
+        };
     }
 }
 
@@ -164,6 +176,13 @@ mod tests {
         check(&config_map(), both, &["data[a]: Invalid value: \"a\": duplicate of key present in binaryData"]);
         let large = json!({"data": {"a": "x".repeat(MAX_SIZE + 1)}});
         check(&config_map(), large, &["[]: Too long: may not be more than 1048576 bytes"]);
+    }
+
+    #[test]
+    fn secrets_of_accounts() {
+        let mut account = json!({"secrets": [{"name": "a", "namespace": "other", "kind": "Secret"}]});
+        (service_account().prepare_create)(&mut account);
+        assert_eq!(account, json!({"secrets": [{"name": "a"}]}));
     }
 
     #[test]

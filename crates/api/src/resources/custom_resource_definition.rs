@@ -93,7 +93,7 @@ fn validate(validation: &Validation<'_>, errors: &mut Errors) {
             "cannot set to true, set x-kubernetes-preserve-unknown-fields to true in spec.versions[*].schema instead";
         errors.invalid(path.at("preserveUnknownFields"), true, why);
     }
-    versions(spec, path, errors);
+    versions(spec, old.map(|old| &old["spec"]), path, errors);
     if let Some(old) = old {
         let (old_spec, old_names, new_names) = (&old["spec"], &old["spec"]["names"], &spec["names"]);
         let names = path.at("names");
@@ -227,7 +227,7 @@ fn conversion(conversion: &Value, path: Path<'_>, errors: &mut Errors) {
     }
 }
 
-fn versions(spec: &Value, path: Path<'_>, errors: &mut Errors) {
+fn versions(spec: &Value, old: Option<&Value>, path: Path<'_>, errors: &mut Errors) {
     let path = path.at("versions");
     let all: Vec<&Value> = items(spec, "versions").collect();
     let names: Vec<&str> = all.iter().map(|v| text(v, "name")).collect();
@@ -249,7 +249,11 @@ fn versions(spec: &Value, path: Path<'_>, errors: &mut Errors) {
         let schema = path.at("schema");
         match &version["schema"]["openAPIV3Schema"] {
             Value::Null => errors.required(schema.at("openAPIV3Schema"), "schemas are required"),
-            found => structural::check(found, schema.at("openAPIV3Schema"), errors),
+            found => {
+                let before = old.and_then(|old| items(old, "versions").find(|v| v["name"] == version["name"]));
+                let stored = before.is_some_and(|before| before["schema"]["openAPIV3Schema"] == *found);
+                structural::check(found, stored, schema.at("openAPIV3Schema"), errors);
+            }
         }
         subresources(&version["subresources"], path.at("subresources"), errors);
         columns(version, path, errors);

@@ -71,6 +71,21 @@ pub(super) fn canonical_range(text: &str) -> Result<(), String> {
     }
 }
 
+/// An address with the length of its network's prefix, in one way only.
+pub(super) fn interface_address(text: &str) -> Result<(), String> {
+    let Some(net) = sloppy_range(text) else {
+        return Err("must be a valid address in CIDR form, (e.g. 10.9.8.7/24 or 2001:db8::1/64)".into());
+    };
+    let canonical = match (net.addr(), net.prefix_len()) {
+        (IpAddr::V6(ip), length) => match ip.to_ipv4_mapped() {
+            Some(mapped) => format!("{mapped}/{}", length.saturating_sub(96)),
+            None => net.to_string(),
+        },
+        _ => net.to_string(),
+    };
+    (canonical == text).then_some(()).ok_or_else(|| format!("must be in canonical form ({canonical:?})"))
+}
+
 /// Refuses addresses behind which no endpoint can be: those of nobody, of every machine itself and of one link.
 pub(super) fn not_special(text: &str, path: Path<'_>, errors: &mut Errors) {
     let Some(ip) = sloppy(text) else {

@@ -1,9 +1,9 @@
-//! Job. What its policies must look like is in `job_policy.rs`.
+//! Job. What its policies must look like is in `job_policy.rs`, its status in `job_status.rs`.
 
 use k8s_openapi::api::batch::v1::Job;
 use serde_json::{Value, json};
 
-use super::{default, drop_status, items, items_mut, job_policy, meta, template};
+use super::{default, drop_status, items, items_mut, job_policy, job_status, meta, template};
 use crate::{
     cell,
     field::{Errors, Path, same},
@@ -245,7 +245,7 @@ fn generated(job: &Value, errors: &mut Errors) {
 
 fn validate(v: &Validation<'_>, errors: &mut Errors) {
     if v.subresource == "status" {
-        return status(&v.new["status"], errors);
+        return job_status::validate(v, errors);
     }
     let (job, spec) = (v.new, &v.new["spec"]);
     let path = Path::Root.at("spec");
@@ -315,32 +315,10 @@ fn template_change(v: &Validation<'_>, errors: &mut Errors) {
     }
 }
 
-fn status(status: &Value, errors: &mut Errors) {
-    let path = Path::Root.at("status");
-    for key in ["active", "succeeded", "failed", "ready", "terminating"] {
-        meta::non_negative(status, key, path, errors);
-    }
-    let holds = |ty: &str| items(status, "conditions").any(|c| c["type"] == ty && c["status"] == "True");
-    for (one, other, why) in [
-        ("Complete", "Failed", "cannot set Complete=True and Failed=true conditions"),
-        ("Complete", "FailureTarget", "cannot set Complete=True and FailureTarget=true conditions"),
-        ("SuccessCriteriaMet", "Failed", "cannot set SuccessCriteriaMet=True and Failed=true conditions"),
-        ("SuccessCriteriaMet", "FailureTarget", "cannot set SuccessCriteriaMet=True and FailureTarget=true conditions"),
-    ] {
-        if holds(one) && holds(other) {
-            errors.invalid_unshown(path.at("conditions"), why);
-        }
-    }
-    if status["completionTime"].is_string() && !holds("Complete") {
-        let why = "cannot set completionTime when there is no Complete=True condition";
-        errors.invalid(path.at("completionTime"), status["completionTime"].clone(), why);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::{
-        super::testing::{check, check_status, check_update, with},
+        super::testing::{check, check_update, with},
         *,
     };
 
@@ -496,27 +474,5 @@ mod tests {
         defaults(&mut refused);
         let why = format!("spec.template: Invalid value: {}: field is immutable", refused["spec"]["template"]);
         check_update(&row(), started, refused, &[&why]);
-    }
-
-    #[test]
-    fn a_status_does_not_contradict_itself() {
-        let job = |status: Value| json!({"spec": {}, "status": status});
-        let holds = |types: &[&str]| -> Value {
-            let list: Vec<Value> = types.iter().map(|ty| json!({"type": ty, "status": "True"})).collect();
-            job(json!({"conditions": list}))
-        };
-        check_status(&row(), job(json!({})), holds(&["SuccessCriteriaMet", "Complete"]), &[]);
-        check_status(
-            &row(),
-            job(json!({})),
-            holds(&["Failed", "Complete"]),
-            &["status.conditions: Invalid value: cannot set Complete=True and Failed=true conditions"],
-        );
-        check_status(
-            &row(),
-            job(json!({})),
-            job(json!({"failed": -1})),
-            &["status.failed: Invalid value: -1: must be greater than or equal to 0"],
-        );
     }
 }

@@ -147,8 +147,8 @@ fn success_policy(spec: &Value, policy: &Value, path: Path<'_>, errors: &mut Err
             if text.len() > MAX_INDEXES_TEXT {
                 errors.too_long(at, MAX_INDEXES_TEXT);
             }
-            match count_indexes(text, completions) {
-                Ok(count) => total = Some(count),
+            match intervals(text, completions) {
+                Ok(list) => total = Some(list.iter().map(|(low, high)| high - low + 1).sum()),
                 Err(why) => {
                     total = Some(0);
                     errors.invalid(at, text, format!("error parsing succeededIndexes: {why}"));
@@ -173,10 +173,10 @@ fn success_policy(spec: &Value, policy: &Value, path: Path<'_>, errors: &mut Err
     }
 }
 
-/// How many indexes `1,3-5` names.
-fn count_indexes(text: &str, completions: i64) -> Result<i64, String> {
+/// The intervals of indexes that `1,3-5` names, in order.
+pub(super) fn intervals(text: &str, completions: i64) -> Result<Vec<(i64, i64)>, String> {
     if text.is_empty() {
-        return Ok(0);
+        return Ok(Vec::new());
     }
     let number = |part: &str| -> Result<i64, String> {
         let n: i64 = part.parse().map_err(|_| format!("cannot convert string to integer for index: {part:?}"))?;
@@ -185,7 +185,7 @@ fn count_indexes(text: &str, completions: i64) -> Result<i64, String> {
         }
         Ok(n)
     };
-    let (mut total, mut last) = (0, None);
+    let (mut list, mut last) = (Vec::new(), None);
     for interval in text.split(',') {
         let ends: Vec<&str> = interval.split('-').collect();
         let (low, high) = match ends[..] {
@@ -206,10 +206,10 @@ fn count_indexes(text: &str, completions: i64) -> Result<i64, String> {
         if let Some(last) = last.filter(|last| *last >= low) {
             return Err(format!("non-increasing order, previous: {last}, current: {low}"));
         }
-        total += high - low + 1;
+        list.push((low, high));
         last = Some(high);
     }
-    Ok(total)
+    Ok(list)
 }
 
 #[cfg(test)]

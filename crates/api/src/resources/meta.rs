@@ -165,6 +165,50 @@ pub fn selector(selector: &Value, path: Path<'_>, errors: &mut Errors) {
     }
 }
 
+/// Validates `conditions`, of which there may be so many.
+pub fn conditions(status: &Value, most: usize, path: Path<'_>, errors: &mut Errors) {
+    const MAX_REASON: usize = 1024;
+    const MAX_MESSAGE: usize = 32 * 1024;
+    let list = path.at("conditions");
+    let count = items(status, "conditions").count();
+    if count > most {
+        errors.too_many(list, count as u64, most as u64);
+    }
+    let mut seen: Vec<&str> = Vec::new();
+    for (index, condition) in items(status, "conditions").enumerate().take(most) {
+        let path = list.index(index);
+        let text = |key: &str| condition[key].as_str().unwrap_or_default();
+        let ty = text("type");
+        if seen.contains(&ty) {
+            errors.duplicate(path, ty);
+        }
+        seen.push(ty);
+        match ty {
+            "" => errors.required(path.at("type"), "is required"),
+            ty => errors.expect(path.at("type"), ty, names::qualified_name),
+        }
+        match text("status") {
+            "" => errors.required(path.at("status"), ""),
+            "True" | "False" | "Unknown" => {}
+            other => errors.not_supported(path.at("status"), other, &["False", "True", "Unknown"]),
+        }
+        if let Some(generation) = condition["observedGeneration"].as_i64().filter(|n| *n < 0) {
+            let why = "must be greater than or equal to zero";
+            errors.invalid(path.at("observedGeneration"), generation, why);
+        }
+        if text("lastTransitionTime").is_empty() {
+            errors.required(path.at("lastTransitionTime"), "");
+        }
+        errors.expect_some(path.at("reason"), &condition["reason"], names::condition_reason);
+        if text("reason").len() > MAX_REASON {
+            errors.too_long(path.at("reason"), MAX_REASON);
+        }
+        if text("message").len() > MAX_MESSAGE {
+            errors.too_long(path.at("message"), MAX_MESSAGE);
+        }
+    }
+}
+
 /// Validates a number that must not be negative.
 pub fn non_negative(object: &Value, key: &str, path: Path<'_>, errors: &mut Errors) {
     if let Some(n) = object[key].as_i64()

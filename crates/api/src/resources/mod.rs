@@ -8,7 +8,9 @@ mod autoscaling;
 mod autoscaling_rules;
 mod certificate_signing_request;
 mod claim;
+mod cluster_trust_bundle;
 mod config;
+mod container;
 mod coordination;
 mod cron_job;
 mod csi;
@@ -16,36 +18,48 @@ mod custom_resource_definition;
 mod daemonset;
 mod deployment;
 mod discovery;
+mod dra;
 mod event;
 mod flow;
 mod ingress;
 mod ip;
 mod job;
 mod job_policy;
+mod job_status;
 mod meta;
 mod namespace;
 mod networking;
 mod node;
 mod pod;
+mod pod_certificate_request;
+mod pod_claims;
+pub mod pod_resize;
+mod pod_resources;
 pub mod pod_spec;
 mod policy;
 mod priority_class;
 mod quota;
 mod rbac;
+mod reference;
 mod replicaset;
 mod revision;
 mod runtime_class;
+mod security_context;
 mod service;
 mod service_ips;
 mod statefulset;
 mod storage;
 mod storage_class;
+mod storage_version_migration;
 mod template;
 #[cfg(test)]
 mod testing;
+mod volume;
+mod windows_options;
 
 pub use meta::validate_metadata;
-pub use service_ips::{cluster_ips, validate_families};
+pub use service::needs_health_check;
+pub use service_ips::{cluster_ips, settle_families};
 
 /// Sets `object[key]` if it is not set.
 pub(crate) fn default(object: &mut serde_json::Value, key: &str, value: impl Into<serde_json::Value>) {
@@ -84,10 +98,7 @@ fn with_status(row: Row) -> Row {
 
 /// All built-in resources, in the order in which discovery lists them.
 pub fn all() -> Vec<Row> {
-    use k8s_openapi::api::{
-        authentication::v1 as authentication, authorization::v1 as authorization, certificates::v1 as certificates,
-        resource::v1 as resource,
-    };
+    use k8s_openapi::api::{authentication::v1 as authentication, authorization::v1 as authorization};
     let review = |row: Row| Row { stored: false, ..row };
     let [
         mutating_webhooks,
@@ -97,6 +108,7 @@ pub fn all() -> Vec<Row> {
         mutating_policy,
         mutating_binding,
     ] = admission::rows();
+    let [resource_claim, resource_claim_template, resource_slice, device_class, device_taint_rule] = dra::rows();
     let [cluster_role_binding, cluster_role, role, role_binding] = rbac::rows();
     vec![
         pod::row(),
@@ -143,8 +155,8 @@ pub fn all() -> Vec<Row> {
         priority_class::row(),
         runtime_class::row(),
         certificate_signing_request::row(),
-        Row { subresources: STATUS, prepare_create: drop_status, ..row::<certificates::PodCertificateRequest>() },
-        row::<certificates::ClusterTrustBundle>(),
+        pod_certificate_request::row(),
+        cluster_trust_bundle::row(),
         mutating_webhooks,
         validating_webhooks,
         validating_policy,
@@ -153,12 +165,12 @@ pub fn all() -> Vec<Row> {
         mutating_binding,
         flow::schema(),
         flow::level(),
-        with_status(row::<resource::ResourceClaim>()),
-        row::<resource::ResourceClaimTemplate>(),
-        row::<resource::ResourceSlice>(),
-        row::<resource::DeviceClass>(),
-        with_status(row::<resource::DeviceTaintRule>()),
-        with_status(row::<k8s_openapi::api::storagemigration::v1::StorageVersionMigration>()),
+        resource_claim,
+        resource_claim_template,
+        resource_slice,
+        device_class,
+        device_taint_rule,
+        storage_version_migration::row(),
         custom_resource_definition::row(),
         api_service::row(),
         review(row::<authentication::SelfSubjectReview>()),

@@ -13,7 +13,7 @@ use crate::{
 pub(super) fn row() -> Row {
     Row {
         short_names: &["no"],
-        subresources: &[Subresource::Status],
+        subresources: &[Subresource::Proxy("NodeProxyOptions"), Subresource::Status],
         columns: const {
             &[
                 col("Status", "string"),

@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-use super::{items, items_mut, meta, pod_spec};
+use super::{items, items_mut, meta, pod_claims, pod_resize, pod_resources, pod_spec};
 use crate::{
     cell,
     field::{Errors, Path},
@@ -23,6 +23,7 @@ pub(super) fn row() -> Row {
             Subresource::Exec,
             Subresource::Log,
             Subresource::PortForward,
+            Subresource::Proxy("PodProxyOptions"),
             Subresource::Resize,
             Subresource::Status,
         ],
@@ -39,6 +40,24 @@ pub(super) fn row() -> Row {
             ]
         },
         cells,
+        seen: &[
+            "metadata.creationTimestamp",
+            "metadata.deletionTimestamp",
+            "spec.containers.name",
+            "spec.initContainers.name",
+            "spec.initContainers.restartPolicy",
+            "spec.nodeName",
+            "spec.readinessGates",
+            "status.conditions.reason",
+            "status.conditions.status",
+            "status.conditions.type",
+            "status.containerStatuses",
+            "status.initContainerStatuses",
+            "status.nominatedNodeName",
+            "status.phase",
+            "status.podIP",
+            "status.reason",
+        ],
         selectable: &[
             "spec.nodeName",
             "spec.restartPolicy",
@@ -52,6 +71,7 @@ pub(super) fn row() -> Row {
         defaults: |o| {
             if let Some(spec) = o.get_mut("spec") {
                 pod_spec::defaults(spec);
+                pod_resources::defaults(spec);
             }
         },
         validate,
@@ -69,7 +89,11 @@ pub(super) fn row() -> Row {
 pub fn qos_class(spec: &Value) -> &'static str {
     let (mut any, mut guaranteed, mut containers) = (false, true, 0);
     let quantity = |v: &Value| v.as_str().and_then(|s| s.parse::<Quantity>().ok()).filter(|q| *q != Quantity::new(0));
-    for container in items(spec, "containers").chain(items(spec, "initContainers")) {
+    // What a pod says of itself counts instead of what its containers say.
+    let own =
+        ["requests", "limits"].iter().any(|part| spec["resources"][*part].as_object().is_some_and(|of| !of.is_empty()));
+    let each = items(spec, "containers").chain(items(spec, "initContainers")).filter(|_| !own);
+    for container in each.chain(own.then_some(spec)) {
         containers += 1;
         for resource in ["cpu", "memory"] {
             let request = quantity(&container["resources"]["requests"][resource]);
@@ -198,14 +222,23 @@ fn validate(v: &Validation<'_>, errors: &mut Errors) {
             return;
         }
         pod_spec::validate(spec, path, errors);
+        pod_claims::made(v.new, errors);
+        if items(spec, "ephemeralContainers").next().is_some() {
+            errors.forbidden(path.at("ephemeralContainers"), "cannot be set on create");
+        }
+        let bound = spec["nodeName"].as_str().is_some_and(|name| !name.is_empty());
+        if bound && items(spec, "schedulingGates").next().is_some() {
+            errors.forbidden(path.at("nodeName"), "cannot be set until all schedulingGates have been cleared");
+        }
         return;
     };
     if v.subresource == "status" {
         return;
     }
-    if matches!(v.subresource, "ephemeralcontainers" | "resize") {
-        pod_spec::validate(spec, path, errors);
-        return;
+    match v.subresource {
+        "ephemeralcontainers" => return pod_spec::validate(spec, path, errors),
+        "resize" => return pod_resize::validate(v.new, old, errors),
+        _ => {}
     }
     // Of a pod that exists, few fields may change.
     const ALLOWED: &str = "pod updates may not change fields other than `spec.containers[*].image`,\

@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::node::v1::RuntimeClass;
 
-use super::{meta, pod_spec};
+use super::{container, meta, pod_spec};
 use crate::{
     cell,
     field::{Errors, Path},
@@ -26,7 +26,7 @@ fn validate(v: &Validation<'_>, errors: &mut Errors) {
         return;
     }
     errors.expect(at, v.new["handler"].as_str().unwrap_or_default(), names::dns_label);
-    pod_spec::amounts(&v.new["overhead"], "podFixed", Path::Root.at("overhead"), errors);
+    container::amounts(&v.new["overhead"], "podFixed", Path::Root.at("overhead"), errors);
     let scheduling = &v.new["scheduling"];
     let path = Path::Root.at("scheduling");
     meta::label_map(&scheduling["nodeSelector"], path.at("nodeSelector"), errors);

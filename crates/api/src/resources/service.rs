@@ -21,7 +21,7 @@ pub(super) fn row() -> Row {
     Row {
         short_names: &["svc"],
         categories: &["all"],
-        subresources: &[Subresource::Status],
+        subresources: &[Subresource::Proxy("ServiceProxyOptions"), Subresource::Status],
         name: names::dns_label,
         columns: const {
             &[
@@ -67,6 +67,7 @@ pub(super) fn row() -> Row {
                     new["spec"][key] = old["spec"][key].clone();
                 }
             }
+            service_ips::release_second(new, old);
             drop_dependents(new, old);
         },
         ..base::<Service>()
@@ -207,6 +208,7 @@ fn outside(v: &Validation<'_>, path: Path<'_>, errors: &mut Errors) {
     {
         errors.invalid(at, spec["loadBalancerClass"].clone(), "may not change once set");
     }
+    health_check(spec, old, path, errors);
     let reached = balanced || spec["type"] == "NodePort" || items(spec, "externalIPs").next().is_some();
     if !reached && let Some(policy) = spec["externalTrafficPolicy"].as_str() {
         let why = "may only be set for externally-accessible services";
@@ -214,9 +216,37 @@ fn outside(v: &Validation<'_>, path: Path<'_>, errors: &mut Errors) {
     }
 }
 
+/// Whether balancers outside the cluster have to ask nodes if they have an endpoint: a port of the nodes is for that
+/// (<https://kubernetes.io/docs/tasks/access-application-cluster/create-external-load-balancer/#preserving-the-client-source-ip>).
+pub fn needs_health_check(spec: &Value) -> bool {
+    spec["type"] == "LoadBalancer" && spec["externalTrafficPolicy"] == "Local"
+}
+
+fn health_check(spec: &Value, old: Option<&Value>, path: Path<'_>, errors: &mut Errors) {
+    let at = path.at("healthCheckNodePort");
+    let Some(port) = spec["healthCheckNodePort"].as_i64().filter(|port| *port != 0) else { return };
+    if !needs_health_check(spec) {
+        let why = "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'";
+        return errors.invalid(at, port, why);
+    }
+    meta::port_number(port, at, errors);
+    let before = old.filter(|old| needs_health_check(old)).and_then(|old| old["healthCheckNodePort"].as_i64());
+    if before.is_some_and(|before| before != 0 && before != port) {
+        let why = "cannot change healthCheckNodePort on loadBalancer service with externaltraffic=Local during update";
+        errors.invalid(at, port, why);
+    }
+}
+
 /// What only the old type of a Service has goes with it, unless the client changed it.
 fn drop_dependents(new: &mut Value, old: &Value) {
     let exposed = |service: &Value| service["spec"]["type"] == "NodePort" || service["spec"]["type"] == "LoadBalancer";
+    if needs_health_check(&old["spec"])
+        && !needs_health_check(&new["spec"])
+        && new["spec"]["healthCheckNodePort"] == old["spec"]["healthCheckNodePort"]
+        && let Some(spec) = new["spec"].as_object_mut()
+    {
+        spec.remove("healthCheckNodePort");
+    }
     if new["spec"]["type"] == old["spec"]["type"] {
         return;
     }
@@ -384,6 +414,36 @@ mod tests {
         let of = |class: &str| with(&good(), "/spec/loadBalancerClass", class.into());
         check_update(&row(), of("a"), of("b"), &[why]);
         check_update(&row(), of("a"), of("a"), &[]);
+    }
+
+    #[test]
+    fn ports_for_health_checks() {
+        let local = with(&good(), "/spec/externalTrafficPolicy", "Local".into());
+        let of = |service: &Value, port: i64| with(service, "/spec/healthCheckNodePort", port.into());
+        check(&row(), of(&local, 30_000), &[]);
+        check(
+            &row(),
+            of(&local, 70_000),
+            &["spec.healthCheckNodePort: Invalid value: 70000: must be between 1 and 65535, inclusive"],
+        );
+        check(
+            &row(),
+            of(&good(), 30_000),
+            &[
+                "spec.healthCheckNodePort: Invalid value: 30000: may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'",
+            ],
+        );
+        check_update(
+            &row(),
+            of(&local, 30_000),
+            of(&local, 30_001),
+            &[
+                "spec.healthCheckNodePort: Invalid value: 30001: cannot change healthCheckNodePort on loadBalancer service with externaltraffic=Local during update",
+            ],
+        );
+        let mut turned = with(&of(&local, 30_000), "/spec/externalTrafficPolicy", "Cluster".into());
+        (row().prepare_update)(&mut turned, &of(&local, 30_000));
+        assert!(turned["spec"]["healthCheckNodePort"].is_null(), "{turned}");
     }
 
     #[test]

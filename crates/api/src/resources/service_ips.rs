@@ -142,32 +142,77 @@ fn change(spec: &Value, old: &Value, path: Path<'_>, errors: &mut Errors) {
     }
 }
 
-/// Validates that a cluster of one family has what a new or changed Service asks for.
-pub fn validate_families(service: &Value, old: Option<&Value>, ipv4: bool, errors: &mut Errors) {
-    let spec = &service["spec"];
-    let keys = ["clusterIPs", "ipFamilies", "ipFamilyPolicy", "type"];
-    // What was stored before stays usable.
-    let unchanged = old.is_some_and(|old| keys.iter().all(|key| same(&old["spec"][*key], &spec[*key])));
-    let alone = is_headless(spec) && same(&spec["selector"], &Value::Null);
-    if spec["type"] == "ExternalName" || unchanged || alone {
+/// A Service that is to have one family only gives up its second address and family, unless it says otherwise.
+pub(super) fn release_second(new: &mut Value, old: &Value) {
+    let was_dual =
+        ["PreferDualStack", "RequireDualStack"].iter().any(|policy| old["spec"]["ipFamilyPolicy"] == *policy);
+    if !was_dual || new["spec"]["ipFamilyPolicy"] != "SingleStack" {
         return;
     }
-    let has = FAMILIES[usize::from(!ipv4)];
+    for key in ["clusterIPs", "ipFamilies"] {
+        if same(&old["spec"][key], &new["spec"][key])
+            && let Some(list) = new["spec"][key].as_array_mut()
+        {
+            list.truncate(1);
+        }
+    }
+}
+
+/// Gives a new or changed Service the policy and the families that it lacks, of those that the cluster has (`has`, the
+/// default first), or says why it cannot have what it asks for.
+pub fn settle_families(service: &mut Value, old: Option<&Value>, has: &[&str], errors: &mut Errors) {
+    let spec = &mut service["spec"];
+    if spec["type"] == "ExternalName" {
+        return;
+    }
+    let keys = ["clusterIPs", "ipFamilies", "ipFamilyPolicy", "type"];
+    // What was stored before stays usable, and gains or loses nothing because the cluster has.
+    let unchanged = old.is_some_and(|old| keys.iter().all(|key| same(&old["spec"][*key], &spec[*key])));
+    if unchanged && !spec["ipFamilyPolicy"].is_null() {
+        return;
+    }
+    // Somebody else writes its endpoints, which may be of any family.
+    let alone = is_headless(spec) && same(&spec["selector"], &Value::Null);
+    if spec["ipFamilyPolicy"].is_null() {
+        let kept = old.map(|old| old["spec"]["ipFamilyPolicy"].clone()).filter(|policy| !policy.is_null());
+        spec["ipFamilyPolicy"] = kept.unwrap_or_else(|| if alone { "RequireDualStack" } else { "SingleStack" }.into());
+    }
+    let single = spec["ipFamilyPolicy"] == "SingleStack";
     let path = Path::Root.at("spec");
-    let (ips, families) = (texts(spec, "clusterIPs"), texts(spec, "ipFamilies"));
+    let ips: Vec<String> = texts(spec, "clusterIPs").into_iter().map(str::to_owned).collect();
+    let mut families: Vec<String> = texts(spec, "ipFamilies").into_iter().map(str::to_owned).collect();
+    for (what, count) in [("cluster IPs", ips.len()), ("IP families", families.len())] {
+        if single && count == 2 {
+            let why = format!("must be 'RequireDualStack' or 'PreferDualStack' when multiple {what} are specified");
+            errors.invalid(path.at("ipFamilyPolicy"), "SingleStack", why);
+        }
+    }
     for (index, ip) in ips.iter().enumerate().skip(families.len()) {
-        if let Some(family) = ip::sloppy(ip).map(family).filter(|family| *family != has) {
+        let Some(family) = ip::sloppy(ip).map(family) else { continue };
+        if has.contains(&family) {
+            families.push(family.to_owned());
+        } else {
             let why = format!("{family} is not configured on this cluster");
             errors.invalid(path.at("clusterIPs").index(index), ips.clone(), why);
         }
     }
-    for (index, family) in families.iter().enumerate().filter(|(_, family)| **family != has) {
-        errors.invalid(path.at("ipFamilies").index(index), *family, "not configured on this cluster");
-    }
-    if spec["ipFamilyPolicy"] == "RequireDualStack" {
+    if !alone && spec["ipFamilyPolicy"] == "RequireDualStack" && has.len() < 2 {
         let why = "this cluster is not configured for dual-stack services";
         errors.invalid(path.at("ipFamilyPolicy"), "RequireDualStack", why);
     }
+    for (index, family) in families.iter().enumerate().filter(|(_, family)| !alone && !has.contains(&family.as_str())) {
+        errors.invalid(path.at("ipFamilies").index(index), family.as_str(), "not configured on this cluster");
+    }
+    if !errors.is_empty() {
+        return;
+    }
+    if families.is_empty() {
+        families.extend(has.first().map(|family| (*family).to_owned()));
+    }
+    if !single && families.len() == 1 && (alone || has.len() == 2) {
+        families.extend(FAMILIES.into_iter().find(|family| *family != families[0]).map(str::to_owned));
+    }
+    spec["ipFamilies"] = families.into();
 }
 
 #[cfg(test)]
@@ -273,33 +318,109 @@ mod tests {
         check(of(&["010.0.0.1"]), Some(of(&["010.0.0.1"])), &[]);
     }
 
+    /// What a Service is given by a cluster with these families, or what is said against it.
+    fn settled(has: &[&str], spec: Value, old: Option<Value>) -> Result<(String, Vec<String>), Vec<String>> {
+        let mut errors = Errors::default();
+        let (mut service, old) = (json!({"spec": spec}), old.map(|spec| json!({"spec": spec})));
+        settle_families(&mut service, old.as_ref(), has, &mut errors);
+        let spec = &service["spec"];
+        let families = texts(spec, "ipFamilies").into_iter().map(str::to_owned).collect();
+        let policy = spec["ipFamilyPolicy"].as_str().unwrap_or_default().to_owned();
+        if errors.is_empty() { Ok((policy, families)) } else { Err(say(&errors)) }
+    }
+
+    const ONE: &[&str] = &["IPv4"];
+    const BOTH: &[&str] = &["IPv6", "IPv4"];
+
+    #[track_caller]
+    fn gets(has: &[&str], spec: Value, old: Option<Value>, policy: &str, families: &[&str]) {
+        let said = settled(has, spec.clone(), old).unwrap_or_else(|errors| panic!("{spec}: {errors:?}"));
+        assert_eq!(
+            (said.0.as_str(), said.1.iter().map(String::as_str).collect::<Vec<_>>().as_slice()),
+            (policy, families)
+        );
+    }
+
+    #[track_caller]
+    fn refused(has: &[&str], spec: Value, old: Option<Value>, expect: &[&str]) {
+        assert_eq!(settled(has, spec.clone(), old).unwrap_err(), expect, "{spec}");
+    }
+
+    fn with(mut spec: Value, families: &[&str], policy: &str) -> Value {
+        if !families.is_empty() {
+            spec["ipFamilies"] = json!(families);
+        }
+        if !policy.is_empty() {
+            spec["ipFamilyPolicy"] = policy.into();
+        }
+        spec
+    }
+
     #[test]
     fn what_a_cluster_of_one_family_has() {
-        let check = |spec: Value, old: Option<Value>, expect: &[&str]| {
-            let mut errors = Errors::default();
-            let old = old.map(|spec| json!({"spec": spec}));
-            validate_families(&json!({"spec": spec}), old.as_ref(), true, &mut errors);
-            assert_eq!(say(&errors), expect, "{spec} {old:?}");
-        };
         let two = of(&["10.0.0.1", "fd00::1"]);
-        check(of(&["10.0.0.1"]), None, &[]);
-        check(json!({"ipFamilyPolicy": "PreferDualStack"}), None, &[]);
+        gets(ONE, of(&["10.0.0.1"]), None, "SingleStack", &["IPv4"]);
+        gets(ONE, json!({}), None, "SingleStack", &["IPv4"]);
+        gets(ONE, with(json!({}), &[], "PreferDualStack"), None, "PreferDualStack", &["IPv4"]);
         let why =
             r#"spec.clusterIPs[1]: Invalid value: ["10.0.0.1","fd00::1"]: IPv6 is not configured on this cluster"#;
-        check(two.clone(), None, &[why]);
-        check(two.clone(), Some(of(&["10.0.0.1"])), &[why]);
-        check(two.clone(), Some(two), &[]);
-        check(
-            json!({"ipFamilies": ["IPv6"]}),
-            None,
-            &[r#"spec.ipFamilies[0]: Invalid value: "IPv6": not configured on this cluster"#],
-        );
+        refused(ONE, with(two.clone(), &[], "PreferDualStack"), None, &[why]);
+        refused(ONE, with(two.clone(), &[], "PreferDualStack"), Some(of(&["10.0.0.1"])), &[why]);
+        let before = with(two, &["IPv4", "IPv6"], "RequireDualStack");
+        gets(ONE, before.clone(), Some(before), "RequireDualStack", &["IPv4", "IPv6"]);
+        let why = r#"spec.ipFamilies[0]: Invalid value: "IPv6": not configured on this cluster"#;
+        refused(ONE, with(json!({}), &["IPv6"], ""), None, &[why]);
         let why = r#"spec.ipFamilyPolicy: Invalid value: "RequireDualStack": this cluster is not configured for dual-stack services"#;
-        check(json!({"ipFamilyPolicy": "RequireDualStack"}), None, &[why]);
-        // Whose endpoints somebody else writes may be of both.
-        let mut headless = of(&["None"]);
-        headless["ipFamilies"] = json!(["IPv4", "IPv6"]);
-        headless["ipFamilyPolicy"] = "RequireDualStack".into();
-        check(headless, None, &[]);
+        refused(ONE, with(json!({}), &[], "RequireDualStack"), None, &[why]);
+        // Whose endpoints somebody else writes has both, whatever the cluster has.
+        gets(ONE, of(&["None"]), None, "RequireDualStack", &["IPv4", "IPv6"]);
+        gets(ONE, with(of(&["None"]), &["IPv6"], "SingleStack"), None, "SingleStack", &["IPv6"]);
+    }
+
+    #[test]
+    fn what_a_cluster_of_both_families_has() {
+        gets(BOTH, json!({}), None, "SingleStack", &["IPv6"]);
+        gets(BOTH, of(&["10.0.0.1"]), None, "SingleStack", &["IPv4"]);
+        gets(BOTH, with(json!({}), &["IPv4"], ""), None, "SingleStack", &["IPv4"]);
+        gets(BOTH, with(json!({}), &[], "PreferDualStack"), None, "PreferDualStack", &["IPv6", "IPv4"]);
+        gets(BOTH, with(json!({}), &["IPv4"], "RequireDualStack"), None, "RequireDualStack", &["IPv4", "IPv6"]);
+        gets(
+            BOTH,
+            with(of(&["10.0.0.1", "fd00::1"]), &[], "PreferDualStack"),
+            None,
+            "PreferDualStack",
+            &["IPv4", "IPv6"],
+        );
+        let headless = json!({"clusterIP": "None", "clusterIPs": ["None"], "selector": {"app": "web"}});
+        gets(BOTH, headless.clone(), None, "SingleStack", &["IPv6"]);
+        gets(BOTH, with(headless, &[], "PreferDualStack"), None, "PreferDualStack", &["IPv6", "IPv4"]);
+        let why = "spec.ipFamilyPolicy: Invalid value: \"SingleStack\": must be 'RequireDualStack' or 'PreferDualStack' when multiple";
+        refused(BOTH, of(&["10.0.0.1", "fd00::1"]), None, &[&format!("{why} cluster IPs are specified")]);
+        refused(BOTH, with(json!({}), &["IPv4", "IPv6"], ""), None, &[&format!("{why} IP families are specified")]);
+        // What was stored when the cluster had one family gains none by itself, only when it is asked for.
+        let prefers = with(of(&["10.0.0.1"]), &["IPv4"], "PreferDualStack");
+        gets(BOTH, prefers.clone(), Some(prefers.clone()), "PreferDualStack", &["IPv4"]);
+        gets(
+            BOTH,
+            with(prefers.clone(), &[], "RequireDualStack"),
+            Some(prefers.clone()),
+            "RequireDualStack",
+            &["IPv4", "IPv6"],
+        );
+        // A client that leaves out what it does not know keeps it.
+        gets(BOTH, of(&["10.0.0.1"]), Some(prefers), "PreferDualStack", &["IPv4", "IPv6"]);
+    }
+
+    #[test]
+    fn the_second_is_given_back() {
+        let old = json!({"spec": with(of(&["10.0.0.1", "fd00::1"]), &["IPv4", "IPv6"], "RequireDualStack")});
+        let mut new = old.clone();
+        new["spec"]["ipFamilyPolicy"] = "SingleStack".into();
+        release_second(&mut new, &old);
+        assert_eq!(new["spec"]["clusterIPs"], json!(["10.0.0.1"]));
+        assert_eq!(new["spec"]["ipFamilies"], json!(["IPv4"]));
+        let mut same = old.clone();
+        release_second(&mut same, &old);
+        assert_eq!(same, old);
     }
 }

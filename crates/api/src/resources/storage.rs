@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::PersistentVolume;
 use serde_json::{Value, json};
 
-use super::{STATUS, default, items, meta, pod_spec};
+use super::{STATUS, default, items, meta, pod_spec, volume};
 use crate::{
     cell,
     field::{Errors, Path, same},
@@ -282,7 +282,7 @@ fn source(source: &Value, kind: &str, path: Path<'_>, errors: &mut Errors) {
         errors.invalid(at, text("path"), "must be an absolute path");
     }
     if kind == "hostPath" {
-        meta::one_of(source, "type", &pod_spec::HOST_PATHS, path, errors);
+        meta::one_of(source, "type", &volume::HOST_PATHS, path, errors);
     }
     if kind == "csi" {
         super::csi::driver_name(text("driver"), path.at("driver"), errors);

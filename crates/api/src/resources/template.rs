@@ -44,7 +44,11 @@ pub(super) fn validate(spec: &Value, path: Path<'_>, errors: &mut Errors) {
     }
     meta::labels(&template["metadata"], path.at("metadata"), errors);
     meta::annotations(&template["metadata"], path, errors);
-    pod_spec::validate(&template["spec"], path.at("spec"), errors);
+    let at = path.at("spec");
+    pod_spec::validate(&template["spec"], at, errors);
+    if super::items(&template["spec"], "ephemeralContainers").next().is_some() {
+        errors.forbidden(at.at("ephemeralContainers"), "ephemeral containers not allowed in pod template");
+    }
 }
 
 /// Validates that the pods of a template run for ever, as those of `kind` do.
