@@ -50,7 +50,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { history_bytes: 256 << 20, segment_bytes: 16 << 20, snapshot_after: 16 << 20 }
+        Options { history_bytes: 32 << 20, segment_bytes: 16 << 20, snapshot_after: 16 << 20 }
     }
 }
 
@@ -153,6 +153,22 @@ impl Embedded {
         })
     }
 
+    /// Makes a store of these entries in a directory that does not exist yet. They come in any order and keep their
+    /// revisions; the store goes on after `at`, and nothing older can be read or watched.
+    ///
+    /// # Errors
+    /// If there is such a directory, or it cannot be written. What was begun is left to the caller.
+    pub fn create(dir: &Path, at: Revision, entries: impl Iterator<Item = io::Result<Entry>>) -> Result<(), OpenError> {
+        let io = |what| move |source| OpenError::Io { what, path: dir.to_owned(), source };
+        DirBuilder::new().mode(0o700).create(dir).map_err(io("cannot create the directory"))?;
+        log::write_snapshot(dir, at.0, entries).map_err(io("cannot write the snapshot in"))
+    }
+
+    /// All current entries.
+    pub(crate) fn entries(&self) -> state::Map {
+        self.shared.state.read().map()
+    }
+
     async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<Result<T>>) -> Request) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let requests = self.requests.as_ref().ok_or_else(closed)?;
@@ -173,7 +189,7 @@ impl Embedded {
             reason: "the history was compacted, but its snapshot could not be written".into(),
             source: Some(source),
         };
-        tokio::task::spawn_blocking(move || log::write_snapshot(&dir, at, &map))
+        tokio::task::spawn_blocking(move || log::write_snapshot(&dir, at, map.values().cloned().map(Ok)))
             .await
             .map_err(|error| failed(error.into()))?
             .map_err(|error| failed(error.into()))?;

@@ -16,6 +16,7 @@ pub mod embedded;
 pub mod etcd;
 pub mod migrate;
 pub mod sealed;
+pub mod snapshot;
 
 /// The number of a change. Every write of the store gets its own, larger than all before; a crash never takes one back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]

@@ -154,11 +154,12 @@ fn nothing_acknowledged_is_lost() {
                     "round {round}: {key} is {value:?}, {acknowledged:?} acknowledged, {pending:?} pending"
                 );
                 // What it is now, it stays: an unacknowledged write must not come or go later.
-                let (n, revision) = match found {
-                    Some(e) => (value.unwrap(), e.revision.0),
-                    None => (if happened && !kept { pending.unwrap() } else { acknowledged.or(pending).unwrap() }, 0),
+                let now = match found {
+                    Some(e) => Some((value.unwrap(), e.revision.0)),
+                    // Deleted, or never there: the first write of a key that did not happen leaves nothing to expect.
+                    None => (if happened && !kept { pending } else { acknowledged }).map(|n| (n, 0)),
                 };
-                *known = Known { acknowledged: Some((n, revision)), attempted: None };
+                *known = Known { acknowledged: now, attempted: None };
             }
         });
     }

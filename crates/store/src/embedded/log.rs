@@ -159,13 +159,16 @@ impl Log {
 }
 
 /// Writes the entries as they were at `at`.
-pub(super) fn write_snapshot(dir: &Path, at: u64, map: &Map) -> io::Result<()> {
+pub(super) fn write_snapshot(dir: &Path, at: u64, entries: impl Iterator<Item = io::Result<Entry>>) -> io::Result<()> {
     const CHUNK: usize = 1 << 20;
     let (partial, path) = (dir.join("snapshot.partial"), dir.join(format!("snapshot-{at:020}")));
     let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&partial)?;
     file.write_all(&file_header(SNAPSHOT_MAGIC, at))?;
     let mut frame = vec![0; FRAME_HEADER];
-    for entry in map.values() {
+    let mut count: u64 = 0;
+    for entry in entries {
+        let entry = entry?;
+        count += 1;
         frame.push(TAG_ENTRY);
         frame.extend_from_slice(&entry.revision.0.to_le_bytes());
         frame.extend_from_slice(&entry.created.0.to_le_bytes());
@@ -180,7 +183,7 @@ pub(super) fn write_snapshot(dir: &Path, at: u64, map: &Map) -> io::Result<()> {
         }
     }
     frame.push(TAG_END);
-    frame.extend_from_slice(&(map.len() as u64).to_le_bytes());
+    frame.extend_from_slice(&count.to_le_bytes());
     seal_frame(&mut frame);
     file.write_all(&frame)?;
     file.sync_all()?;

@@ -17,8 +17,9 @@ pub(super) type Map = OrdMap<Arc<str>, Entry>;
 /// `resourceVersion=0` a meaning of its own, so no list may carry it.
 pub(super) const EMPTY: u64 = 1;
 
-/// A map is kept for every so many events, so that an older revision is found by applying at most that many.
-const CHECKPOINT_EVERY: u64 = 1024;
+/// A map is kept for every so many events, so that an older revision is found by applying at most that many. Each costs
+/// what has changed since the one before, which soon is the whole map.
+const CHECKPOINT_EVERY: u64 = 4096;
 
 /// A step of a watch looks at no more events than this, so that it holds the lock only briefly.
 const STEP: usize = 2048;

@@ -185,8 +185,8 @@ impl Etcd {
         etcd.read_offset().await?;
         if !options.migrating && etcd.shared.read(MIGRATION_KEY, false).await?.0.is_some() {
             return Err(unavailable(format!(
-                "a migration into this etcd was begun and not finished ({MIGRATION_KEY} is there); repeat `seawall migrate`, \
-                 which starts over, before any server uses it"
+                "a migration into this etcd was begun and not finished ({MIGRATION_KEY} is there); repeat `seawall migrate` \
+                 or `seawall snapshot restore`, which start over, before any server uses it"
             )));
         }
         Ok(etcd)

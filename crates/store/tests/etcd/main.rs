@@ -8,3 +8,4 @@ mod contract;
 mod faults;
 mod migration;
 mod proxy;
+mod snapshot;
