@@ -3,15 +3,16 @@
 //! What is taken is a key in the store, written only if it is absent, so that several servers never hand out the same
 //! twice: an `IPAddress` object for an address (KEP-1880), a key of its own for a port.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use bytes::Bytes;
+use ipnet::IpNet;
 use jiff::Timestamp;
 use rand::Rng;
 use seawall_api::{
     Row,
     field::{Errors, Path},
-    resources::{cluster_ips, validate_families},
+    resources::{cluster_ips, needs_health_check, settle_families},
 };
 use seawall_store::{self as store, Expect, Revision};
 use serde_json::{Value, json};
@@ -33,17 +34,24 @@ fn port_key(protocol: &str, port: i64) -> String {
     format!("{PORTS}{}-{port}", protocol.to_lowercase())
 }
 
-/// The keys of what a Service has taken. Of its addresses that is the first: a second one, of a family that the cluster
-/// does not have, was never taken, and may be another Service's.
+/// The keys of what a Service has taken. An address of a family that the cluster does not have was never taken, and may be
+/// another Service's.
 fn claims(server: &Server, service: &Value) -> Vec<String> {
     let mut keys = Vec::new();
     if let Some((_, row)) = server.registry.by_name("networking.k8s.io", "ipaddresses") {
-        keys.extend(cluster_ips(service).take(1).map(|ip| row.key("", &ip.to_string())));
+        keys.extend(
+            cluster_ips(service)
+                .filter(|ip| server.config.service_cidr.of(ip.is_ipv6()).is_some())
+                .map(|ip| row.key("", &ip.to_string())),
+        );
     }
     for port in service["spec"]["ports"].as_array().into_iter().flatten() {
         if let Some(number) = port["nodePort"].as_i64().filter(|n| *n > 0) {
             keys.push(port_key(port["protocol"].as_str().unwrap_or("TCP"), number));
         }
+    }
+    if let Some(number) = service["spec"]["healthCheckNodePort"].as_i64().filter(|n| *n > 0) {
+        keys.push(port_key("TCP", number));
     }
     keys
 }
@@ -83,7 +91,7 @@ impl Server {
         let namespace = service["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
         let held = old.map(|old| claims(self, old)).unwrap_or_default();
         let mut errors = Errors::default();
-        validate_families(service, old, self.config.service_cidr.network().is_ipv4(), &mut errors);
+        settle_families(service, old, &self.config.service_cidr.families(), &mut errors);
         if !errors.is_empty() {
             return Err(ApiError::invalid(row, &name, &errors));
         }
@@ -96,52 +104,12 @@ impl Server {
             }
             return Ok(());
         }
-        match spec["clusterIP"].as_str().unwrap_or_default().to_owned().as_str() {
-            "None" => spec["clusterIPs"] = json!(["None"]),
-            "" => {
-                let ip = self.free_address(&namespace, &name, dry, taken).await?;
-                spec["clusterIP"] = ip.to_string().into();
-                spec["clusterIPs"] = json!([ip.to_string()]);
-            }
-            text => {
-                let ip: IpAddr = text.parse().map_err(|_| {
-                    ApiError::bad_request(format!(
-                        "spec.clusterIP: Invalid value: {text:?}: must be a valid IP address"
-                    ))
-                })?;
-                let invalid = |why: String| {
-                    let mut errors = Errors::default();
-                    let path = Path::Root.at("spec");
-                    errors.invalid(
-                        path.at("clusterIPs"),
-                        json!([text]),
-                        format!("failed to allocate IP {text}: {why}"),
-                    );
-                    ApiError::invalid(row, &name, &errors)
-                };
-                let key = self.address_key(ip);
-                if !held.contains(&key) {
-                    if !self.config.service_cidr.contains(&ip) {
-                        return Err(invalid(format!(
-                            "the provided IP ({text}) is not in the valid range. The range of valid IPs is {}",
-                            self.config.service_cidr
-                        )));
-                    }
-                    if !dry && !self.claim_address(ip, &namespace, &name, taken).await? {
-                        return Err(invalid("provided IP is already allocated".into()));
-                    }
-                }
-            }
+        if spec["clusterIP"] == "None" {
+            spec["clusterIPs"] = json!(["None"]);
+        } else {
+            self.allocate_addresses(row, service, &held, dry, taken).await?;
         }
-        if spec["clusterIP"] != "None" || !spec["selector"].is_null() {
-            if spec["ipFamilies"].is_null() {
-                let v6 = spec["clusterIP"].as_str().is_some_and(|ip| ip.contains(':'));
-                spec["ipFamilies"] = json!([if v6 { "IPv6" } else { "IPv4" }]);
-            }
-            if spec["ipFamilyPolicy"].is_null() {
-                spec["ipFamilyPolicy"] = "SingleStack".into();
-            }
-        }
+        let spec = &mut service["spec"];
         let with_ports =
             kind == "NodePort" || (kind == "LoadBalancer" && spec["allocateLoadBalancerNodePorts"] != false);
         let old_ports = old.map(|o| o["spec"]["ports"].clone()).unwrap_or_default();
@@ -170,26 +138,125 @@ impl Server {
             if held.contains(&key) {
                 continue;
             }
-            let invalid = |why: String| {
+            if let Err(why) = self.take_port(&key, number, &namespace, &name, dry, taken).await? {
                 let mut errors = Errors::default();
                 let path = Path::Root.at("spec");
                 let path = path.at("ports");
                 let path = path.index(index);
                 errors.invalid(path.at("nodePort"), number, why);
-                ApiError::invalid(row, &name, &errors)
-            };
-            let range = &self.config.node_ports;
-            if !u16::try_from(number).is_ok_and(|n| range.contains(&n)) {
-                return Err(invalid(format!(
-                    "provided port is not in the valid range. The range of valid ports is {}-{}",
-                    range.start(),
-                    range.end()
-                )));
-            }
-            if !dry && !self.claim(&key, port_owner(&namespace, &name), taken).await? {
-                return Err(invalid("provided port is already allocated".into()));
+                return Err(ApiError::invalid(row, &name, &errors));
             }
         }
+        self.allocate_health_check(row, service, old, &held, dry, taken).await
+    }
+
+    /// Takes the port at which balancers ask whether a node has an endpoint, or gives one.
+    async fn allocate_health_check(
+        &self,
+        row: &Row,
+        service: &mut Value,
+        old: Option<&Value>,
+        held: &[String],
+        dry: bool,
+        taken: &mut Vec<String>,
+    ) -> Result<()> {
+        const KEY: &str = "healthCheckNodePort";
+        let of = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let (namespace, name) = (of(&service["metadata"]["namespace"]), of(&service["metadata"]["name"]));
+        let spec = &mut service["spec"];
+        if !needs_health_check(spec) {
+            return Ok(());
+        }
+        let kept = old.and_then(|old| old["spec"][KEY].as_i64()).filter(|number| *number > 0);
+        match spec[KEY].as_i64().filter(|number| *number > 0).or(kept) {
+            None => spec[KEY] = self.free_port("TCP", &namespace, &name, dry, taken).await?.into(),
+            Some(number) => {
+                spec[KEY] = number.into();
+                let key = port_key("TCP", number);
+                if !held.contains(&key)
+                    && let Err(why) = self.take_port(&key, number, &namespace, &name, dry, taken).await?
+                {
+                    let mut errors = Errors::default();
+                    let path = Path::Root.at("spec");
+                    let why = format!("failed to allocate requested HealthCheck NodePort {number}: {why}");
+                    errors.invalid(path.at(KEY), number, why);
+                    return Err(ApiError::invalid(row, &name, &errors));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a port of the nodes that somebody chose. Says why not, if it cannot be had.
+    async fn take_port(
+        &self,
+        key: &str,
+        number: i64,
+        namespace: &str,
+        name: &str,
+        dry: bool,
+        taken: &mut Vec<String>,
+    ) -> Result<std::result::Result<(), String>> {
+        let range = &self.config.node_ports;
+        if !u16::try_from(number).is_ok_and(|n| range.contains(&n)) {
+            let (start, end) = (range.start(), range.end());
+            return Ok(Err(format!(
+                "provided port is not in the valid range. The range of valid ports is {start}-{end}"
+            )));
+        }
+        if !dry && !self.claim(key, port_owner(namespace, name), taken).await? {
+            return Ok(Err("provided port is already allocated".into()));
+        }
+        Ok(Ok(()))
+    }
+
+    /// Takes the addresses that a Service names, and gives it those that it lacks: one of each of its families.
+    async fn allocate_addresses(
+        &self,
+        row: &Row,
+        service: &mut Value,
+        held: &[String],
+        dry: bool,
+        taken: &mut Vec<String>,
+    ) -> Result<()> {
+        let of = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let (namespace, name) = (of(&service["metadata"]["namespace"]), of(&service["metadata"]["name"]));
+        let list = |key: &str| service["spec"][key].as_array().into_iter().flatten().map(of).collect::<Vec<_>>();
+        let (mut ips, families) = (list("clusterIPs"), list("ipFamilies"));
+        let asked = ips.clone();
+        ips.resize(ips.len().max(families.len()), String::new());
+        for (index, text) in ips.iter_mut().enumerate() {
+            if text.is_empty() {
+                let range = self.config.service_cidr.of(families.get(index).is_some_and(|family| family == "IPv6"));
+                let range = range
+                    .ok_or_else(|| ApiError::internal("a Service has a family without a range", families.join(", ")))?;
+                *text = self.free_address(range, &namespace, &name, dry, taken).await?.to_string();
+                continue;
+            }
+            let ip: IpAddr = text.parse().map_err(|_| {
+                ApiError::bad_request(format!("spec.clusterIPs: Invalid value: {text:?}: must be a valid IP address"))
+            })?;
+            let Some(range) = self.config.service_cidr.of(ip.is_ipv6()) else { continue };
+            let refused = |why: String| {
+                let mut errors = Errors::default();
+                let path = Path::Root.at("spec");
+                errors.invalid(path.at("clusterIPs"), asked.clone(), format!("failed to allocate IP {ip}: {why}"));
+                ApiError::invalid(row, &name, &errors)
+            };
+            if held.contains(&self.address_key(ip)) {
+                continue;
+            }
+            if !range.contains(&ip) {
+                return Err(refused(format!(
+                    "the provided IP ({ip}) is not in the valid range. The range of valid IPs is {range}"
+                )));
+            }
+            if !dry && !self.claim_address(ip, &namespace, &name, taken).await? {
+                return Err(refused("provided IP is already allocated".into()));
+            }
+        }
+        service["spec"]["clusterIP"] = ips.first().cloned().into();
+        service["spec"]["clusterIPs"] = ips.into();
         Ok(())
     }
 
@@ -221,20 +288,22 @@ impl Server {
         self.claim(&self.address_key(ip), encode(&object), taken).await
     }
 
-    async fn free_address(&self, namespace: &str, name: &str, dry: bool, taken: &mut Vec<String>) -> Result<IpAddr> {
-        let cidr = self.config.service_cidr;
-        let IpAddr::V4(network) = cidr.network() else {
-            return Err(ApiError::internal("addresses of this family cannot be allocated", cidr));
-        };
+    async fn free_address(
+        &self,
+        range: IpNet,
+        namespace: &str,
+        name: &str,
+        dry: bool,
+        taken: &mut Vec<String>,
+    ) -> Result<IpAddr> {
         // The lower part of the range is left to those who choose an address themselves (KEP-3070).
-        let size: u64 = 1 << (32 - u64::from(cidr.prefix_len())).min(32);
+        let size = 1_u128 << (range.max_prefix_len() - range.prefix_len()).min(64);
         let reserved = (size / 16).clamp(16.min(size / 2), 256);
         let (low, high) = (reserved, size.saturating_sub(1));
         let count = high.saturating_sub(low).max(1);
         let start = rand::rng().random_range(0..count);
         for step in 0..count.min(4096) {
-            let offset = low + (start + step) % count;
-            let ip = IpAddr::V4(Ipv4Addr::from_bits(network.to_bits() + offset as u32));
+            let ip = nth(range, low + (start + step) % count);
             let free = match dry {
                 true => self
                     .lookup(&self.cache.snapshot(), "networking.k8s.io", "ipaddresses", "", &ip.to_string())
@@ -245,7 +314,7 @@ impl Server {
                 return Ok(ip);
             }
         }
-        Err(ApiError::unavailable(format!("no free address was found in the range of Services {cidr}")))
+        Err(ApiError::unavailable(format!("no free address was found in the range of Services {range}")))
     }
 
     async fn free_port(
@@ -324,6 +393,14 @@ impl Server {
         }
         held.retain(|(key, _)| !used.contains(key));
         Ok(held)
+    }
+}
+
+/// An address of a range by its number.
+fn nth(range: IpNet, number: u128) -> IpAddr {
+    match range.network() {
+        IpAddr::V4(first) => Ipv4Addr::from_bits(first.to_bits().wrapping_add(number as u32)).into(),
+        IpAddr::V6(first) => Ipv6Addr::from_bits(first.to_bits().wrapping_add(number)).into(),
     }
 }
 

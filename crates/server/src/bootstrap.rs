@@ -3,6 +3,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use http::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::{
@@ -32,8 +33,8 @@ impl Server {
             let class = json!({"metadata": {"name": name}, "value": value, "description": description});
             self.ensure("scheduling.k8s.io", "priorityclasses", class, false).await?;
         }
-        let cidr = self.config.service_cidr.trunc();
-        let range = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": [cidr.to_string()]}});
+        let cidrs: Vec<String> = self.config.service_cidr.iter().map(|range| range.to_string()).collect();
+        let range = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": cidrs}});
         self.ensure("networking.k8s.io", "servicecidrs", range, false).await?;
         for (plural, object) in policy::objects() {
             self.ensure_policy(plural, object).await?;
@@ -81,7 +82,7 @@ impl Server {
     /// The Service under which pods reach the API: the first address of the range, with this server behind it.
     async fn kubernetes_service(self: &Arc<Self>) -> Result<()> {
         let labels = json!({"component": "apiserver", "provider": "kubernetes"});
-        let ip = first_address(self.config.service_cidr);
+        let ip = first_address(self.config.service_cidr.first());
         let (address, port) = self.config.advertise;
         let service = json!({"metadata": {"name": "kubernetes", "namespace": "default", "labels": labels},
             "spec": {"clusterIP": ip.to_string(), "type": "ClusterIP", "sessionAffinity": "None",
@@ -117,6 +118,27 @@ impl Server {
         // The slice is what proxies and balancers follow.
         self.ensure("discovery.k8s.io", "endpointslices", slice, update).await?;
         self.ensure("", "endpoints", endpoints, update).await
+    }
+
+    /// Writes the status of an object of the cluster as it was read before. That another server was faster is no error: it
+    /// thinks the same, or whoever asked for this looks again.
+    pub(crate) async fn put_status(self: &Arc<Self>, group: &'static str, plural: &str, object: Value) -> Result<()> {
+        let (_, row) = self.registry.by_name(group, plural).ok_or_else(ApiError::no_route)?;
+        let served = self.registry.find(row.group, row.version, row.plural).ok_or_else(ApiError::no_route)?;
+        let path = ResourcePath {
+            group: row.group.into(),
+            version: row.version.into(),
+            resource: row.plural.into(),
+            name: object["metadata"]["name"].as_str().map(str::to_owned),
+            subresource: Some("status".into()),
+            ..Default::default()
+        };
+        let mut context = Context::own(&self.registry, path, &served);
+        context.body = object.to_string().into();
+        match self.subresource(&context, &Method::PUT).await {
+            Err(error) if ![StatusCode::CONFLICT, StatusCode::NOT_FOUND].contains(&error.code) => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Creates an object if it is not there; `update` makes it as given if it is.

@@ -5,23 +5,22 @@
 //! so that one that does not read costs nothing: it falls off the log's end and is told to list again.
 
 pub mod by_node;
+mod log;
+
+pub use log::{Change, EventType, Interest, Subscription, event_line};
 
 use std::{
-    collections::VecDeque,
     ops::Bound,
-    sync::{
-        Arc, LazyLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, LazyLock},
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
 use by_node::ByNode;
-use bytes::{BufMut, Bytes, BytesMut};
 use futures::StreamExt;
 use imbl::OrdMap;
-use parking_lot::{Mutex, RwLock};
+use log::{Log, Touched};
+use parking_lot::Mutex;
 use seawall_api::Row;
 use seawall_store::{Entry, Event, ListOptions, Revision, Store};
 use serde_json::Value;
@@ -37,12 +36,6 @@ use crate::{
 /// All keys of objects start with this.
 pub const PREFIX: &str = "/registry/";
 
-/// How many changes of a resource are kept for watchers, at most.
-const LOG_EVENTS: usize = 8192;
-/// How many bytes of objects the log of a resource may keep alive, at most.
-const LOG_BYTES: usize = 32 << 20;
-/// How many of the latest changes stay encoded for those who follow.
-const WARM: usize = 256;
 /// How long a read waits for a revision that another server has already acknowledged.
 const WAIT: Duration = Duration::from_secs(3);
 /// How long to wait before a broken watch on the store is set up again.
@@ -91,127 +84,25 @@ impl Snapshot {
     pub fn range<'a>(
         &'a self,
         id: ResourceId,
-        prefix: &'a str,
+        prefix: &str,
         after: Option<&str>,
-    ) -> impl Iterator<Item = &'a Arc<Object>> {
+    ) -> impl Iterator<Item = &'a Arc<Object>> + use<'a> {
         range(self.of(id), prefix, after)
     }
 }
 
-/// The objects of a map whose key starts with `prefix` and comes after `after`, in order.
-pub fn range<'a>(map: &'a Objects, prefix: &'a str, after: Option<&str>) -> impl Iterator<Item = &'a Arc<Object>> {
-    let start: Bound<Arc<str>> = match after {
-        Some(key) => Bound::Excluded(key.into()),
-        None => Bound::Included(prefix.into()),
-    };
-    map.range((start, Bound::Unbounded)).map(|(_, object)| object).take_while(move |o| o.key.starts_with(prefix))
-}
-
-/// A change of an object.
-pub struct Change {
-    /// The revision of the write.
-    pub revision: Revision,
-    /// The object before, `None` if it was created.
-    pub old: Option<Arc<Object>>,
-    /// The object after, `None` if it was deleted.
-    pub new: Option<Arc<Object>>,
-    /// The encoded event, for each of the three types, made by the first watcher that needs it; then the same in protobuf.
-    encoded: RwLock<[Option<Bytes>; 6]>,
-    /// Those who follow have passed it by: whoever comes late encodes it for themselves.
-    cold: AtomicBool,
-}
-
-/// The type of a watch event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EventType {
-    /// The object appeared, to this watcher.
-    Added,
-    /// It changed.
-    Modified,
-    /// It went, for this watcher.
-    Deleted,
-}
-
-impl EventType {
-    /// As on the wire.
-    pub fn name(self) -> &'static str {
-        match self {
-            EventType::Added => "ADDED",
-            EventType::Modified => "MODIFIED",
-            EventType::Deleted => "DELETED",
-        }
-    }
-}
-
-impl Change {
-    /// The object that an event of this type carries: the last state of what was deleted.
-    pub fn object(&self, ty: EventType) -> Option<&Arc<Object>> {
-        match ty {
-            EventType::Deleted => self.old.as_ref().or(self.new.as_ref()),
-            _ => self.new.as_ref(),
-        }
-    }
-
-    fn new(revision: Revision, old: Option<Arc<Object>>, new: Option<Arc<Object>>) -> Change {
-        Change { revision, old, new, encoded: RwLock::default(), cold: AtomicBool::new(false) }
-    }
-
-    /// The event as a line of JSON. It is encoded once and shared by all watchers.
-    pub fn json(&self, ty: EventType) -> Bytes {
-        self.shared(ty as usize, || match self.object(ty) {
-            Some(object) => event_line(ty, object, self.revision),
-            None => Bytes::new(),
-        })
-    }
-
-    /// The event in protobuf, made by the first watcher that needs it.
-    pub fn message(&self, ty: EventType, make: impl FnOnce() -> Bytes) -> Bytes {
-        self.shared(3 + ty as usize, make)
-    }
-
-    fn shared(&self, slot: usize, make: impl FnOnce() -> Bytes) -> Bytes {
-        if let Some(bytes) = &self.encoded.read()[slot] {
-            return bytes.clone();
-        }
-        if self.cold.load(Ordering::Relaxed) {
-            return make();
-        }
-        self.encoded.write()[slot].get_or_insert_with(make).clone()
-    }
-
-    /// Forgets what was encoded.
-    fn cool(&self) {
-        self.cold.store(true, Ordering::Relaxed);
-        *self.encoded.write() = Default::default();
-    }
-
-    fn size(&self) -> usize {
-        self.old.as_ref().map_or(0, |o| o.bytes.len()) + 256
-    }
-}
-
-/// A watch event as a line of JSON.
-pub fn event_line(ty: EventType, object: &Object, revision: Revision) -> Bytes {
-    let mut out = BytesMut::with_capacity(object.bytes.len() + 64);
-    out.put_slice(b"{\"type\":\"");
-    out.put_slice(ty.name().as_bytes());
-    out.put_slice(b"\",\"object\":");
-    object.write(revision, &mut out);
-    out.put_slice(b"}\n");
-    out.freeze()
-}
-
-struct Log {
-    changes: RwLock<Changes>,
-    /// Wakes watchers. The value is the revision of the last change.
-    wake: watch::Sender<Revision>,
-}
-
-struct Changes {
-    ring: VecDeque<Arc<Change>>,
-    bytes: usize,
-    /// Every change after this revision is in the ring.
-    complete_after: Revision,
+/// The objects of a map whose key starts with `prefix`, which ends with a slash, and comes after `after`, in order.
+pub fn range<'a>(
+    map: &'a Objects,
+    prefix: &str,
+    after: Option<&str>,
+) -> impl Iterator<Item = &'a Arc<Object>> + use<'a> {
+    // The character after the slash: to tell where it ends, no object needs to be looked at.
+    let end = prefix.strip_suffix('/').map(|start| format!("{start}0"));
+    // Clients say where to go on: not before the beginning.
+    let start = after.filter(|after| after.starts_with(prefix)).map_or(Bound::Included(prefix), Bound::Excluded);
+    let end = end.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
+    map.range::<_, str>((start, end)).map(|(_, object)| object)
 }
 
 /// The cache.
@@ -246,6 +137,7 @@ impl Cache {
         tokio::spawn(async move {
             let follow = writer.follow(store);
             tokio::select! { () = follow => {}, () = stop.cancelled() => {} }
+            writer.wake_all();
         });
         cache.at_least(newest).await?;
         Ok(cache)
@@ -269,10 +161,9 @@ impl Cache {
         }
     }
 
-    /// Follows a resource from a revision on.
-    pub fn subscribe(self: &Arc<Self>, id: ResourceId, after: Revision) -> Subscription {
-        let log = self.log_of(id);
-        Subscription { cache: self.clone(), after, wake: log.wake.subscribe(), log }
+    /// Follows a resource from a revision on, woken by what `interest` says.
+    pub fn subscribe(self: &Arc<Self>, id: ResourceId, after: Revision, interest: Interest) -> Subscription {
+        Subscription::new(self.clone(), self.log_of(id), after, interest)
     }
 
     fn log_of(&self, id: ResourceId) -> Arc<Log> {
@@ -295,7 +186,12 @@ impl Cache {
 
     /// The oldest revision from which a watch of this resource is complete.
     pub fn oldest(&self, id: ResourceId) -> Revision {
-        self.log_of(id).changes.read().complete_after
+        self.log_of(id).oldest()
+    }
+
+    /// Wakes all who follow anything: the server stops.
+    fn wake_all(&self) {
+        self.logs.load().iter().for_each(|log| log.wake_all());
     }
 
     async fn follow(&self, store: Arc<dyn Store>) {
@@ -326,7 +222,7 @@ impl Cache {
 
     fn apply(&self, events: Vec<Event>, revision: Revision) {
         let mut next = Snapshot::clone(&self.snapshot.load());
-        let mut touched: Vec<ResourceId> = Vec::new();
+        let mut touched = Touched::default();
         for event in events {
             let found = self.registry.by_key(event.key()).and_then(|id| Some((id, self.registry.row(id)?)));
             let Some((id, row)) = found else {
@@ -356,12 +252,10 @@ impl Cache {
             }
             if Some(id) == self.definitions {
                 // Before the events of its objects.
-                self.define(new.as_deref().or(old.as_deref()), new.is_some(), &mut next, revision);
+                self.define(new.as_deref().or(old.as_deref()), new.is_some(), &mut next, revision, &mut touched);
             }
-            self.log(id, Change::new(revision, old, new));
-            if !touched.contains(&id) {
-                touched.push(id);
-            }
+            let by_node = (next.pods == Some(id)).then_some(&*row);
+            self.log_of(id).add(Change::new(revision, old, new), by_node, &mut touched);
         }
         self.publish(next, revision, touched);
     }
@@ -380,7 +274,14 @@ impl Cache {
     }
 
     /// Changes the table of resources as a definition says.
-    fn define(&self, definition: Option<&Object>, there: bool, next: &mut Snapshot, revision: Revision) {
+    fn define(
+        &self,
+        definition: Option<&Object>,
+        there: bool,
+        next: &mut Snapshot,
+        revision: Revision,
+        touched: &mut Touched,
+    ) {
         let Some(definition) = definition else { return };
         let value = there.then(|| definition.value());
         for change in self.registry.define([(definition.name(), value.as_ref())]) {
@@ -401,18 +302,12 @@ impl Cache {
                     entries.extend(take_strays(&mut self.strays.lock(), &row.prefix()));
                     next.maps[id.0] = entries.iter().filter_map(|entry| read(&row, entry)).collect();
                     if change == Changed::New(id) {
-                        self.forget(id, revision);
+                        // Whoever knows of it from before it went and came back lists it again.
+                        self.log_of(id).forget(revision, touched);
                     }
                 }
             }
         }
-    }
-
-    /// Whoever knows a resource from before it went and came back lists it again.
-    fn forget(&self, id: ResourceId, revision: Revision) {
-        let log = self.log_of(id);
-        log.changes.write().clear(revision);
-        log.wake.send_replace(revision);
     }
 
     /// Makes place for resources that have been added.
@@ -424,34 +319,13 @@ impl Cache {
         }
     }
 
-    fn log(&self, id: ResourceId, change: Change) {
-        let log = self.log_of(id);
-        let mut changes = log.changes.write();
-        changes.bytes += change.size();
-        changes.ring.push_back(Arc::new(change));
-        if let Some(passed) = changes.ring.len().checked_sub(WARM + 1) {
-            changes.ring[passed].cool();
-        }
-        while changes.ring.len() > LOG_EVENTS || changes.bytes > LOG_BYTES {
-            match changes.ring.pop_front() {
-                Some(gone) => {
-                    changes.bytes -= gone.size();
-                    changes.complete_after = gone.revision;
-                }
-                None => break,
-            }
-        }
-    }
-
-    fn publish(&self, mut next: Snapshot, revision: Revision, touched: Vec<ResourceId>) {
+    fn publish(&self, mut next: Snapshot, revision: Revision, touched: Touched) {
         next.revision = next.revision.max(revision);
         let revision = next.revision;
         // The log is complete before the snapshot shows: who lists and then watches misses nothing.
         self.snapshot.store(Arc::new(next));
         self.revision.send_replace(revision);
-        for id in touched {
-            self.log_of(id).wake.send_replace(revision);
-        }
+        touched.wake();
     }
 
     /// Brings the cache to a freshly listed state after the watch broke. The order of what happened in between is
@@ -463,29 +337,9 @@ impl Cache {
         let mut next = Snapshot::new(&self.registry, revision, loaded.maps);
         *self.strays.lock() = loaded.strays;
         self.grow(&mut next, revision);
-        let logs = self.logs.load();
-        for log in logs.iter() {
-            log.changes.write().clear(revision);
-        }
-        let all = (0..logs.len()).map(ResourceId).collect();
-        self.publish(next, revision, all);
-    }
-}
-
-impl Log {
-    fn new(revision: Revision) -> Log {
-        Log {
-            changes: RwLock::new(Changes { ring: VecDeque::new(), bytes: 0, complete_after: revision }),
-            wake: watch::Sender::new(revision),
-        }
-    }
-}
-
-impl Changes {
-    fn clear(&mut self, revision: Revision) {
-        self.ring.clear();
-        self.bytes = 0;
-        self.complete_after = revision;
+        let mut touched = Touched::default();
+        self.logs.load().iter().for_each(|log| log.forget(revision, &mut touched));
+        self.publish(next, revision, touched);
     }
 }
 
@@ -572,49 +426,4 @@ fn loaded(registry: &Registry, entries: &[Entry]) -> Loaded {
         }
     }
     loaded
-}
-
-/// A place in the log of a resource.
-pub struct Subscription {
-    cache: Arc<Cache>,
-    log: Arc<Log>,
-    after: Revision,
-    wake: watch::Receiver<Revision>,
-}
-
-impl Subscription {
-    /// The revision up to which changes have been taken.
-    pub fn revision(&self) -> Revision {
-        self.after
-    }
-
-    /// Takes up to `limit` further changes; none if there are none yet.
-    ///
-    /// # Errors
-    /// [`ApiError::expired`] if the log no longer goes back to where this subscription stands.
-    pub fn take(&mut self, limit: usize) -> Result<Vec<Arc<Change>>> {
-        // Read before the log: everything up to here is in the log.
-        let newest = self.cache.snapshot.load().revision;
-        let changes = self.log.changes.read();
-        if self.after < changes.complete_after {
-            return Err(ApiError::expired(format!(
-                "too old resource version: {} ({})",
-                self.after, changes.complete_after
-            )));
-        }
-        let start = changes.ring.partition_point(|c| c.revision <= self.after);
-        let taken: Vec<Arc<Change>> = changes.ring.range(start..).take(limit).cloned().collect();
-        self.after = match taken.last() {
-            Some(last) if taken.len() == limit => last.revision,
-            Some(last) => last.revision.max(newest),
-            None => self.after.max(newest),
-        };
-        Ok(taken)
-    }
-
-    /// Waits for a change.
-    pub async fn changed(&mut self) {
-        // The sender lives as long as the cache, which `self` keeps alive.
-        let _ = self.wake.changed().await;
-    }
 }

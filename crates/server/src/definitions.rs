@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Context, Server,
+    cache::Interest,
     delete::DeleteOptions,
     error::{ApiError, Result},
     object::{Object, encode},
@@ -88,7 +89,7 @@ pub(crate) async fn keep(server: Arc<Server>) {
 
 async fn follow(server: &Arc<Server>, id: ResourceId, row: &Row, known: &mut BTreeMap<String, Known>) {
     let snapshot = server.cache.snapshot();
-    let mut subscription = server.cache.subscribe(id, snapshot.revision);
+    let mut subscription = server.cache.subscribe(id, snapshot.revision, Interest::Everything);
     known.clear();
     let mut due: BTreeSet<String> = BTreeSet::new();
     for object in snapshot.of(id).values() {

@@ -9,6 +9,7 @@ use crate::{
     encode::{Body, Media, value},
     error::{ApiError, Result},
     registry::Served,
+    resource_metrics,
 };
 
 const VERBS: [&str; 8] = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
@@ -30,6 +31,7 @@ impl Server {
             ["apis"] => {
                 let names = self.group_names();
                 let mut groups: Vec<Value> = names.iter().map(|name| self.group(name)).collect();
+                groups.extend(self.serves_metrics().then(resource_metrics::group));
                 groups
                     .extend(self.remote_groups().iter().map(|(group, versions)| Server::remote_group(group, versions)));
                 json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
@@ -38,6 +40,7 @@ impl Server {
             ["apis", group] => {
                 let mut document = match self.group_names().contains(&group) {
                     true => self.group(group),
+                    false if group == resource_metrics::GROUP && self.serves_metrics() => resource_metrics::group(),
                     false => {
                         let remote = self.remote_groups().into_iter().find(|(name, _)| name == group);
                         let (group, versions) = remote.ok_or_else(ApiError::no_route)?;
@@ -47,6 +50,9 @@ impl Server {
                 document["kind"] = "APIGroup".into();
                 document["apiVersion"] = "v1".into();
                 document
+            }
+            ["apis", resource_metrics::GROUP, resource_metrics::VERSION] if self.serves_metrics() => {
+                resource_metrics::resources()
             }
             ["apis", group, version] => self.resources(group, version)?,
             _ => return Err(ApiError::no_route()),
@@ -139,6 +145,7 @@ impl Server {
         };
         let mut groups: Vec<Value> = names.iter().map(group).collect();
         if !core {
+            groups.extend(self.serves_metrics().then(resource_metrics::aggregated));
             let remote = self.remote_groups();
             groups.extend(remote.iter().map(|(group, versions)| self.remote_discovery(group, versions)));
         }

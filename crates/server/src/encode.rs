@@ -1,6 +1,7 @@
 //! Answers: which encoding a client asked for, and objects, lists, tables and events in it.
 
 mod protobuf;
+mod table;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, Response, StatusCode, header};
@@ -29,6 +30,11 @@ pub type Body = UnsyncBoxBody<Bytes, BodyError>;
 pub fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
+
+/// A piece of a large list holds about this many bytes.
+const SLICE: usize = 128 << 10;
+/// Room for a piece, with its last object.
+const SLICE_ROOM: usize = SLICE + (8 << 10);
 
 /// The shape that a client asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,6 +232,7 @@ impl Encoder<'_> {
                 let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta, "items": items});
                 value(StatusCode::OK, &list, self.form.media)
             }
+            Shape::Table if self.is_cut() => self.stream_table(objects, meta),
             Shape::Table => {
                 let rows = objects.iter().map(|o| self.table_row(o.value())).collect();
                 value(StatusCode::OK, &self.table(rows, meta, true), self.form.media)
@@ -234,8 +241,8 @@ impl Encoder<'_> {
     }
 
     fn stream(&self, objects: Vec<Arc<Object>>, meta: &Value) -> Response<Body> {
-        const SLICE: usize = 128 << 10;
-        let mut out = BytesMut::with_capacity(SLICE + (8 << 10));
+        let total: usize = objects.iter().map(|o| o.bytes.len() + 40).sum();
+        let mut out = BytesMut::with_capacity(SLICE_ROOM.min(total + 512));
         let kind = self.row.list_kind();
         // Lists of custom resources, unlike others, say of each item what it is.
         let custom = self.row.custom.is_some();
@@ -250,7 +257,6 @@ impl Encoder<'_> {
             )
             .as_bytes(),
         );
-        let total: usize = objects.iter().map(|o| o.bytes.len() + 40).sum();
         if total < SLICE {
             for (index, object) in objects.iter().enumerate() {
                 if index > 0 {
@@ -261,31 +267,7 @@ impl Encoder<'_> {
             out.put_slice(b"]}\n");
             return json_bytes(StatusCode::OK, out.freeze());
         }
-        // Bounded: the next slice is made when the connection has taken the one before.
-        let slices = futures::stream::unfold((out, 0), move |(mut out, mut next)| {
-            let objects = objects.clone();
-            async move {
-                if next > objects.len() {
-                    return None;
-                }
-                while out.len() < SLICE && next < objects.len() {
-                    if next > 0 {
-                        out.put_u8(b',');
-                    }
-                    put(&objects[next], &mut out);
-                    next += 1;
-                }
-                if next == objects.len() {
-                    out.put_slice(b"]}\n");
-                    next += 1;
-                }
-                let slice = out.split().freeze();
-                Some((Ok::<_, BodyError>(Frame::data(slice)), (out, next)))
-            }
-        });
-        let mut response = Response::new(StreamBody::new(slices).boxed_unsync());
-        response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
-        response
+        pieces(out, objects, put, "]}\n".to_owned())
     }
 
     /// A change as a line of a watch.
@@ -310,13 +292,17 @@ impl Encoder<'_> {
         if self.form.shape == Shape::Full && self.served.alias.is_none() {
             return event_line(ty, object, revision);
         }
+        if self.form.shape == Shape::Table && self.is_cut() {
+            // Only the first event of a watch names the columns.
+            return self.table_event(ty, object, revision, std::mem::take(first));
+        }
         let value = object.value_at(revision);
         let shaped = match self.form.shape {
             Shape::Full => self.convert(value),
             Shape::Metadata => metadata(&value),
             Shape::Table => {
                 let row = self.table_row(value);
-                // Only the first event of a watch names the columns.
+                // As above.
                 let with_columns = std::mem::take(first);
                 self.table(vec![row], json!({"resourceVersion": revision.to_string()}), with_columns)
             }
@@ -361,58 +347,41 @@ impl Encoder<'_> {
             _ => "application/json",
         })
     }
-
-    fn table(&self, rows: Vec<Value>, mut meta: Value, with_columns: bool) -> Value {
-        if let Some(meta) = meta.as_object_mut() {
-            meta.retain(|_, v| !v.is_null());
-        }
-        let columns = if with_columns { self.columns() } else { Value::Null };
-        json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": meta, "columnDefinitions": columns, "rows": rows})
-    }
-
-    fn columns(&self) -> Value {
-        let name = self.named_first().then(|| {
-            json!({"name": "Name", "type": "string", "format": "name", "priority": 0, "description": "The name, unique within a namespace."})
-        });
-        if let Some(version) = &self.row.custom {
-            let own = version.columns.iter().map(|c| {
-                let (ty, format) = if c.ty == "date" { ("string", "") } else { (&*c.ty, &*c.format) };
-                let description = match &*c.description {
-                    "" => format!("Custom resource definition column (in JSONPath format): {}", c.source),
-                    text => text.to_owned(),
-                };
-                json!({"name": c.name, "type": ty, "format": format, "priority": c.priority, "description": description})
-            });
-            return name.into_iter().chain(own).collect();
-        }
-        let rest = self.row.columns.iter().map(|c| {
-            // An age is computed here, so that it is a text and not a date.
-            let ty = if c.ty == "date" { "string" } else { c.ty };
-            json!({"name": c.name, "type": ty, "format": "", "priority": c.priority, "description": c.name})
-        });
-        name.into_iter().chain(rest).collect()
-    }
-
-    /// Whether a table starts with the name; a row may place it elsewhere, as events do.
-    fn named_first(&self) -> bool {
-        !self.row.columns.iter().any(|c| c.name == "Name")
-    }
-
-    fn table_row(&self, object: Value) -> Value {
-        let mut cells: Vec<Value> =
-            self.named_first().then(|| object["metadata"]["name"].clone()).into_iter().collect();
-        cells.extend(self.row.row_cells(&object, self.now));
-        let carried = match self.include {
-            Include::Nothing => Value::Null,
-            Include::Metadata => metadata(&object),
-            Include::Object => self.convert(object),
-        };
-        json!({"cells": cells, "object": carried})
-    }
 }
 
 fn metadata(object: &Value) -> Value {
     json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"]})
+}
+
+/// A body that begins with `out`, goes on with objects, between them commas, and ends with `end`. It is made a piece at a
+/// time: the next when the connection has taken the one before.
+fn pieces(
+    out: BytesMut,
+    objects: Vec<Arc<Object>>,
+    put: impl Fn(&Object, &mut BytesMut) + Clone + Send + 'static,
+    end: String,
+) -> Response<Body> {
+    let first = Some((out, objects.into_iter(), ""));
+    let slices = futures::stream::unfold(first, move |rest| {
+        let (put, end) = (put.clone(), end.clone());
+        async move {
+            let (mut out, mut objects, mut comma) = rest?;
+            while out.len() < SLICE {
+                let Some(object) = objects.next() else {
+                    out.put_slice(end.as_bytes());
+                    return Some((Ok::<_, BodyError>(Frame::data(out.freeze())), None));
+                };
+                out.put_slice(comma.as_bytes());
+                comma = ",";
+                put(&object, &mut out);
+            }
+            let rest = (BytesMut::with_capacity(SLICE_ROOM), objects, comma);
+            Some((Ok(Frame::data(out.freeze())), Some(rest)))
+        }
+    });
+    let mut response = Response::new(StreamBody::new(slices).boxed_unsync());
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    response
 }
 
 /// A value as a line.

@@ -26,6 +26,8 @@ use crate::{
 };
 
 const CONNECT: Duration = Duration::from_secs(5);
+/// The longest answer that is read as a whole, in bytes: that of a node with some thousand pods.
+const ANSWER: usize = 16 << 20;
 
 /// Calls node agents over mutual TLS.
 pub struct Client {
@@ -44,7 +46,8 @@ impl Client {
         Ok(())
     }
 
-    async fn connect(&self, address: IpAddr, port: u16) -> std::io::Result<TlsStream<TcpStream>> {
+    /// Connects to an agent.
+    pub(crate) async fn connect(&self, address: IpAddr, port: u16) -> std::io::Result<TlsStream<TcpStream>> {
         let connect = async {
             let stream = TcpStream::connect((address, port)).await?;
             stream.set_nodelay(true)?;
@@ -83,10 +86,26 @@ fn tls(ca: &str, (certificate, key): &(String, String)) -> Result<Arc<ClientConf
 }
 
 /// Where the agent of a pod's node listens.
-struct Agent {
+pub(crate) struct Agent {
     node: String,
-    address: IpAddr,
-    port: u16,
+    pub address: IpAddr,
+    pub port: u16,
+}
+
+impl Agent {
+    /// As the Node says it.
+    pub fn of(name: String, node: &Value) -> Result<Agent> {
+        let addresses = node["status"]["addresses"].as_array().into_iter().flatten();
+        let address = addresses.filter(|a| a["type"] == "InternalIP").find_map(|a| a["address"].as_str()?.parse().ok());
+        let Some(address) = address else {
+            return Err(ApiError::bad_gateway(format!("node {name} has no InternalIP address")));
+        };
+        let port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"]
+            .as_u64()
+            .and_then(|p| u16::try_from(p).ok())
+            .unwrap_or(10250);
+        Ok(Agent { node: name, address, port })
+    }
 }
 
 impl Server {
@@ -103,16 +122,19 @@ impl Server {
             .await?
             .ok_or_else(|| ApiError::not_found(nodes, &node_name))?
             .value();
-        let addresses = node["status"]["addresses"].as_array().into_iter().flatten();
-        let address = addresses.filter(|a| a["type"] == "InternalIP").find_map(|a| a["address"].as_str()?.parse().ok());
-        let Some(address) = address else {
-            return Err(ApiError::bad_gateway(format!("node {node_name} has no InternalIP address")));
-        };
-        let port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"]
-            .as_u64()
-            .and_then(|p| u16::try_from(p).ok())
-            .unwrap_or(10250);
-        Ok((pod, Agent { node: node_name, address, port }))
+        Ok((pod, Agent::of(node_name, &node)?))
+    }
+
+    /// What the agent of a node answers on a path, in JSON.
+    pub(crate) async fn agent_says(&self, name: &str, node: &Value, path: &str) -> Result<Value> {
+        let agent = Agent::of(name.to_owned(), node)?;
+        let response = self.ask(&agent, request(Method::GET, path, &agent)?).await?;
+        if response.status() != StatusCode::OK {
+            return Err(refusal(response).await);
+        }
+        let unreadable = |why: String| ApiError::bad_gateway(format!("the agent of node {name} cannot be read: {why}"));
+        let body = Limited::new(response.into_body(), ANSWER).collect().await.map_err(|e| unreadable(e.to_string()))?;
+        serde_json::from_slice(&body.to_bytes()).map_err(|e| unreadable(e.to_string()))
     }
 
     /// GET of a pod's log.

@@ -10,6 +10,7 @@ mod allocate;
 mod apply;
 pub mod audit;
 pub mod auth;
+pub mod balancers;
 mod bootstrap;
 mod cache;
 mod consistent;
@@ -22,6 +23,7 @@ mod error;
 mod expire;
 mod flow;
 mod kubelet;
+mod lean;
 mod metrics;
 mod object;
 mod openapi;
@@ -30,9 +32,11 @@ mod patch;
 pub mod paths;
 pub mod pki;
 pub mod presence;
+mod proxy;
 mod read;
 mod registry;
 mod request;
+mod resource_metrics;
 mod review;
 pub mod serve;
 mod subresource;
@@ -57,12 +61,11 @@ use error::{ApiError, Result};
 use futures::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
 use http_body_util::{BodyExt, Limited};
-use ipnet::IpNet;
 use parking_lot::Mutex;
 use read::Pages;
 use registry::{Registry, Served};
 use request::{Query, ResourcePath, verb};
-use seawall_api::{Row, proto, schema::Schemas};
+use seawall_api::{Row, proto, ranges::Ranges, schema::Schemas};
 use seawall_store::{Fence, Revision, Store};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -77,8 +80,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// What a server is told at start.
 #[derive(Clone)]
 pub struct Config {
-    /// The addresses of Services. The first one is the API's own.
-    pub service_cidr: IpNet,
+    /// The addresses of Services, of one family or of both. The first one is the API's own.
+    pub service_cidr: Ranges,
     /// The ports of Services on nodes.
     pub node_ports: std::ops::RangeInclusive<u16>,
     /// The addresses and port under which clients in the cluster reach this server: endpoints of `kubernetes`.
@@ -108,6 +111,8 @@ pub struct Config {
     /// `--goaway-chance`: with which probability a request tells an HTTP/2 client to come again on another connection, which
     /// spreads clients over servers.
     pub goaway_chance: f64,
+    /// `--event-ttl`: how long an event is kept after it was last seen.
+    pub event_ttl: Duration,
     /// What was said of access to this server.
     pub access: access::Access,
 }
@@ -166,8 +171,11 @@ pub struct Server {
     reads: consistent::Reads,
     flow: Arc<flow::Flow>,
     aggregation: aggregation::Aggregation,
+    metrics_of_nodes: resource_metrics::Answers,
+    legacy_uses: auth::legacy_token::Uses,
     /// The authorities by which clients are known, in PEM: what other API servers are told.
     client_ca: arc_swap::ArcSwap<String>,
+    balancers: balancers::Balancers,
     /// Requests that are being answered and end by themselves.
     requests: TaskTracker,
     ready: std::sync::atomic::AtomicBool,
@@ -323,7 +331,10 @@ impl Server {
             reads,
             flow,
             aggregation: Default::default(),
+            metrics_of_nodes: Default::default(),
+            legacy_uses: Default::default(),
             client_ca,
+            balancers: Default::default(),
             requests: TaskTracker::new(),
             ready: false.into(),
             stop,
@@ -332,11 +343,13 @@ impl Server {
             .bootstrap()
             .await
             .map_err(|e| StartError::Store { what: "the first objects cannot be written", message: e.message })?;
-        tokio::spawn(expire::events(server.clone()));
+        tokio::spawn(expire::keep(server.clone()));
         tokio::spawn(presence::keep(server.clone()));
+        tokio::spawn(auth::legacy_token::keep(server.clone()));
         tokio::spawn(definitions::keep(server.clone()));
         tokio::spawn(flow::bootstrap::keep(server.clone()));
         tokio::spawn(aggregation::available::keep(server.clone()));
+        tokio::spawn(aggregation::specs::keep(server.clone()));
         let repair = server.clone();
         tokio::spawn(async move {
             if let Err(error) = repair.repair_allocations(REQUEST_TIMEOUT + REQUEST_TIMEOUT / 6).await {
@@ -391,6 +404,7 @@ impl Server {
         let (mut parts, body) = request.into_parts();
         let form = encode::negotiate(&parts.headers, false);
         let media = form.map_or(encode::Media::Json, |form| form.media);
+        self.balancers.note(&parts);
         let observed = metrics::Observed::of(&parts);
         let _answering = observed.ends().then(|| self.requests.token());
         let id = audit::begin(&mut parts);
@@ -476,10 +490,14 @@ impl Server {
             Err(error) => {
                 // Who has just registered a server, or taken it away, finds it so.
                 self.consistent().await?;
-                match self.remote(&target.group, &target.version) {
-                    Some(remote) => return self.pass_on(&remote, parts, body, &user).await,
-                    None => return Err(error),
+                if let Some(remote) = self.remote(&target.group, &target.version) {
+                    return self.pass_on(&remote, parts, body, &user).await;
                 }
+                let metrics = (resource_metrics::GROUP, resource_metrics::VERSION);
+                if (&*target.group, &*target.version) == metrics && self.serves_metrics() {
+                    return self.resource_metrics(&target, &query, &parts.headers, verb).await;
+                }
+                return Err(error);
             }
         };
         let row = served.row.clone();
@@ -492,6 +510,13 @@ impl Server {
             let context = Context::of(&self.registry, user, target, row, &served, query, headers, Bytes::new());
             self.admit_connect(&context).await?;
             return self.stream_to_pod(parts, &context.path, &context.query).await;
+        }
+        if target.subresource.as_deref().and_then(|sub| registry::subresource(&row, sub)).is_some_and(is_proxy) {
+            // What is sent is for somebody else to read.
+            let headers = std::mem::take(&mut parts.headers);
+            let context = Context::of(&self.registry, user, target, row, &served, query, headers, Bytes::new());
+            self.admit_connect(&context).await?;
+            return self.proxy(&context, parts, body).await;
         }
         let body = collect(body).await?;
         let headers = std::mem::take(&mut parts.headers);
@@ -533,7 +558,8 @@ impl Server {
             return Ok(None);
         }
         self.consistent().await?;
-        Ok(self.remote(group, version))
+        let remote = self.remote(group, version);
+        Ok(remote.filter(|remote| parts[0] == "apis" || !self.made_for(remote)))
     }
 
     /// The resource that a path names. One that another server has made known a moment ago is known here as well.
@@ -675,6 +701,10 @@ impl Server {
             "goVersion": "", "compiler": "rustc", "platform": format!("linux/{}", if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }),
         })
     }
+}
+
+fn is_proxy(sub: seawall_api::Subresource) -> bool {
+    matches!(sub, seawall_api::Subresource::Proxy(_))
 }
 
 fn denied(user: &UserInfo, a: &Attributes<'_>, why: &str) -> ApiError {

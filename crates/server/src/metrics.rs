@@ -189,7 +189,7 @@ impl Server {
         }
         let more = self.metrics.more.get().map_or(String::new(), |more| more());
         let audit = self.config.access.audit.as_ref().map_or(String::new(), |audit| audit.metrics());
-        text = joined(&text, &(self.flow.metrics() + &audit + &more));
+        text = joined(&text, &(self.flow.metrics() + &audit + &self.balancers.metrics() + &more));
         let mut response = Response::new(full(text));
         let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);

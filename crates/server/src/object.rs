@@ -4,7 +4,12 @@
 //! revision adds (`resourceVersion`) is spliced in behind the opening brace of `metadata`, and items of a list start at
 //! `metadata`, since lists of built-in kinds leave the first two out.
 
-use std::sync::{Arc, OnceLock};
+mod texts;
+
+use std::{
+    borrow::Cow,
+    sync::{Arc, OnceLock},
+};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use seawall_api::{
@@ -12,8 +17,10 @@ use seawall_api::{
     selector::{FieldRequirement, LabelSelector},
 };
 use seawall_store::{Entry, Revision};
-use serde::Deserialize;
 use serde_json::Value;
+use texts::Texts;
+
+use crate::lean;
 
 /// An object as the cache holds it.
 #[derive(Debug)]
@@ -22,19 +29,20 @@ pub struct Object {
     pub key: Arc<str>,
     /// The JSON without `resourceVersion`.
     pub bytes: Bytes,
-    /// What the store holds. It differs where a custom resource has got defaults since the object was written.
-    stored: Bytes,
+    /// What the store holds, where that differs: a custom resource may have got defaults since the object was written.
+    stored: Option<Box<Bytes>>,
     /// The revision of the last write.
     pub revision: Revision,
     /// Where `"metadata"` starts.
     meta: u32,
     /// Just behind the opening brace of the metadata.
     head: u32,
-    labels: Box<[(Box<str>, Box<str>)]>,
-    /// In the order of the row's selectable fields.
-    fields: Box<[Box<str>]>,
+    /// Just behind the closing one.
+    tail: u32,
+    /// Fields in the order of the row's selectable ones, and labels.
+    texts: Texts,
     /// The object in protobuf with its resource version, once somebody has asked for that.
-    message: OnceLock<Bytes>,
+    message: OnceLock<Box<Bytes>>,
 }
 
 /// Bytes in the store that are not an object: they were written by something else.
@@ -45,33 +53,22 @@ pub struct Malformed {
     reason: String,
 }
 
-#[derive(Deserialize)]
-struct Partial {
-    metadata: PartialMeta,
-}
-
-#[derive(Deserialize)]
-struct PartialMeta {
-    #[serde(default)]
-    labels: std::collections::BTreeMap<Box<str>, Box<str>>,
-}
-
 /// Encodes an object for the store.
 pub fn encode(object: &Value) -> Bytes {
-    let mut out = BytesMut::with_capacity(1024).writer();
-    let write = |out: &mut bytes::buf::Writer<BytesMut>, value: &Value| {
+    let mut out = Vec::with_capacity(4096);
+    let write = |out: &mut Vec<u8>, value: &Value| {
         // Writing JSON into memory cannot fail: keys are strings and there is no I/O.
         serde_json::to_writer(out, value).expect("JSON is written into memory");
     };
-    out.get_mut().put_slice(b"{");
+    out.push(b'{');
     let mut first = true;
-    let mut field = |out: &mut bytes::buf::Writer<BytesMut>, key: &str, value: &Value| {
+    let mut field = |out: &mut Vec<u8>, key: &str, value: &Value| {
         if !first {
-            out.get_mut().put_slice(b",");
+            out.push(b',');
         }
         first = false;
         write(out, &Value::from(key));
-        out.get_mut().put_slice(b":");
+        out.push(b':');
         write(out, value);
     };
     const LEADING: [&str; 3] = ["apiVersion", "kind", "metadata"];
@@ -83,8 +80,9 @@ pub fn encode(object: &Value) -> Bytes {
             field(&mut out, key, value);
         }
     }
-    out.get_mut().put_slice(b"}");
-    out.into_inner().freeze()
+    out.push(b'}');
+    // Not the buffer itself: it has room to spare, and the object may live for long.
+    Bytes::copy_from_slice(&out)
 }
 
 impl Object {
@@ -93,56 +91,60 @@ impl Object {
         let malformed = |reason: String| Malformed { key: entry.key.clone(), reason };
         let mut bytes = entry.value.clone();
         let custom = row.custom.as_ref().filter(|version| version.has_defaults());
-        let (labels, fields) = if row.selectable.is_empty() && custom.is_none() {
-            let partial: Partial = serde_json::from_slice(&entry.value).map_err(|e| malformed(e.to_string()))?;
-            (partial.metadata.labels.into_iter().collect(), Box::default())
-        } else {
-            let mut value: Value = serde_json::from_slice(&entry.value).map_err(|e| malformed(e.to_string()))?;
-            if let Some(custom) = custom
-                && value["apiVersion"] == row.api_version()
-            {
-                // https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#defaulting
-                let before = value.clone();
-                custom.default(&mut value);
-                if value != before {
-                    bytes = encode(&value);
+        let value = match custom {
+            Some(custom) => {
+                let mut value: Value = serde_json::from_slice(&bytes).map_err(|e| malformed(e.to_string()))?;
+                if value["apiVersion"] == row.api_version() {
+                    // https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#defaulting
+                    let before = value.clone();
+                    custom.default(&mut value);
+                    if value != before {
+                        bytes = encode(&value);
+                    }
                 }
+                value
             }
-            let labels = value["metadata"]["labels"].as_object().into_iter().flatten();
-            let labels = labels.map(|(k, v)| (k.as_str().into(), v.as_str().unwrap_or_default().into())).collect();
-            (labels, row.selectable.iter().map(|path| field_text(row, &value, path)).collect())
+            // Nothing else of it is needed, and this is done for every write.
+            None => {
+                let paths: Vec<&str> = row.selectable.iter().copied().chain(["metadata.labels"]).collect();
+                lean::read(&bytes, &paths).map_err(|e| malformed(e.to_string()))?
+            }
         };
         let mark = b"\"metadata\":{";
         // The two fields before hold no quotes or braces, so the first match is the metadata.
         let window = &bytes[..bytes.len().min(512)];
         let meta = window.windows(mark.len()).position(|w| w == mark).ok_or_else(|| malformed("no metadata".into()))?;
+        let head = meta + mark.len();
+        let fields: Vec<_> = row.selectable.iter().map(|path| field_text(row, &value, path)).collect();
+        let labels = value["metadata"]["labels"].as_object().into_iter().flatten();
+        let labels = labels.flat_map(|(key, value)| [key, value.as_str().unwrap_or_default()]);
         Ok(Object {
             key: entry.key.clone(),
-            bytes,
-            stored: entry.value.clone(),
+            stored: (bytes != entry.value).then(|| Box::new(entry.value.clone())),
             revision: entry.revision,
             meta: meta as u32,
-            head: (meta + mark.len()) as u32,
-            labels,
-            fields,
+            head: head as u32,
+            tail: lean::end_of_object(&bytes, head) as u32,
+            bytes,
+            texts: Texts::new(fields.iter().map(|text| &**text), labels),
             message: OnceLock::new(),
         })
     }
 
     /// The bytes in the store.
     pub fn stored(&self) -> &Bytes {
-        &self.stored
+        self.stored.as_deref().unwrap_or(&self.bytes)
     }
 
     /// As the store has it.
     pub fn entry(&self) -> Entry {
-        Entry { key: self.key.clone(), value: self.stored.clone(), revision: self.revision, created: self.revision }
+        Entry { key: self.key.clone(), value: self.stored().clone(), revision: self.revision, created: self.revision }
     }
 
     /// The same object in another form.
     pub fn with(&self, row: &Row, value: &Value) -> Result<Object, Malformed> {
         let entry = Entry { value: encode(value), ..self.entry() };
-        Ok(Object { stored: self.stored.clone(), ..Object::read(row, &entry)? })
+        Ok(Object { stored: Some(Box::new(self.stored().clone())), ..Object::read(row, &entry)? })
     }
 
     /// `apiVersion`, which stands first.
@@ -183,9 +185,22 @@ impl Object {
         out.put_slice(&self.bytes[head..]);
     }
 
+    /// Appends the metadata with the resource version.
+    pub fn write_metadata(&self, revision: Revision, out: &mut BytesMut) {
+        out.put_slice(b"{");
+        put_version(revision, out);
+        out.put_slice(&self.bytes[self.head as usize..self.tail as usize]);
+    }
+
+    /// What cells of a row look at.
+    pub fn lean(&self, row: &Row) -> Value {
+        // `read` has parsed these bytes before.
+        lean::read(&self.bytes, row.seen).unwrap_or_default()
+    }
+
     /// The object in protobuf, made by whoever needs it first. All have to make the same.
     pub fn message(&self, make: impl FnOnce() -> Bytes) -> Bytes {
-        self.message.get_or_init(make).clone()
+        Bytes::clone(self.message.get_or_init(|| Box::new(make())))
     }
 
     /// The object with its resource version, parsed.
@@ -204,18 +219,20 @@ impl Object {
     /// Whether selectors pick it.
     pub fn selected(&self, row: &Row, labels: &LabelSelector, fields: &[FieldRequirement]) -> bool {
         let label = |key: &str| {
-            let at = self.labels.binary_search_by(|(k, _)| (**k).cmp(key)).ok()?;
-            Some(&*self.labels[at].1)
+            let mut labels = self.texts.labels();
+            while let (Some(found), Some(value)) = (labels.next(), labels.next()) {
+                if found == key.as_bytes() {
+                    return Some(text(value));
+                }
+            }
+            None
         };
         labels.matches(label)
             && fields.iter().all(|requirement| {
                 let found = match requirement.field.as_str() {
                     "metadata.name" => self.name(),
                     "metadata.namespace" => self.namespace(row),
-                    path => match row.selectable.iter().position(|f| *f == path) {
-                        Some(index) => &*self.fields[index],
-                        None => "",
-                    },
+                    path => self.field(row, path),
                 };
                 (found == requirement.value) == requirement.equal
             })
@@ -223,8 +240,14 @@ impl Object {
 
     /// A selectable field by its path.
     pub fn field(&self, row: &Row, path: &str) -> &str {
-        row.selectable.iter().position(|f| *f == path).map_or("", |index| &*self.fields[index])
+        let at = row.selectable.iter().position(|field| *field == path);
+        at.and_then(|at| self.texts.fields().nth(at)).map_or("", text)
     }
+}
+
+/// These were texts when they were put in.
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap_or_default()
 }
 
 fn put_version(revision: Revision, out: &mut BytesMut) {
@@ -234,7 +257,7 @@ fn put_version(revision: Revision, out: &mut BytesMut) {
 }
 
 /// The text of a field as a field selector compares it.
-fn field_text(row: &Row, value: &Value, path: &str) -> Box<str> {
+fn field_text<'a>(row: &Row, value: &'a Value, path: &str) -> Cow<'a, str> {
     let mut at = value;
     for part in path.split('.') {
         at = &at[part];

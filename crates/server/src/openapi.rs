@@ -1,5 +1,7 @@
 //! OpenAPI documents (<https://kubernetes.io/docs/concepts/overview/kubernetes-api/#openapi-interface-definition>).
 
+mod proto;
+
 use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
@@ -11,83 +13,162 @@ use sha2::Digest as _;
 
 use crate::{
     Server,
+    aggregation::{self, Remote, specs::Three},
     encode::{Body, json_bytes},
     error::{ApiError, Result},
     registry::{Served, roots},
+    resource_metrics::{self, schema},
 };
 
-/// Documents that have been asked for; they change with the custom resources.
+/// The group and version of what is measured, which no row describes.
+const OF_METRICS: (&str, &str) = (resource_metrics::GROUP, resource_metrics::VERSION);
+
+/// The document of version 2 in protobuf.
+const PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+
+/// What a document was made of: the custom resources, and for version 2 what other servers say.
+type State = (u64, u64);
+
+/// Documents that have been asked for; they change with the custom resources and with other servers.
 #[derive(Default)]
-pub struct Documents(Mutex<(u64, HashMap<String, Bytes>)>);
+pub struct Documents(Mutex<(State, HashMap<String, Document>)>);
+
+/// A document as it is sent.
+#[derive(Clone)]
+struct Document {
+    bytes: Bytes,
+    /// Its `ETag`.
+    tag: HeaderValue,
+}
+
+impl Document {
+    fn new(bytes: Bytes) -> Document {
+        let hash = hexadecimal(&sha2::Sha256::digest(&bytes));
+        let tag = HeaderValue::try_from(format!("{hash:?}")).unwrap_or(HeaderValue::from_static("\"\""));
+        Document { bytes, tag }
+    }
+
+    /// The answer to a client, which may have it already.
+    fn answer(self, headers: &HeaderMap) -> Response<Body> {
+        let known = headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|tags| tags.to_str().ok());
+        let mut known = known.flat_map(|tags| tags.split(',').map(|tag| tag.trim().trim_start_matches("W/")));
+        let mut response = match known.any(|tag| tag == "*" || self.tag == tag) {
+            true => json_bytes(StatusCode::NOT_MODIFIED, Bytes::new()),
+            false => json_bytes(StatusCode::OK, self.bytes),
+        };
+        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public"));
+        response.headers_mut().insert(header::ETAG, self.tag);
+        response
+    }
+}
 
 impl Documents {
     /// A document of this state of the table.
-    fn find(&self, generation: u64, path: &str) -> Option<Bytes> {
+    fn find(&self, state: State, path: &str) -> Option<Document> {
         let documents = self.0.lock();
-        if documents.0 == generation { documents.1.get(path).cloned() } else { None }
+        if documents.0 == state { documents.1.get(path).cloned() } else { None }
     }
 
-    fn keep(&self, generation: u64, path: &str, bytes: Bytes) {
+    fn keep(&self, state: State, path: &str, document: Document) {
         let mut documents = self.0.lock();
-        if documents.0 < generation {
-            *documents = (generation, HashMap::new());
+        if documents.0 < state {
+            *documents = (state, HashMap::new());
         }
-        if documents.0 == generation {
-            documents.1.insert(path.to_owned(), bytes);
+        if documents.0 == state {
+            documents.1.insert(path.to_owned(), document);
         }
     }
+}
+
+fn hexadecimal(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02X}")).collect()
 }
 
 impl Server {
     /// `/openapi/v2`, `/openapi/v3` and what is below.
     pub(crate) fn openapi(&self, path: &str, headers: &HeaderMap) -> Result<Response<Body>> {
         let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or("*/*");
+        let state = (self.registry.custom().generation, self.aggregation.specs.generation());
         if path == "/openapi/v2" && accept.contains("proto-openapi") && !accept.contains("json") {
-            return Ok(self.version_2_protobuf());
+            let document = self.openapi.find(state, PROTOBUF).unwrap_or_else(|| {
+                let document = Document::new(proto::encode(&self.joined_version_2()).into());
+                self.openapi.keep(state, PROTOBUF, document.clone());
+                document
+            });
+            let mut response = document.answer(headers);
+            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(PROTOBUF));
+            return Ok(response);
         }
-        let generation = self.registry.custom().generation;
-        if let Some(bytes) = self.openapi.find(generation, path) {
-            return Ok(json_bytes(StatusCode::OK, bytes));
+        if let Some(document) = self.openapi.find(state, path) {
+            return Ok(document.answer(headers));
         }
         let document = match path.trim_start_matches("/openapi/") {
             "v2" => {
                 if !accept.contains("json") && !accept.contains("*/*") {
                     return Err(ApiError::not_acceptable(accept));
                 }
-                self.version_2()
+                self.joined_version_2()
             }
-            "v3" => {
-                let entry = |(group, version): (&str, &str)| {
-                    let name = match group {
-                        "" => format!("api/{version}"),
-                        _ => format!("apis/{group}/{version}"),
-                    };
-                    let url = format!("/openapi/v3/{name}?hash={}", self.hash(group, version));
-                    (name, json!({"serverRelativeURL": url}))
-                };
-                let mut paths: Map<String, Value> = self.registry.group_versions().into_iter().map(entry).collect();
-                for remote in self.remotes().iter() {
-                    let name = format!("apis/{}/{}", remote.group, remote.version);
-                    let url = json!({"serverRelativeURL": format!("/openapi/v3/{name}")});
-                    paths.entry(name).or_insert(url);
-                }
-                // It changes with other things than custom resources.
-                return Ok(json_bytes(StatusCode::OK, json!({"paths": paths}).to_string().into()));
-            }
+            // It changes with other things than custom resources.
+            "v3" => return Ok(json_bytes(StatusCode::OK, self.list_of_version_3().to_string().into())),
             rest => {
                 let parts: Vec<&str> = rest.split('/').collect();
                 match parts[..] {
                     ["v3", "api", version] => self.version_3("", version)?,
+                    ["v3", "apis", group, version] if self.registry.served_in(group, version).is_empty() => {
+                        let remote = self.remote(group, version);
+                        let made = remote.map(|remote| self.aggregation.specs.of_version_3(&remote));
+                        // Whether these are served changes with other things than custom resources.
+                        return match made {
+                            Some(Three::Made { document, .. }) => Ok(Document::new(document).answer(headers)),
+                            _ if (group, version) == OF_METRICS && self.serves_metrics() => {
+                                Ok(json_bytes(StatusCode::OK, self.of_metrics().to_string().into()))
+                            }
+                            _ => Err(ApiError::no_route()),
+                        };
+                    }
                     ["v3", "apis", group, version] => self.version_3(group, version)?,
                     _ => return Err(ApiError::no_route()),
                 }
             }
         };
-        let bytes = Bytes::from(document.to_string());
-        self.openapi.keep(generation, path, bytes.clone());
-        let mut response = json_bytes(StatusCode::OK, bytes);
-        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public"));
-        Ok(response)
+        let document = Document::new(document.to_string().into());
+        self.openapi.keep(state, path, document.clone());
+        Ok(document.answer(headers))
+    }
+
+    /// The documents of version 3 that there are. Those of others are at the address that they say, under which nobody
+    /// keeps one that has changed.
+    fn list_of_version_3(&self) -> Value {
+        let entry = |(group, version): (&str, &str)| {
+            let name = match group {
+                "" => format!("api/{version}"),
+                _ => format!("apis/{group}/{version}"),
+            };
+            let url = format!("/openapi/v3/{name}?hash={}", self.hash(group, version));
+            (name, json!({"serverRelativeURL": url}))
+        };
+        let mut paths: Map<String, Value> = self.registry.group_versions().into_iter().map(entry).collect();
+        if self.serves_metrics() {
+            let name = format!("apis/{}", resource_metrics::API_VERSION);
+            let url = format!("/openapi/v3/{name}?hash={}", self.config.version);
+            paths.insert(name, json!({"serverRelativeURL": url}));
+        }
+        for remote in self.remotes().iter() {
+            let name = format!("apis/{}/{}", remote.group, remote.version);
+            let url = match self.aggregation.specs.of_version_3(remote) {
+                Three::Unknown => continue,
+                Three::There(url) => url,
+                Three::Made { hash, .. } => format!("/openapi/v3/{name}?hash={hash}"),
+            };
+            paths.entry(name).or_insert(json!({"serverRelativeURL": url}));
+        }
+        json!({"paths": paths})
+    }
+
+    /// Whether another server has no document of version 3, so that it is made here.
+    pub(crate) fn made_for(&self, remote: &Remote) -> bool {
+        matches!(self.aggregation.specs.of_version_3(remote), Three::Made { .. })
     }
 
     fn definitions(&self, prefix: &str) -> BTreeMap<String, Value> {
@@ -130,7 +211,7 @@ impl Server {
         if !custom {
             return self.config.version.clone();
         }
-        digest.finalize().iter().map(|byte| format!("{byte:02X}")).collect()
+        hexadecimal(&digest.finalize())
     }
 
     fn version_3(&self, group: &str, version: &str) -> Result<Value> {
@@ -154,35 +235,28 @@ impl Server {
         if served.iter().any(|served| served.row.has(seawall_api::Subresource::Scale)) {
             needed.push("io.k8s.api.autoscaling.v1.Scale".into());
         }
-        // Only what this group and version refers to.
-        let mut schemas = Map::new();
-        while let Some(name) = needed.pop() {
-            if schemas.contains_key(&name) {
-                continue;
-            }
-            if let Some(schema) = all.get(&name) {
-                references(schema, &mut needed);
-                schemas.insert(name, schema.clone());
-            }
-        }
+        let schemas = referred_to(&all, needed);
         Ok(json!({"openapi": "3.0.0", "info": {"title": "Kubernetes", "version": self.config.version},
             "paths": paths, "components": {"schemas": schemas}}))
     }
 
-    /// The head of version 2's document, without definitions. kubectl asks for the protobuf form only when version 3
-    /// knows nothing of a kind, and then looks up that kind in vain here as well.
-    fn version_2_protobuf(&self) -> Response<Body> {
-        let field = |number: u8, content: &[u8]| {
-            // A version is far shorter than the 127 bytes that one byte of length can tell.
-            let length = u8::try_from(content.len().min(127)).unwrap_or_default();
-            [&[number << 3 | 2, length], &content[..usize::from(length)]].concat()
-        };
-        let info = [field(1, b"Kubernetes"), field(2, self.config.version.as_bytes())].concat();
-        let document = [field(1, b"2.0"), field(2, &info), field(8, b"")].concat();
-        let mut response = json_bytes(StatusCode::OK, document.into());
-        let kind = HeaderValue::from_static("application/com.github.proto-openapi.spec.v2.v1.0+protobuf");
-        response.headers_mut().insert(header::CONTENT_TYPE, kind);
-        response
+    /// The document of what is measured, which no row describes.
+    fn of_metrics(&self) -> Value {
+        let needed = ["ObjectMeta", "ListMeta"].map(|name| format!("io.k8s.apimachinery.pkg.apis.meta.v1.{name}"));
+        schema::document(referred_to(&self.definitions("#/components/schemas/"), needed.to_vec()))
+    }
+
+    /// Our document of version 2 with those of other servers, those of greater priority first.
+    fn joined_version_2(&self) -> Value {
+        let mut document = self.version_2();
+        let own = self.registry.group_versions();
+        for remote in self.remotes().iter() {
+            let served_here = own.iter().any(|(group, version)| *group == remote.group && *version == remote.version);
+            if let Some(theirs) = self.aggregation.specs.of_version_2(remote).filter(|_| !served_here) {
+                aggregation::join(&mut document, &theirs);
+            }
+        }
+        document
     }
 
     fn version_2(&self) -> Value {
@@ -225,6 +299,21 @@ fn url(row: &Row, served: &Served, one: bool) -> String {
     let namespace = if row.scope == Scope::Namespaced { "/namespaces/{namespace}" } else { "" };
     let name = if one { "/{name}" } else { "" };
     format!("{base}{namespace}/{}{name}", row.plural)
+}
+
+/// These definitions and what they refer to.
+fn referred_to(all: &BTreeMap<String, Value>, mut needed: Vec<String>) -> Map<String, Value> {
+    let mut schemas = Map::new();
+    while let Some(name) = needed.pop() {
+        if schemas.contains_key(&name) {
+            continue;
+        }
+        if let Some(schema) = all.get(&name) {
+            references(schema, &mut needed);
+            schemas.insert(name, schema.clone());
+        }
+    }
+    schemas
 }
 
 fn references(schema: &Value, into: &mut Vec<String>) {

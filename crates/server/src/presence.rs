@@ -28,6 +28,8 @@ use crate::{
 const IDENTITY: (&str, &str) = ("apiserver.kubernetes.io/identity", "kube-apiserver");
 /// Where a server says at which address it is reached.
 pub const ADDRESS: &str = "seawall.dev/address";
+/// Where it says with which times it runs, as a map of names to `secs` and `nanos`. All servers should say the same.
+pub const TIMES: &str = "seawall.dev/times";
 const NAMESPACE: &str = "kube-system";
 /// A Lease that has been silent for this long is deleted.
 const FORGET: Duration = Duration::from_secs(3600);

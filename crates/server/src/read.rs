@@ -203,6 +203,8 @@ impl Server {
                 let left = range(&objects, &prefix, Some(&last.key)).count();
                 meta["remainingItemCount"] = left.into();
             }
+        } else if token.is_some() {
+            self.pages.done(context.served.id, revision);
         }
         let found = self.in_version(row, found).await?;
         Ok(context.encoder()?.list(found, meta))
@@ -246,7 +248,7 @@ impl<'a> Context<'a> {
     }
 }
 
-/// Snapshots that pages of lists still need, a few, for a few minutes.
+/// Snapshots that pages of lists still need, a few, for two minutes or until the last page.
 #[derive(Default)]
 pub struct Pages(parking_lot::Mutex<std::collections::VecDeque<Page>>);
 
@@ -259,7 +261,7 @@ struct Page {
 
 impl Pages {
     const MOST: usize = 32;
-    const AGE: std::time::Duration = std::time::Duration::from_secs(300);
+    const AGE: std::time::Duration = std::time::Duration::from_secs(120);
 
     fn pin(&self, id: ResourceId, revision: Revision, objects: &Objects) {
         let now = tokio::time::Instant::now();
@@ -269,6 +271,17 @@ impl Pages {
         while pages.len() > Self::MOST {
             pages.pop_front();
         }
+    }
+
+    /// Its last page has been read. Should somebody else be on their way through the same one, the store's history serves.
+    fn done(&self, id: ResourceId, revision: Revision) {
+        self.0.lock().retain(|p| !(p.id == id && p.revision == revision));
+    }
+
+    /// Lets go of those whose time is over, for they keep alive what has been deleted since.
+    pub fn prune(&self) {
+        let now = tokio::time::Instant::now();
+        self.0.lock().retain(|p| p.until > now);
     }
 
     fn find(&self, id: ResourceId, revision: Revision) -> Option<Objects> {

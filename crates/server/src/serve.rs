@@ -72,7 +72,8 @@ async fn accept(server: Arc<Server>, listener: TcpListener, tls: ServerConfig, s
             () = stop.cancelled() => break,
         };
         let (stream, from) = match accepted {
-            Ok((stream, peer)) => (stream, Peer(peer.ip())),
+            // Who comes by IPv4 to a socket of both families has an address of IPv4.
+            Ok((stream, peer)) => (stream, Peer(peer.ip().to_canonical())),
             Err(error) => {
                 // Too many open files: give up the processor until some are closed.
                 tracing::warn!(%error, "a connection could not be accepted");

@@ -303,7 +303,7 @@ async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
 }
 
 /// The ready endpoints of a slice for a port of this name.
-fn endpoints(slice: &Value, port: &str) -> Vec<SocketAddr> {
+pub(crate) fn endpoints(slice: &Value, port: &str) -> Vec<SocketAddr> {
     let mut ports = slice["ports"].as_array().into_iter().flatten();
     let found = ports.find(|p| p["name"].as_str().unwrap_or_default() == port);
     let Some(port) = found.and_then(|p| p["port"].as_u64()).and_then(|p| u16::try_from(p).ok()) else {

@@ -11,7 +11,7 @@ use seawall_api::{
     managed::Managed,
     patch::{DEEPEST, is_deep},
     proto,
-    resources::validate_metadata,
+    resources::{pod_resize, validate_metadata},
     row::Validation,
     schema::{
         TypeId,
@@ -166,6 +166,14 @@ impl Context<'_> {
         }
         Ok(value)
     }
+
+    /// Says everything that is wrong with an object, beyond the metadata, when it is written under the name of this request.
+    fn check(&self, validation: &Validation<'_>, errors: &mut Errors) {
+        self.row.check(validation, errors);
+        if let Some(alias) = &self.served.alias {
+            (alias.validate)(validation, errors);
+        }
+    }
 }
 
 /// A body in YAML, with the paths of keys that stand twice. Once its aliases are followed it may be no larger than one in
@@ -285,7 +293,7 @@ impl Server {
         let name = name_of(&object).to_owned();
         let mut errors = Errors::default();
         validate_metadata(row, &object, None, &mut errors);
-        row.check(&Validation { new: &object, old: None, subresource: "" }, &mut errors);
+        context.check(&Validation { new: &object, old: None, subresource: "" }, &mut errors);
         if !errors.is_empty() {
             let shown =
                 if name.is_empty() { object["metadata"]["generateName"].as_str().unwrap_or_default() } else { &name };
@@ -448,9 +456,7 @@ impl Server {
         let sent = meta(&mut new).remove("managedFields");
         carry_over(row, sub, &mut new, &old);
         row.fill_in(&mut new);
-        if sub.is_empty() {
-            (row.prepare_update)(&mut new, &old);
-        }
+        prepare(row, sub, &mut new, &old);
         match managed {
             Some(managed) => apply::write(&mut new, &managed),
             None => self.record(context, &mut new, Some(&old), sent.as_ref())?,
@@ -460,20 +466,20 @@ impl Server {
             let managed = new["metadata"]["managedFields"].take();
             carry_over(row, sub, &mut new, &old);
             row.fill_in(&mut new);
-            if sub.is_empty() {
-                (row.prepare_update)(&mut new, &old);
-            }
+            prepare(row, sub, &mut new, &old);
             if !managed.is_null() {
                 new["metadata"]["managedFields"] = managed;
             }
         }
-        if row.generation && sub.is_empty() && content(row, &new) != content(row, &old) {
+        // Parts of a pod's spec that have a way of their own count too (KEP-5067).
+        let of_spec = matches!(sub, "" | "resize" | "ephemeralcontainers");
+        if row.generation && of_spec && content(row, &new) != content(row, &old) {
             let generation = old["metadata"]["generation"].as_i64().unwrap_or_default() + 1;
             new["metadata"]["generation"] = generation.into();
         }
         let mut errors = Errors::default();
         validate_metadata(row, &new, Some(&old), &mut errors);
-        row.check(&Validation { new: &new, old: Some(&old), subresource: sub }, &mut errors);
+        context.check(&Validation { new: &new, old: Some(&old), subresource: sub }, &mut errors);
         if !errors.is_empty() {
             return Err(ApiError::invalid(row, current.name(), &errors).into());
         }
@@ -552,6 +558,15 @@ pub(crate) fn expected_version(text: &str) -> Result<Revision> {
     })
 }
 
+/// What follows from what an update writes.
+fn prepare(row: &Row, sub: &str, new: &mut Value, old: &Value) {
+    match sub {
+        "" => (row.prepare_update)(new, old),
+        "status" => (row.prepare_status)(new, old),
+        _ => {}
+    }
+}
+
 /// What an update cannot change, and what the part that is written leaves alone.
 fn carry_over(row: &Row, sub: &str, new: &mut Value, old: &Value) {
     let has_status = row.has(Subresource::Status);
@@ -584,16 +599,7 @@ fn carry_over(row: &Row, sub: &str, new: &mut Value, old: &Value) {
             *new = old.clone();
             new["spec"]["ephemeralContainers"] = added;
         }
-        "resize" => {
-            let containers = new["spec"]["containers"].take();
-            *new = old.clone();
-            for container in new["spec"]["containers"].as_array_mut().into_iter().flatten() {
-                let wanted = containers.as_array().into_iter().flatten().find(|c| c["name"] == container["name"]);
-                if let Some(wanted) = wanted {
-                    container["resources"] = wanted["resources"].clone();
-                }
-            }
-        }
+        "resize" => pod_resize::merge(new, old),
         "finalize" => {
             let finalizers = new["spec"]["finalizers"].take();
             *new = old.clone();

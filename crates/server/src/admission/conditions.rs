@@ -2,7 +2,10 @@
 //! (<https://kubernetes.io/docs/reference/access-authn-authz/extensible-admission-controllers/#matching-requests-matchconditions>),
 //! and the authorizer as expressions see it.
 
-use seawall_api::cel::{Authorizer, EvalError, Program, Question};
+use seawall_api::{
+    cel::{Authorizer, EvalError, Program, Question},
+    selector::parse_fields,
+};
 
 use super::registered::Named;
 use crate::{
@@ -50,6 +53,8 @@ pub(super) struct Asker<'a> {
 
 impl Authorizer for Asker<'_> {
     fn check(&self, question: &Question) -> (bool, String) {
+        // Upstream's authorizer looks at the fields that are selected; of labels, none that is built in does.
+        let fields = parse_fields(&question.fields).unwrap_or_default();
         let attributes = Attributes {
             verb: &question.verb,
             group: &question.group,
@@ -57,7 +62,7 @@ impl Authorizer for Asker<'_> {
             subresource: &question.subresource,
             namespace: &question.namespace,
             name: &question.name,
-            fields: &[],
+            fields: &fields,
             path: &question.path,
         };
         let account = question.service_account.as_ref().map(|(namespace, name)| {
@@ -73,11 +78,13 @@ impl Authorizer for Asker<'_> {
 
 #[cfg(test)]
 mod tests {
+    use seawall_api::cel::Type;
+
     use super::*;
 
     #[test]
     fn one_that_is_false_decides() {
-        let named = |text: &str| (text.to_owned(), Program::compile(text, &["object"]));
+        let named = |text: &str| (text.to_owned(), Program::compile(text, &[("object", Type::Dyn)]));
         let check = |texts: &[&str], expect: Result<bool, &str>| {
             let list: Vec<Named> = texts.iter().map(|text| named(text)).collect();
             let object = serde_json::json!({"a": 1});

@@ -60,6 +60,26 @@ impl Server {
         }
     }
 
+    /// Protects claims and volumes from being taken away while they are used
+    /// (<https://kubernetes.io/docs/reference/access-authn-authz/admission-controllers/#storageobjectinuseprotection>).
+    /// `controllers/storage_protection.rs` lets them go.
+    pub(super) fn protect_storage(context: &Context<'_>, object: &mut Value) {
+        let finalizer = match (context.row.group, context.row.plural) {
+            ("", "persistentvolumeclaims") => "kubernetes.io/pvc-protection",
+            ("", "persistentvolumes") => "kubernetes.io/pv-protection",
+            _ => return,
+        };
+        let meta = &mut object["metadata"];
+        if !meta["finalizers"].is_array() {
+            meta["finalizers"] = json!([]);
+        }
+        if let Some(finalizers) = meta["finalizers"].as_array_mut()
+            && !finalizers.iter().any(|own| own == finalizer)
+        {
+            finalizers.push(finalizer.into());
+        }
+    }
+
     /// Adds what the runtime class of a pod costs, and where it can run
     /// (<https://kubernetes.io/docs/concepts/containers/runtime-class/>).
     pub(super) async fn runtime_class(&self, context: &Context<'_>, pod: &mut Value) -> Result<()> {

@@ -10,7 +10,8 @@ use crate::{
 
 impl Server {
     fn limit_ranges(&self, context: &Context<'_>) -> Vec<Value> {
-        let core = context.row.group.is_empty() && context.path.subresource.is_none();
+        let part = context.path.subresource.as_deref();
+        let core = context.row.group.is_empty() && matches!(part, None | Some("resize"));
         let Some((id, row)) = self.registry.by_name("", "limitranges").filter(|_| core) else { return Vec::new() };
         let prefix = format!("{}{}/", row.prefix(), context.namespace());
         self.cache.snapshot().range(id, &prefix, None).map(|range| range.value()).collect()
@@ -23,10 +24,10 @@ impl Server {
         }
     }
 
-    /// Refuses a pod or a claim that is out of range. Pods are not looked at again once they are there.
+    /// Refuses a pod or a claim that is out of range. Pods that are there are looked at again when they are resized.
     pub(super) fn check_limits(&self, context: &Context<'_>, object: &Value, is_new: bool) -> Result<()> {
         let check = match context.row.plural {
-            "pods" if is_new => limit_range::check_pod,
+            "pods" if is_new || context.path.subresource.as_deref() == Some("resize") => limit_range::check_pod,
             "persistentvolumeclaims" => limit_range::check_claim,
             _ => return Ok(()),
         };

@@ -9,6 +9,7 @@
 mod certificates;
 mod conditions;
 mod defaults;
+mod device_access;
 mod limits;
 mod mutating_policy;
 mod node_restriction;
@@ -126,6 +127,7 @@ impl Server {
     ) -> Result<()> {
         self.check_limits(context, object, operation == Operation::Create)?;
         self.pod_security(context, object, old).await?;
+        self.device_access(context, object, old).await?;
         let index = self.registered();
         if index.validating_policies.is_empty() && index.validating_webhooks.is_empty() {
             return Ok(());
@@ -162,7 +164,7 @@ impl Server {
         }
     }
 
-    /// Admits a connection into a pod, as it was asked for in the URL.
+    /// Admits a connection into a pod, or to what answers on behalf of something, as it was asked for in the URL.
     pub(crate) async fn admit_connect(&self, context: &Context<'_>) -> Result<()> {
         let index = self.registered();
         if index.is_empty() {
@@ -171,9 +173,17 @@ impl Server {
         let kind = match context.path.subresource.as_deref() {
             Some("exec") => "PodExecOptions",
             Some("attach") => "PodAttachOptions",
+            Some("proxy") => match context.row.plural {
+                "pods" => "PodProxyOptions",
+                "services" => "ServiceProxyOptions",
+                _ => "NodeProxyOptions",
+            },
             _ => "PodPortForwardOptions",
         };
-        let mut options = json!({});
+        let mut options = match kind.ends_with("ProxyOptions") {
+            true => json!({"path": format!("/{}", context.path.rest)}),
+            false => json!({}),
+        };
         for (key, value) in context.query.pairs() {
             match key.as_str() {
                 "stdin" | "stdout" | "stderr" | "tty" => options[key] = context.query.flag(key).into(),
@@ -262,11 +272,11 @@ impl Server {
             // As upstream: nothing new while everything is being deleted.
             return Err(ApiError::method_not_allowed());
         }
-        self.not_enforced(context);
         if context.row.scope == Scope::Namespaced {
             self.namespace_lifecycle(context).await?;
         }
         self.default_classes(context, object);
+        Self::protect_storage(context, object);
         if context.row.plural == "pods" && context.row.group.is_empty() {
             self.service_account(context, object).await?;
             self.priority(context, object)?;
@@ -279,20 +289,6 @@ impl Server {
             pods::taint_new_node(object);
         }
         Ok(())
-    }
-
-    /// Says of what is only kept that it has no effect.
-    fn not_enforced(&self, context: &Context<'_>) {
-        let row = &context.row;
-        match (row.group, row.plural) {
-            ("networking.k8s.io", "networkpolicies") | ("autoscaling", _) => {
-                context.warn(vec![format!(
-                    "{} are stored, but have no effect in this version of Seawall",
-                    row.qualified()
-                )]);
-            }
-            _ => {}
-        }
     }
 
     /// Waits until what was written counts for whoever asks this server next, if it says who may do what.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use http::StatusCode;
 use seawall_api::{
     Scope as RowScope,
-    cel::{EvalError, Program, Session},
+    cel::{EvalError, PER_CONDITIONS, Session},
 };
 use serde_json::{Value, json};
 
@@ -138,8 +138,8 @@ impl Server {
         request: &Request<'_>,
     ) -> Result<bool, String> {
         let asker = Asker { server: self, user: &request.context.user };
-        let hold = |program: &Program| Session::new(inputs.variables(params)).with_authorizer(&asker).holds(program);
-        match Conditions::of(&policy.conditions).hold(hold) {
+        let session = Session::new(inputs.variables(params)).with_authorizer(&asker).with_budget(PER_CONDITIONS);
+        match Conditions::of(&policy.conditions).hold(|program| session.holds(program)) {
             Err(_) if policy.ignore_failure => Ok(false),
             held => held,
         }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use seawall_api::cel::{CompileError, Program};
+use seawall_api::cel::{CompileError, Program, Variable, of_policy, of_webhooks, with_variables};
 use seawall_store::Revision;
 use serde_json::Value;
 
@@ -18,12 +18,6 @@ use crate::{
 
 /// The group of webhooks and policies.
 pub(crate) const GROUP: &str = "admissionregistration.k8s.io";
-
-/// What match conditions of webhooks may name.
-pub(crate) const OF_WEBHOOKS: [&str; 4] = ["object", "oldObject", "request", "authorizer"];
-/// What expressions of policies may name.
-pub(crate) const OF_POLICIES: [&str; 7] =
-    ["object", "oldObject", "request", "authorizer", "namespaceObject", "params", "variables"];
 
 /// An expression with its name; one that does not compile fails whenever it is asked.
 pub(crate) type Named = (String, Result<Program, CompileError>);
@@ -137,7 +131,7 @@ fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-fn named(values: &Value, key: &str, expression: &str, variables: &[&str]) -> Vec<Named> {
+fn named(values: &Value, key: &str, expression: &str, variables: &[Variable<'_>]) -> Vec<Named> {
     let one = |value: &Value| {
         let source = value[expression].as_str().unwrap_or_default();
         (text(&value[key]), Program::compile(source, variables))
@@ -149,7 +143,7 @@ fn webhook(value: &Value) -> Webhook {
     Webhook {
         name: text(&value["name"]),
         scope: Scope::of_webhook(value),
-        conditions: named(&value["matchConditions"], "name", "expression", &OF_WEBHOOKS),
+        conditions: named(&value["matchConditions"], "name", "expression", &of_webhooks()),
         ignore_failure: value["failurePolicy"] == "Ignore",
         timeout: value["timeoutSeconds"].as_u64().unwrap_or(10).clamp(1, 30),
         dry_run: matches!(value["sideEffects"].as_str(), Some("None" | "NoneOnDryRun")),
@@ -160,21 +154,24 @@ fn webhook(value: &Value) -> Webhook {
 
 fn policy(object: &Value) -> Policy {
     let spec = &object["spec"];
-    let compile = |value: &Value| Program::compile(value.as_str().unwrap_or_default(), &OF_POLICIES);
-    let (mut variables, mut broken) = (Vec::new(), None);
+    let plain = of_policy(spec["paramKind"].is_object());
+    let (mut variables, mut broken): (Vec<(String, Option<Program>)>, _) = (Vec::new(), None);
     for variable in list(&spec["variables"]) {
-        match compile(&variable["expression"]) {
-            Ok(program) => variables.push((text(&variable["name"]), program)),
-            Err(error) => broken = broken.or(Some(error)),
-        }
+        let source = variable["expression"].as_str().unwrap_or_default();
+        let program = Program::compile(source, &with_variables(&plain, &variables));
+        let program = program.map_err(|error| broken = broken.take().or(Some(error))).ok();
+        variables.push((text(&variable["name"]), program));
     }
+    let names = with_variables(&plain, &variables);
+    let variables = variables.into_iter().filter_map(|(name, program)| Some((name, program?))).collect();
+    let compile = |value: &Value| Program::compile(value.as_str().unwrap_or_default(), &names);
     let check = |value: &Value| Check {
         expression: (text(&value["expression"]), compile(&value["expression"])),
         message: value["message"].as_str().filter(|m| !m.is_empty()).map(str::to_owned),
         message_expression: value["messageExpression"]
             .as_str()
             .filter(|m| !m.is_empty())
-            .map(|m| Program::compile(m, &OF_POLICIES)),
+            .map(|m| Program::compile(m, &names)),
         reason: value["reason"].as_str().filter(|r| !r.is_empty()).map(str::to_owned),
     };
     let mutation = |value: &Value| {
@@ -185,11 +182,11 @@ fn policy(object: &Value) -> Policy {
     Policy {
         name: text(&object["metadata"]["name"]),
         scope: Scope::of_policy(&spec["matchConstraints"], false),
-        conditions: named(&spec["matchConditions"], "name", "expression", &OF_POLICIES),
+        conditions: named(&spec["matchConditions"], "name", "expression", &plain),
         variables,
         broken,
         checks: list(&spec["validations"]).map(check).collect(),
-        annotations: named(&spec["auditAnnotations"], "key", "valueExpression", &OF_POLICIES),
+        annotations: named(&spec["auditAnnotations"], "key", "valueExpression", &names),
         mutations: list(&spec["mutations"]).map(mutation).collect(),
         ignore_failure: spec["failurePolicy"] == "Ignore",
         reinvoke: spec["reinvocationPolicy"] == "IfNeeded",

@@ -5,7 +5,7 @@ use base64::Engine as _;
 use futures::future::join_all;
 use http::StatusCode;
 use seawall_api::{
-    cel::{Program, Session},
+    cel::{PER_CONDITIONS, Session},
     patch,
 };
 use serde_json::{Value, json};
@@ -138,11 +138,9 @@ impl Server {
         let (object, old) = (request.convert(&request.object, version), request.convert(&request.old, version));
         let described = request.describe(version);
         let asker = Asker { server: self, user: &request.context.user };
-        let session = || {
-            let variables = vec![("object", &object), ("oldObject", &old), ("request", &described)];
-            Session::new(variables).with_authorizer(&asker)
-        };
-        match Conditions::of(&webhook.conditions).hold(|program: &Program| session().holds(program)) {
+        let variables = vec![("object", &object), ("oldObject", &old), ("request", &described)];
+        let session = Session::new(variables).with_authorizer(&asker).with_budget(PER_CONDITIONS);
+        match Conditions::of(&webhook.conditions).hold(|program| session.holds(program)) {
             Ok(true) => Ok(Some(version)),
             Ok(false) => Ok(None),
             Err(_) if webhook.ignore_failure => Ok(None),

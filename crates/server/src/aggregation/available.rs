@@ -175,6 +175,7 @@ impl Server {
             Ok(Err(why)) => self.lost(remote, failed(why)),
             Ok(Ok((StatusCode::OK, list))) => {
                 self.aggregation.discovered.lock().insert(remote.name.clone(), (list, true));
+                self.aggregation.specs.answers(&remote.name);
                 Verdict { available: true, reason: "Passed", message: "all checks passed".into() }
             }
             Ok(Ok((status, _))) => self.lost(remote, failed(format!("bad status {status}"))),
@@ -208,24 +209,8 @@ impl Server {
         };
         let condition = json!({"type": "Available", "status": status, "reason": verdict.reason,
             "message": verdict.message, "lastTransitionTime": since});
-        let (_, row) = self.registry.by_name(GROUP, PLURAL).ok_or_else(ApiError::no_route)?;
-        let served = self.registry.find(row.group, row.version, row.plural).ok_or_else(ApiError::no_route)?;
-        let path = ResourcePath {
-            group: row.group.into(),
-            version: row.version.into(),
-            resource: row.plural.into(),
-            name: Some(name.to_owned()),
-            subresource: Some("status".into()),
-            ..Default::default()
-        };
-        let mut context = Context::own(&self.registry, path, &served);
         let mut next = service;
         next["status"] = json!({"conditions": [condition]});
-        context.body = next.to_string().into();
-        match self.subresource(&context, &http::Method::PUT).await {
-            // Another server was faster, and thinks the same or will look again.
-            Err(error) if ![StatusCode::CONFLICT, StatusCode::NOT_FOUND].contains(&error.code) => Err(error),
-            _ => Ok(()),
-        }
+        self.put_status(GROUP, PLURAL, next).await
     }
 }

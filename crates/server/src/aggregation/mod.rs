@@ -2,11 +2,17 @@
 //! (<https://kubernetes.io/docs/concepts/extend-kubernetes/api-extension/apiserver-aggregation/>).
 //!
 //! Who asks is authenticated and authorized here; the other server is told who it is, by headers that it believes because of
-//! the certificate with which they come ([`identity`]). [`available`] looks after the other servers.
+//! the certificate with which they come ([`identity`]). [`available`] looks after the other servers, [`specs`] asks them for
+//! their OpenAPI documents, which [`join`] makes part of ours.
 
 pub mod available;
 mod identity;
+mod join;
 mod pass;
+pub(crate) mod specs;
+
+pub(crate) use join::join;
+pub(crate) use pass::{OF_THE_CONNECTION, believe_anybody};
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -85,6 +91,8 @@ pub struct Aggregation {
     last: Mutex<Last>,
     /// What each serves, as it said last: the list of its resources, and whether it still says so.
     discovered: Mutex<HashMap<String, (Value, bool)>>,
+    /// How each describes what it serves.
+    pub(crate) specs: specs::Specs,
     /// How this server proves who it is.
     identity: ArcSwapOption<identity::Identity>,
     /// By whom they believe, since that takes a while to read.

@@ -9,8 +9,11 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::{
+        WantsClientCert,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
     crypto::CryptoProvider,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
@@ -30,7 +33,7 @@ use crate::{
 };
 
 /// Headers that are about one connection.
-const OF_THE_CONNECTION: [HeaderName; 7] = [
+pub(crate) const OF_THE_CONNECTION: [HeaderName; 7] = [
     header::CONNECTION,
     header::PROXY_AUTHENTICATE,
     header::PROXY_AUTHORIZATION,
@@ -125,15 +128,31 @@ impl Server {
 
     /// What a server says of one of its paths, asked by this server itself.
     pub(super) async fn ask_remote(&self, remote: &Remote, path: &str) -> Result<(StatusCode, Value), String> {
+        let user = UserInfo::new("system:kube-aggregator", &[MASTERS]);
+        let (parts, body) = self.ask_remote_as(remote, &user, path, None, MOST).await?;
+        Ok((parts.status, serde_json::from_slice(&body).unwrap_or_default()))
+    }
+
+    /// What a server answers `user` for a path, in at most `most` bytes; `tag` is that of the answer that is known.
+    pub(super) async fn ask_remote_as(
+        &self,
+        remote: &Remote,
+        user: &UserInfo,
+        path: &str,
+        tag: Option<&str>,
+        most: usize,
+    ) -> Result<(http::response::Parts, Bytes), String> {
         let mut request = Request::new(Empty::<Bytes>::new());
         *request.method_mut() = Method::GET;
         *request.uri_mut() = path.parse().map_err(|e| format!("{path}: {e}"))?;
-        about(request.headers_mut(), &UserInfo::new("system:kube-aggregator", &[MASTERS]));
+        about(request.headers_mut(), user);
         request.headers_mut().insert(header::ACCEPT, HeaderValue::from_static("application/json"));
-        let response = self.send_to_remote(remote, request).await?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), MOST).collect().await.map_err(|e| e.to_string())?;
-        Ok((status, serde_json::from_slice(&body.to_bytes()).unwrap_or_default()))
+        if let Some(tag) = tag.and_then(|tag| HeaderValue::from_str(tag).ok()) {
+            request.headers_mut().insert(header::IF_NONE_MATCH, tag);
+        }
+        let (parts, body) = self.send_to_remote(remote, request).await?.into_parts();
+        let body = Limited::new(body, most).collect().await.map_err(|e| e.to_string())?;
+        Ok((parts, body.to_bytes()))
     }
 }
 
@@ -171,10 +190,8 @@ impl super::Aggregation {
             return Ok(known.clone());
         }
         let identity = self.identity.load_full().ok_or("this server is still starting")?;
-        let builder = ClientConfig::builder();
         let builder = if remote.insecure {
-            let provider = builder.crypto_provider().clone();
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider)))
+            believe_anybody()
         } else {
             let pem = STANDARD.decode(&remote.authorities).map_err(|e| format!("spec.caBundle: {e}"))?;
             let mut roots = RootCertStore::empty();
@@ -183,7 +200,7 @@ impl super::Aggregation {
                     .add(der.map_err(|e| format!("spec.caBundle: {e}"))?)
                     .map_err(|e| format!("spec.caBundle: {e}"))?;
             }
-            builder.with_root_certificates(roots)
+            ClientConfig::builder().with_root_certificates(roots)
         };
         let config = builder.with_client_auth_cert(identity.chain.clone(), identity.key.clone_key());
         let config = Arc::new(config.map_err(|e| e.to_string())?);
@@ -195,6 +212,13 @@ impl super::Aggregation {
         known.insert(key, config.clone());
         Ok(config)
     }
+}
+
+/// A client of TLS that asks nobody to prove who they are.
+pub(crate) fn believe_anybody() -> ConfigBuilder<ClientConfig, WantsClientCert> {
+    let builder = ClientConfig::builder();
+    let provider = builder.crypto_provider().clone();
+    builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider)))
 }
 
 /// Believes any certificate, as `insecureSkipTLSVerify` asks for.

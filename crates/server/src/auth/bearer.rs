@@ -34,6 +34,11 @@ impl Server {
         // What others say of a user is for the API; who asks for another audience asks the cluster itself, or a webhook.
         let ours = common(audiences, &[&self.config.issuer]);
         if !ours.is_empty() {
+            match self.user_of_legacy_token(token) {
+                Some(Ok(user)) => return Ok((user, ours)),
+                Some(Err(failed)) => why = vec![failed],
+                None => {}
+            }
             let authentication = access.authentication.load_full();
             match authentication.issuers.user(token, Timestamp::now()).await {
                 Some(Ok(user)) => return Ok((user, ours)),

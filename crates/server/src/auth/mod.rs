@@ -4,6 +4,7 @@ pub mod authorize;
 pub(crate) mod bearer;
 pub mod bootstrap_token;
 mod impersonate;
+pub mod legacy_token;
 pub mod node;
 pub mod oidc;
 pub mod rbac;

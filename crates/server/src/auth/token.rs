@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use x509_parser::{prelude::FromDer, x509::SubjectPublicKeyInfo};
 
-use super::UserInfo;
+use super::{UserInfo, legacy_token};
 
 /// The claims of a token.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -101,10 +101,31 @@ impl Tokens {
 
     /// Makes a token.
     pub fn sign(&self, claims: &Claims) -> Result<String, TokenError> {
+        self.sign_claims(claims)
+    }
+
+    /// Makes a token that has no end.
+    pub fn sign_legacy(&self, claims: &legacy_token::LegacyClaims) -> Result<String, TokenError> {
+        self.sign_claims(claims)
+    }
+
+    fn sign_claims(&self, claims: &impl Serialize) -> Result<String, TokenError> {
         let mut header = Header::new(Algorithm::ES256);
         header.kid = self.jwk["kid"].as_str().map(str::to_owned);
         jsonwebtoken::encode(&header, claims, &self.encoding)
             .map_err(|source| TokenError { what: "the token cannot be signed", source })
+    }
+
+    /// Verifies signature and issuer of a token that has no end. Whether it still holds is for the caller.
+    pub fn verify_legacy(&self, token: &str) -> Result<legacy_token::LegacyClaims, TokenError> {
+        let mut validation = Validation::new(Algorithm::ES256);
+        validation.set_issuer(&[legacy_token::ISSUER]);
+        validation.set_required_spec_claims(&["iss", "sub"]);
+        validation.validate_exp = false;
+        validation.validate_aud = false;
+        jsonwebtoken::decode(token, &self.decoding, &validation)
+            .map(|data| data.claims)
+            .map_err(|source| TokenError { what: "the token is not valid", source })
     }
 
     /// Verifies signature, issuer, time and audience. Whether the bound objects are still there is for the caller.

@@ -13,7 +13,7 @@ use seawall_api::{proto::encode as proto, schema::TypeId};
 use seawall_store::Revision;
 use serde_json::{Value, json};
 
-use super::{Body, BodyError, Encoder, Shape, full};
+use super::{Body, BodyError, Encoder, SLICE, SLICE_ROOM, Shape, full};
 use crate::{
     cache::{Change, EventType},
     error::ApiError,
@@ -29,8 +29,6 @@ const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta";
 const STATUS: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.Status";
 /// The group and version of metadata alone.
 const META_VERSION: &str = "meta.k8s.io/v1";
-/// A piece of a large list holds about this many bytes.
-const SLICE: usize = 128 << 10;
 
 /// An answer with a message in its envelope.
 pub fn answer(status: StatusCode, body: Bytes) -> Response<Body> {
@@ -67,7 +65,8 @@ impl Encoder<'_> {
                 let meta = ty.map(|ty| proto::message(self.schemas, ty, &object["metadata"])).unwrap_or_default();
                 proto::field(1, &meta).into()
             }
-            _ => proto::message(self.schemas, self.ty(), &self.convert(object)).into(),
+            // Not the buffer itself: it has room to spare, and the message may be kept.
+            _ => Bytes::copy_from_slice(&proto::message(self.schemas, self.ty(), &self.convert(object))),
         }
     }
 
@@ -103,7 +102,8 @@ impl Encoder<'_> {
         let slices =
             futures::stream::unfold((head, items.into_iter(), Some(tail)), |(head, mut items, tail)| async move {
                 let mut tail = tail?;
-                let mut out = BytesMut::from(&head[..]);
+                let mut out = BytesMut::with_capacity(SLICE_ROOM);
+                out.extend_from_slice(&head);
                 for item in items.by_ref() {
                     out.extend_from_slice(&proto::item(item.len()));
                     out.extend_from_slice(&item);

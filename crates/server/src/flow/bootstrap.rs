@@ -1,15 +1,19 @@
 //! The levels and schemas that every cluster has, with upstream's names and figures
 //! (<https://kubernetes.io/docs/reference/debug-cluster/flow-control/>).
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
+use jiff::Timestamp;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::{GROUP, plan};
-use crate::{Server, error::Result};
+use crate::{Server, cache::Objects, error::Result};
 
 /// How often what was taken away or changed is put back: upstream's time.
 const AGAIN: Duration = Duration::from_secs(60);
+/// How often it is looked whether schemas lead to levels that exist.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// A value of this annotation other than `true` keeps an object as its owner has made it.
 pub const AUTOUPDATE: &str = "apf.kubernetes.io/autoupdate-spec";
@@ -139,13 +143,19 @@ pub fn objects() -> (Vec<Value>, Vec<Value>) {
     (levels, schemas)
 }
 
-/// Keeps these objects there until the server stops.
+/// Keeps these objects there, and says of schemas whether they lead anywhere, until the server stops.
 pub(crate) async fn keep(server: Arc<Server>) {
     let stop = server.stop.clone();
     stop.run_until_cancelled(async {
+        let (mut last, mut seen) = (Instant::now(), None);
         loop {
-            tokio::time::sleep(AGAIN).await;
-            if let Err(error) = server.ensure_flow().await {
+            tokio::time::sleep(LOOK).await;
+            let mut looked = server.say_what_dangles(&mut seen).await;
+            if last.elapsed() >= AGAIN {
+                last = Instant::now();
+                looked = looked.and(server.ensure_flow().await);
+            }
+            if let Err(error) = looked {
                 tracing::debug!(error = error.message, "levels and schemas were not looked through");
             }
         }
@@ -153,7 +163,52 @@ pub(crate) async fn keep(server: Arc<Server>) {
     .await;
 }
 
+/// The condition of a schema that says whether the level it names exists; `None` if it says so already.
+fn dangling(schema: &Value, exists: bool, now: &Value) -> Option<Value> {
+    let level = schema["spec"]["priorityLevelConfiguration"]["name"].as_str().unwrap_or_default();
+    let object = format!("This FlowSchema references the PriorityLevelConfiguration object named {level:?}");
+    let (status, reason, message) = match exists {
+        true => ("False", "Found", format!("{object} and it exists")),
+        false => ("True", "NotFound", format!("{object} but there is no such object")),
+    };
+    let conditions = schema["status"]["conditions"].as_array();
+    let known = conditions.into_iter().flatten().find(|condition| condition["type"] == "Dangling");
+    if known.is_some_and(|known| known["status"] == status && known["message"] == *message) {
+        return None;
+    }
+    let since = known
+        .filter(|known| known["status"] == status)
+        .map_or_else(|| now.clone(), |k| k["lastTransitionTime"].clone());
+    Some(json!({"type": "Dangling", "status": status, "reason": reason, "message": message,
+        "lastTransitionTime": since}))
+}
+
 impl Server {
+    /// Writes the conditions of schemas that say something else than what is, if anything has changed since all was well.
+    async fn say_what_dangles(self: &Arc<Self>, seen: &mut Option<[Objects; 2]>) -> Result<()> {
+        let snapshot = self.cache.snapshot();
+        let of = |plural| self.registry.by_name(GROUP, plural).map(|(id, _)| snapshot.of(id).clone());
+        let (Some(schemas), Some(levels)) = (of("flowschemas"), of("prioritylevelconfigurations")) else {
+            return Ok(());
+        };
+        if seen.as_ref().is_some_and(|[s, l]| s.ptr_eq(&schemas) && l.ptr_eq(&levels)) {
+            return Ok(());
+        }
+        let names: HashSet<String> =
+            levels.values().filter_map(|level| level.value()["metadata"]["name"].as_str().map(str::to_owned)).collect();
+        let now = crate::write::timestamp(Timestamp::now());
+        for schema in schemas.values() {
+            let mut schema = schema.value();
+            let level = schema["spec"]["priorityLevelConfiguration"]["name"].as_str().unwrap_or_default();
+            if let Some(condition) = dangling(&schema, names.contains(level), &now) {
+                schema["status"] = json!({"conditions": [condition]});
+                self.put_status(GROUP, "flowschemas", schema).await?;
+            }
+        }
+        *seen = Some([schemas, levels]);
+        Ok(())
+    }
+
     /// Creates what is missing, and puts right what was changed; not what is the cluster's own by its annotation, unless
     /// the server could not do without it.
     pub(crate) async fn ensure_flow(self: &Arc<Self>) -> Result<()> {

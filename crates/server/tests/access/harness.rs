@@ -70,6 +70,7 @@ impl Api {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            event_ttl: std::time::Duration::from_secs(3600),
             access: Default::default(),
         };
         change(&mut config);

@@ -11,6 +11,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use rustls::{RootCertStore, server::WebPkiClientVerifier};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use seawall_server::{auth::UserInfo, pki::Authority};
@@ -47,9 +48,20 @@ async fn told(api: &Api) -> Value {
     .await
 }
 
+/// What it says of its API.
+#[derive(Default)]
+struct Described {
+    two: Value,
+    /// Nothing, if it does not know of version 3.
+    three: Option<Value>,
+    /// How often it was asked for the version 2 that was known.
+    in_vain: usize,
+}
+
 /// Another API server, which answers who it was told that asks.
 struct Things {
     authority: Authority,
+    described: Arc<Mutex<Described>>,
     port: u16,
     stop: CancellationToken,
     _dir: tempfile::TempDir,
@@ -75,9 +87,11 @@ impl Things {
         let port = listener.local_addr().unwrap().port();
         let stop = CancellationToken::new();
         let names: Vec<String> = serde_json::from_str(told["requestheader-allowed-names"].as_str().unwrap()).unwrap();
+        let described = Arc::new(Mutex::new(Described::default()));
+        let says = described.clone();
         tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (acceptor, names) = (acceptor.clone(), names.clone());
+                let (acceptor, names, says) = (acceptor.clone(), names.clone(), says.clone());
                 tokio::spawn(async move {
                     // Whoever has no certificate of that authority gets no further.
                     let Ok(stream) = acceptor.accept(stream).await else { return };
@@ -85,13 +99,13 @@ impl Things {
                     let user = UserInfo::from_certificate(&certificate).unwrap();
                     assert!(names.contains(&user.username), "{user:?}");
                     let served = hyper::server::conn::http1::Builder::new()
-                        .serve_connection(TokioIo::new(stream), service_fn(answer))
+                        .serve_connection(TokioIo::new(stream), service_fn(|request| answer(request, says.clone())))
                         .with_upgrades();
                     let _ = served.await;
                 });
             }
         }));
-        Things { authority, port, stop, _dir: dir }
+        Things { authority, described, port, stop, _dir: dir }
     }
 
     /// Its APIService, and the Service before it.
@@ -109,9 +123,15 @@ impl Things {
     }
 }
 
-async fn answer(mut request: Request<Incoming>) -> Result<Response<UnsyncBoxBody<Bytes, Infallible>>, Infallible> {
+async fn answer(
+    mut request: Request<Incoming>,
+    says: Arc<Mutex<Described>>,
+) -> Result<Response<UnsyncBoxBody<Bytes, Infallible>>, Infallible> {
     let full = |value: Value| Full::new(Bytes::from(value.to_string())).boxed_unsync();
     let path = request.uri().path().to_owned();
+    if path.starts_with("/openapi/") {
+        return Ok(describe(&request, &mut says.lock()).map(full));
+    }
     if request.headers().contains_key("upgrade") {
         let upgraded = hyper::upgrade::on(&mut request);
         tokio::spawn(async move {
@@ -150,6 +170,30 @@ async fn answer(mut request: Request<Incoming>) -> Result<Response<UnsyncBoxBody
     }
     response.headers_mut().insert("content-type", "application/json".parse().unwrap());
     Ok(response)
+}
+
+fn describe(request: &Request<Incoming>, says: &mut Described) -> Response<Value> {
+    let tag = format!("\"{}\"", says.two.to_string().len());
+    let known = request.headers().get("if-none-match").is_some_and(|known| known == tag.as_str());
+    let (status, body) = match (request.uri().path(), &says.three) {
+        // This server itself asks, with no rights of its own.
+        ("/openapi/v2", _) if request.headers()["x-remote-user"] != "system:aggregator" => (403, Value::Null),
+        ("/openapi/v2", _) if says.two.is_null() => (404, Value::Null),
+        ("/openapi/v2", _) if known => {
+            says.in_vain += 1;
+            (304, Value::Null)
+        }
+        ("/openapi/v2", _) => (200, says.two.clone()),
+        ("/openapi/v3", Some(_)) => (
+            200,
+            json!({"paths": {
+            "apis/things.example/v1": {"serverRelativeURL": "/openapi/v3/apis/things.example/v1?hash=7"},
+            "apis/apps/v1": {"serverRelativeURL": "/openapi/v3/apis/apps/v1?hash=mine"}}}),
+        ),
+        ("/openapi/v3/apis/things.example/v1", Some(three)) => (200, three.clone()),
+        _ => (404, Value::Null),
+    };
+    Response::builder().status(status).header("etag", tag).body(body).unwrap()
 }
 
 async fn condition(api: &Api, status: &str, reason: &str) -> Value {
@@ -204,7 +248,6 @@ async fn another_server_is_asked_for_its_group() {
     };
     let version = aggregated().await;
     assert_eq!((&version["freshness"], &version["resources"][0]["shortNames"][0]), (&json!("Current"), &json!("th")));
-    assert!(api.get("/openapi/v3").await["paths"]["apis/things.example/v1"].is_object());
 
     // It goes, which is said in words, and comes back.
     let port = things.port;
@@ -254,6 +297,102 @@ async fn a_server_that_nobody_vouches_for_is_not_believed() {
     let patch = json!({"spec": {"versionPriority": 101}});
     api.call(Method::PATCH, &path, "application/merge-patch+json", patch).await;
     condition(&api, "False", "ServiceNotFound").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn its_openapi_is_part_of_ours() {
+    let api = Api::new().await;
+    let things = Things::new(&told(&api).await, 0).await;
+    let meta = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta";
+    let thing = |description: &str| {
+        json!({"type": "object", "description": description,
+        "properties": {"metadata": {"$ref": format!("#/definitions/{meta}")}},
+        "x-kubernetes-group-version-kind": [{"group": "things.example", "version": "v1", "kind": "Thing"}]})
+    };
+    let document = |description: &str| {
+        let refers =
+            |name: &str| json!({"get": {"responses": {"200": {"schema": {"$ref": format!("#/definitions/{name}")}}}}});
+        json!({"swagger": "2.0", "info": {"title": "things", "version": "1"},
+            "paths": {"/apis/things.example/v1/things": refers("example.Thing"), "/apis/apps/v1/mine": refers("example.Mine"),
+                "/apis/things.example/v2/things": refers("example.Mine"), "/healthz": {}},
+            "definitions": {"example.Thing": thing(description), "example.Mine": {"type": "string"},
+                meta: {"type": "object", "description": "another one"}}})
+    };
+    things.described.lock().two = document("first");
+    things.register(&api, json!({"caBundle": BASE64.encode(&things.authority.pem)})).await;
+    let path = format!("{SERVICES}/v1.things.example");
+    // So that it is asked now, and not only in a minute.
+    let ask_again = async |priority: usize| {
+        let patch = json!({"spec": {"versionPriority": priority}});
+        assert_eq!(api.call(Method::PATCH, &path, "application/merge-patch+json", patch).await.0, StatusCode::OK);
+    };
+    let says = async |description: &str| {
+        within(description, async || {
+            let document = api.get("/openapi/v2").await;
+            (document["definitions"]["example.Thing"]["description"] == description).then_some(document)
+        })
+        .await
+    };
+    let joined = says("first").await;
+    assert!(joined["paths"]["/apis/things.example/v1/things"].is_object());
+    // Only what it is registered for is believed, and what that needs.
+    for path in ["/apis/apps/v1/mine", "/apis/things.example/v2/things", "/healthz"] {
+        assert_eq!(joined["paths"][path], Value::Null, "{path}");
+    }
+    assert_eq!(joined["definitions"]["example.Mine"], Value::Null);
+    // What means something else here is called otherwise, and ours stays what it was.
+    let refers = &joined["definitions"]["example.Thing"]["properties"]["metadata"]["$ref"];
+    assert_eq!(*refers, format!("#/definitions/{meta}_v2"));
+    assert_eq!(joined["definitions"][format!("{meta}_v2")]["description"], "another one");
+    assert!(joined["definitions"][meta]["properties"]["labels"].is_object());
+
+    // It has no version 3, which is made of version 2.
+    let url = async || api.get("/openapi/v3").await["paths"]["apis/things.example/v1"]["serverRelativeURL"].clone();
+    let made = url().await.as_str().unwrap().to_owned();
+    let third = api.get(&made).await;
+    let schema = &third["components"]["schemas"]["example.Thing"];
+    assert_eq!(schema["properties"]["metadata"]["$ref"], format!("#/components/schemas/{meta}"));
+    assert_eq!(third["openapi"], "3.0.0");
+
+    // Who has it already is not sent it again.
+    let response = api.raw(Method::GET, "/openapi/v2", &[], "").await;
+    let tag = response.headers()["etag"].to_str().unwrap().to_owned();
+    drop(response);
+    let same = api.raw(Method::GET, "/openapi/v2", &[("if-none-match", &*tag)], "").await;
+    assert_eq!(same.status(), StatusCode::NOT_MODIFIED);
+    assert!(same.into_body().collect().await.unwrap().to_bytes().is_empty());
+    // Nor is it asked to say it again.
+    ask_again(102).await;
+    within("it is asked for what has changed", async || (things.described.lock().in_vain > 0).then_some(())).await;
+    // What it says anew is told, and version 3 is its own as soon as it has one.
+    {
+        let mut described = things.described.lock();
+        described.two = document("the second one");
+        described.three = Some(json!({"openapi": "3.0.0", "its": "own"}));
+    }
+    ask_again(103).await;
+    says("the second one").await;
+    let changed = api.raw(Method::GET, "/openapi/v2", &[("if-none-match", &*tag)], "").await;
+    assert_eq!(changed.status(), StatusCode::OK);
+    within("version 3 is its own", async || (url().await == "/openapi/v3/apis/things.example/v1?hash=7").then_some(()))
+        .await;
+    assert_eq!(api.get("/openapi/v3/apis/things.example/v1?hash=7").await["its"], "own");
+    assert_ne!(
+        api.get("/openapi/v3").await["paths"]["apis/apps/v1"]["serverRelativeURL"],
+        "/openapi/v3/apis/apps/v1?hash=mine"
+    );
+
+    // What it said stays while it is away, and goes with its registration.
+    things.stop.cancel();
+    ask_again(104).await;
+    condition(&api, "False", "FailedDiscoveryCheck").await;
+    says("the second one").await;
+    api.call(Method::DELETE, &path, "", Value::Null).await;
+    within("it is forgotten", async || {
+        api.get("/openapi/v2").await["definitions"]["example.Thing"].is_null().then_some(())
+    })
+    .await;
+    assert_eq!(url().await, Value::Null);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use http::{Method, StatusCode};
+use seawall_api::cel::{Program, openapi};
 use serde_json::{Value, json};
 
 use crate::harness::Api;
@@ -494,6 +495,12 @@ async fn discovery_and_openapi_follow_at_once() {
     );
     assert_eq!(schema["properties"]["spec"]["properties"]["replicas"]["maximum"], 10);
     assert!(document["components"]["schemas"]["io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"].is_object());
+    // Enough to check expressions of policies by it.
+    let schemas = document["components"]["schemas"].as_object().unwrap();
+    let ty = openapi::of_kind(schemas, "stable.example.com", "v1", "CronTab").unwrap();
+    let fits = |expression: &str| Program::compile(expression, &[("object", ty.clone())]).is_ok();
+    assert!(fits("object.spec.replicas < 5 && object.metadata.labels['a'] == object.kind"));
+    assert!(!fits("object.spec.replicsa < 5") && !fits("object.spec.replicas == 'a'"));
     let two = api.get("/openapi/v2").await;
     assert_eq!(
         two["definitions"]["com.example.stable.v1.CronTab"]["properties"]["spec"]["properties"]["port"].get("type"),

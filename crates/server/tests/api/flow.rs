@@ -98,6 +98,35 @@ async fn levels_and_schemas_are_there_and_are_put_back() {
 }
 
 #[tokio::test]
+async fn a_schema_says_whether_it_leads_anywhere() {
+    let api = Api::new().await;
+    let schema = json!({"metadata": {"name": "mine"}, "spec": {"matchingPrecedence": 5, "rules": [],
+        "priorityLevelConfiguration": {"name": "later"}}});
+    api.create(SCHEMAS, schema).await;
+    let says = async |name: &str, status: &str, reason: &str| {
+        let path = format!("{SCHEMAS}/{name}");
+        let said = timeout(SOON, async {
+            loop {
+                let condition = api.get(&path).await["status"]["conditions"][0].clone();
+                if condition["type"] == "Dangling" && condition["status"] == status && condition["reason"] == reason {
+                    return condition;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        said.await.unwrap_or_else(|_| panic!("{name} never says {status} {reason}"))
+    };
+    let condition = says("mine", "True", "NotFound").await;
+    let message =
+        "This FlowSchema references the PriorityLevelConfiguration object named \"later\" but there is no such object";
+    assert_eq!(condition["message"], message);
+    says("catch-all", "False", "Found").await;
+    let level = json!({"metadata": {"name": "later"}, "spec": {"type": "Limited", "limited": {"limitResponse": {"type": "Reject"}}}});
+    api.create(LEVELS, level).await;
+    says("mine", "False", "Found").await;
+}
+
+#[tokio::test]
 async fn wrong_levels_and_schemas_are_refused() {
     let api = Api::new().await;
     let level = |spec: Value| json!({"metadata": {"name": "x"}, "spec": spec});

@@ -60,6 +60,7 @@ impl Api {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            event_ttl: Duration::from_secs(3600),
             access: Default::default(),
         };
         change(&mut config);
@@ -137,7 +138,11 @@ impl Api {
     }
 
     pub(crate) async fn watch(&self, path: &str) -> Watch {
-        let response = self.raw(Method::GET, path, &[], "").await;
+        self.watch_as(path, "application/json").await
+    }
+
+    pub(crate) async fn watch_as(&self, path: &str, accept: &str) -> Watch {
+        let response = self.raw(Method::GET, path, &[("accept", accept)], "").await;
         assert_eq!(response.status(), StatusCode::OK);
         Watch { body: response.into_body(), rest: Vec::new() }
     }

@@ -15,8 +15,10 @@ mod crd;
 #[allow(dead_code, reason = "the store's tests need more of it")]
 #[path = "../../../store/tests/etcd/cluster.rs"]
 mod etcd;
+mod families;
 mod flow;
 mod harness;
+mod metrics;
 mod model;
 mod pod_security;
 mod policies;
@@ -346,6 +348,42 @@ async fn deletion_waits_for_finalizers_and_grace() {
 }
 
 #[tokio::test]
+async fn claims_and_volumes_are_protected_from_their_creation_on() {
+    let api = Api::new().await;
+    let resources = json!({"requests": {"storage": "1Gi"}});
+    let claim = json!({"metadata": {"name": "c", "finalizers": ["example.org/mine"]},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": resources}});
+    let made = api.create("/api/v1/namespaces/default/persistentvolumeclaims", claim).await;
+    assert_eq!(made["metadata"]["finalizers"], json!(["example.org/mine", "kubernetes.io/pvc-protection"]));
+    let volume = json!({"metadata": {"name": "v"}, "spec": {"capacity": {"storage": "1Gi"},
+        "accessModes": ["ReadWriteOnce"], "hostPath": {"path": "/tmp/v"}}});
+    let made = api.create("/api/v1/persistentvolumes", volume).await;
+    assert_eq!(made["metadata"]["finalizers"], json!(["kubernetes.io/pv-protection"]));
+    api.call(Method::DELETE, "/api/v1/persistentvolumes/v", "", Value::Null).await;
+    assert!(api.get("/api/v1/persistentvolumes/v").await["metadata"]["deletionTimestamp"].is_string());
+}
+
+#[tokio::test]
+async fn events_are_forgotten_after_their_time() {
+    let api = Api::configured(|config| config.event_ttl = Duration::from_secs(2)).await;
+    let events = "/api/v1/namespaces/default/events";
+    let event = |name: &str, seen: jiff::Timestamp| {
+        json!({"metadata": {"name": name}, "involvedObject": {"kind": "Pod", "namespace": "default", "name": "p"},
+            "lastTimestamp": seen.to_string()})
+    };
+    let now = jiff::Timestamp::now();
+    api.create(events, event("old", now)).await;
+    api.create(events, event("again", now + jiff::SignedDuration::from_hours(1))).await;
+    let gone = tokio::time::timeout(Duration::from_secs(30), async {
+        while api.call(Method::GET, &format!("{events}/old"), "", Value::Null).await.0 != StatusCode::NOT_FOUND {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    gone.await.expect("an event outlives --event-ttl");
+    api.get(&format!("{events}/again")).await;
+}
+
+#[tokio::test]
 async fn dry_run_changes_nothing() {
     let api = Api::new().await;
     api.create(&format!("{MAPS}?dryRun=All"), map("a", json!({}))).await;
@@ -359,6 +397,45 @@ async fn dry_run_changes_nothing() {
     api.create("/api/v1/namespaces/default/services?dryRun=All", service).await;
     let addresses = api.get("/apis/networking.k8s.io/v1/ipaddresses").await;
     assert_eq!(addresses["items"].as_array().unwrap().len(), 1, "only that of the API itself");
+}
+
+#[tokio::test]
+async fn another_name_has_rules_of_its_own() {
+    let api = Api::new().await;
+    let event = json!({"metadata": {"name": "Any_Name"}, "involvedObject": {"namespace": "default"}, "reason": "R"});
+    api.create("/api/v1/namespaces/default/events", event).await;
+    let newer = json!({"metadata": {"name": "e"}, "regarding": {"namespace": "default"}, "type": "Normal"});
+    let (code, _, message) = api.fails(Method::POST, "/apis/events.k8s.io/v1/namespaces/default/events", newer).await;
+    assert_eq!(code, 422);
+    assert!(message.contains("eventTime: Required value"), "{message}");
+}
+
+#[tokio::test]
+async fn what_is_said_of_devices_goes_with_them() {
+    let api = Api::new().await;
+    let claims = "/apis/resource.k8s.io/v1/namespaces/default/resourceclaims";
+    let asks = json!({"requests": [{"name": "gpu", "exactly": {"deviceClassName": "c"}}]});
+    api.create(claims, json!({"metadata": {"name": "c"}, "spec": {"devices": asks}})).await;
+    let device = json!({"driver": "a.b", "pool": "p", "device": "d"});
+    let mut result = device.clone();
+    result["request"] = "gpu".into();
+    let status = json!({"status": {"allocation": {"devices": {"results": [result]}}, "devices": [device]}});
+    let (code, given) = api.call(Method::PATCH, &format!("{claims}/c/status"), MERGE, status).await;
+    assert_eq!((code.as_u16(), &given["status"]["devices"][0]["device"]), (200, &json!("d")), "{given}");
+    // Administrators' access is for namespaces that have a label for it.
+    let asks = json!({"requests": [{"name": "gpu", "exactly": {"deviceClassName": "c", "adminAccess": true}}]});
+    let admin = json!({"metadata": {"name": "a"}, "spec": {"devices": asks}});
+    let (code, _, message) = api.fails(Method::POST, claims, admin.clone()).await;
+    let why = "spec.devices.requests[0].adminAccess: Forbidden: admin access to devices requires the `resource.kubernetes.io/admin-access: true` label on the containing namespace";
+    assert_eq!((code, message.contains(why)), (422, true), "{message}");
+    let label = json!({"metadata": {"labels": {"resource.kubernetes.io/admin-access": "true"}}});
+    api.call(Method::PATCH, "/api/v1/namespaces/default", MERGE, label).await;
+    api.create(claims, admin).await;
+
+    let back = json!({"status": {"allocation": null}});
+    let (code, freed) = api.call(Method::PATCH, &format!("{claims}/c/status"), MERGE, back).await;
+    assert_eq!(code.as_u16(), 200, "{freed}");
+    assert!(freed["status"]["devices"].as_array().is_none_or(Vec::is_empty), "{freed}");
 }
 
 #[tokio::test]
@@ -381,6 +458,18 @@ async fn addresses_and_ports_are_given_once_and_come_back() {
     assert!(message.contains("provided IP is already allocated"), "{message}");
     api.call(Method::DELETE, &format!("{services}/s0"), "", Value::Null).await;
     api.create(services, taken).await;
+    // A balancer that asks nodes for endpoints gets a port for that, as long as it does.
+    let local = json!({"metadata": {"name": "l"}, "spec": {"type": "LoadBalancer", "externalTrafficPolicy": "Local",
+        "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]}});
+    let asks = api.create(services, local).await;
+    assert_eq!(asks["spec"]["healthCheckNodePort"], all[0]["spec"]["ports"][0]["nodePort"], "the one that is left");
+    let (_, kept) =
+        api.call(Method::PATCH, &format!("{services}/l"), MERGE, json!({"spec": {"selector": {"a": "b"}}})).await;
+    assert_eq!(kept["spec"]["healthCheckNodePort"], asks["spec"]["healthCheckNodePort"]);
+    let all_nodes = json!({"spec": {"externalTrafficPolicy": "Cluster"}});
+    let (_, turned) = api.call(Method::PATCH, &format!("{services}/l"), MERGE, all_nodes).await;
+    assert!(turned["spec"]["healthCheckNodePort"].is_null(), "{turned}");
+    api.create(services, make("again".into())).await;
     // A client that leaves the address out keeps it.
     let (_, kept) = api.call(Method::PUT, &format!("{services}/s1"), "application/json", make("s1".into())).await;
     assert_eq!(
@@ -521,6 +610,70 @@ async fn tables_and_metadata_alone() {
         (&other["note"], &other["regarding"]["name"], &other["apiVersion"]),
         (&json!("hello"), &json!("p"), &json!("events.k8s.io/v1"))
     );
+}
+
+/// Rows of a list are cut from stored bytes, the row of a single object is made from the object: they say the same.
+#[tokio::test]
+async fn a_list_and_a_single_object_have_the_same_row() {
+    let api = Api::new().await;
+    let table = async |path: &str| -> Value {
+        let accept = [("accept", "application/json;as=Table;v=v1;g=meta.k8s.io")];
+        let response = api.raw(Method::GET, path, &accept, "").await;
+        serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap()
+    };
+    let mut full = pod("full");
+    full["metadata"]["annotations"] = json!({"odd": "a } \" { \\ b", "env": "x"});
+    full["metadata"]["labels"]["volumes"] = "name-of-a-field".into();
+    full["spec"] = json!({"nodeName": "n", "readinessGates": [{"conditionType": "a/b"}], "initContainers": [{"name": "i", "image": "i"}],
+        "containers": [{"name": "c", "image": "i", "env": [{"name": "A", "value": "b"}], "resources": {"limits": {"cpu": "1"}}}]});
+    api.create(PODS, full).await;
+    let mut running = api.get(&format!("{PODS}/full")).await;
+    running["status"] = json!({"phase": "Running", "podIP": "10.0.0.7", "conditions": [{"type": "Ready", "status": "True"}, {"type": "a/b", "status": "True"}],
+        "initContainerStatuses": [{"name": "i", "restartCount": 0, "ready": true, "image": "i", "imageID": "i", "state": {"terminated": {"exitCode": 0}}}],
+        "containerStatuses": [{"name": "c", "restartCount": 2, "ready": true, "image": "i", "imageID": "i", "state": {"running": {}},
+            "lastState": {"terminated": {"exitCode": 1, "finishedAt": "2020-01-01T00:00:00Z"}}}]});
+    let (status, said) = api.call(Method::PUT, &format!("{PODS}/full/status"), "application/json", running).await;
+    assert_eq!(status, StatusCode::OK, "{said}");
+    for name in ["a", "b"] {
+        api.create(PODS, pod(name)).await;
+        api.create(MAPS, map(name, json!({"k": "v"}))).await;
+    }
+    for (path, names) in [(PODS, &["a", "b", "full"][..]), (MAPS, &["a", "b"])] {
+        for include in ["", "includeObject=Metadata", "includeObject=None"] {
+            let list = table(&format!("{path}?{include}")).await;
+            assert_eq!(list["rows"].as_array().unwrap().len(), names.len(), "{list:#}");
+            for (row, name) in list["rows"].as_array().unwrap().iter().zip(names) {
+                let single = table(&format!("{path}/{name}?{include}")).await;
+                assert_eq!(*row, single["rows"][0], "{path} {name} {include}");
+                assert_eq!(list["columnDefinitions"], single["columnDefinitions"]);
+            }
+        }
+    }
+    // A watch makes rows of what was there, and of every change.
+    let accept = "application/json;as=Table;v=v1;g=meta.k8s.io";
+    for include in ["Metadata", "Object", "None"] {
+        let mut watch = api.watch_as(&format!("{PODS}?watch=true&includeObject={include}"), accept).await;
+        for name in ["a", "b", "full"] {
+            let (event, single) = (watch.next().await, table(&format!("{PODS}/{name}?includeObject={include}")).await);
+            assert_eq!(
+                (&event["type"], &event["object"]["rows"]),
+                (&json!("ADDED"), &single["rows"]),
+                "{name} {include}"
+            );
+        }
+        let mut changed = api.get(&format!("{PODS}/full")).await;
+        changed["status"]["containerStatuses"][0]["restartCount"] = (include.len() + 10).into();
+        let (status, said) = api.call(Method::PUT, &format!("{PODS}/full/status"), "application/json", changed).await;
+        assert_eq!(status, StatusCode::OK, "{said}");
+        let (event, single) = (watch.next().await, table(&format!("{PODS}/full?includeObject={include}")).await);
+        assert_eq!((&event["type"], &event["object"]["rows"]), (&json!("MODIFIED"), &single["rows"]), "{include}");
+        let restarts = event["object"]["rows"][0]["cells"][3].as_str().unwrap();
+        assert!(restarts.starts_with(&format!("{} (", include.len() + 10)), "{restarts}");
+    }
+    let cells = table(PODS).await["rows"][2]["cells"].clone();
+    assert_eq!((&cells[1], &cells[2], &cells[8]), (&json!("1/1"), &json!("Running"), &json!("1/1")), "{cells}");
+    let none = table(&format!("{MAPS}?labelSelector=none%3Dthere")).await;
+    assert_eq!((&none["kind"], &none["rows"]), (&json!("Table"), &json!([])));
 }
 
 #[tokio::test]

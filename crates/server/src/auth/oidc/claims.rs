@@ -3,7 +3,10 @@
 
 use std::collections::BTreeSet;
 
-use seawall_api::{cel::Program, names};
+use seawall_api::{
+    cel::{Program, untyped},
+    names,
+};
 use serde_json::{Value, json};
 
 use super::config::{ConfigError, JwtAuthenticator, Mapping, wrong};
@@ -33,7 +36,7 @@ enum Rule {
 }
 
 fn compile(field: &str, text: &str, variable: &str) -> Result<Program, ConfigError> {
-    Program::compile(text, &[variable]).map_err(|why| wrong(field, text, why.to_string()))
+    Program::compile(text, &untyped(&[variable])).map_err(|why| wrong(field, text, why.to_string()))
 }
 
 fn message(text: &str, expression: &str) -> String {
