@@ -2,16 +2,19 @@
 
 use std::{sync::Arc, time::Duration};
 
+use jiff::Timestamp;
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
+        admissionregistration::v1::ValidatingAdmissionPolicy,
         apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet},
-        batch::v1::Job,
+        autoscaling::v2::HorizontalPodAutoscaler,
+        batch::v1::{CronJob, Job},
         certificates::v1::CertificateSigningRequest,
         coordination::v1::Lease,
         core::v1::{
-            ConfigMap, Endpoints, Namespace, Node, PersistentVolumeClaim, Pod, ResourceQuota, Secret, Service,
-            ServiceAccount,
+            ConfigMap, Endpoints, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, ReplicationController,
+            ResourceQuota, Secret, Service, ServiceAccount,
         },
         discovery::v1::EndpointSlice,
         policy::v1::PodDisruptionBudget,
@@ -78,14 +81,22 @@ caches! {
     deployments: Deployment = streaming(),
     /// Replica sets.
     replica_sets: ReplicaSet = streaming(),
+    /// Replication controllers.
+    replication_controllers: ReplicationController = streaming(),
     /// Jobs.
     jobs: Job = streaming(),
+    /// Cron jobs.
+    cron_jobs: CronJob = streaming(),
+    /// Autoscalers.
+    autoscalers: HorizontalPodAutoscaler = streaming(),
     /// Stateful sets.
     stateful_sets: StatefulSet = streaming(),
     /// Daemon sets.
     daemon_sets: DaemonSet = streaming(),
     /// Revisions of stateful and daemon sets.
     revisions: ControllerRevision = streaming(),
+    /// Volumes.
+    volumes: PersistentVolume = streaming(),
     /// Volume claims.
     claims: PersistentVolumeClaim = streaming(),
     /// Disruption budgets.
@@ -96,9 +107,16 @@ caches! {
     signing_requests: CertificateSigningRequest = streaming(),
     /// Roles of the cluster.
     cluster_roles: ClusterRole = streaming(),
+    /// Policies that allow or refuse.
+    validating_policies: ValidatingAdmissionPolicy = streaming(),
     /// Secrets that are bootstrap tokens.
     bootstrap_tokens: Secret = streaming().fields("type=bootstrap.kubernetes.io/token"),
+    /// Secrets that are tokens of service accounts.
+    legacy_tokens: Secret = streaming().fields("type=kubernetes.io/service-account-token"),
 }
+
+/// What tells the time.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 
 /// Shared by all controllers.
 pub struct Context {
@@ -110,9 +128,16 @@ pub struct Context {
     pub recorder: Recorder,
     /// What is known.
     pub caches: Caches,
+    /// The time that is written into objects.
+    pub clock: Clock,
 }
 
 impl Context {
+    /// The time.
+    pub fn now(&self) -> Timestamp {
+        (self.clock)()
+    }
+
     /// The objects of one namespace.
     pub fn api<K>(&self, namespace: &str) -> Api<K>
     where
@@ -159,7 +184,7 @@ impl Context {
         if let Some((reason, message)) = why {
             status["conditions"] = serde_json::json!([{
                 "type": "DisruptionTarget", "status": "True", "reason": reason, "message": message,
-                "lastTransitionTime": jiff::Timestamp::now().to_string(),
+                "lastTransitionTime": self.now().to_string(),
             }]);
         }
         if fail {

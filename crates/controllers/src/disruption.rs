@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::{
     api::{
-        core::v1::Pod,
+        core::v1::{Pod, ReplicationController},
         policy::v1::{PodDisruptionBudget, PodDisruptionBudgetStatus},
     },
     apimachinery::pkg::apis::meta::v1::{Condition, Time},
@@ -130,6 +130,10 @@ impl Budgets {
             let key = Key::new(namespace(&**pod), &owner.name);
             let wanted = match owner.kind.as_str() {
                 "ReplicaSet" => caches.replica_sets.get(&key).map(|s| s.spec.replicas.unwrap_or(1)),
+                "ReplicationController" => {
+                    let wanted = |c: Arc<ReplicationController>| c.spec.as_ref().and_then(|s| s.replicas).unwrap_or(1);
+                    caches.replication_controllers.get(&key).map(wanted)
+                }
                 "StatefulSet" => caches.stateful_sets.get(&key).map(|s| s.spec.replicas.unwrap_or(1)),
                 _ => None,
             };
@@ -155,6 +159,7 @@ impl Controller for Budgets {
         caches.budgets.synced().await;
         caches.pods.synced().await;
         caches.replica_sets.synced().await;
+        caches.replication_controllers.synced().await;
         caches.stateful_sets.synced().await;
     }
 

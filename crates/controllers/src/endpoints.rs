@@ -27,7 +27,10 @@ const OVER: &str = "endpoints.kubernetes.io/over-capacity";
 pub fn plan(service: &Service, pods: &[Arc<Pod>]) -> (Vec<EndpointSubset>, bool) {
     let mut subsets: BTreeMap<String, EndpointSubset> = BTreeMap::new();
     let (mut count, mut over) = (0, false);
-    for slice in slices(service, pods, &[], |_| None).create {
+    let first =
+        service.spec.as_ref().and_then(|spec| spec.ip_families.as_ref()?.first()).map_or("IPv4", String::as_str);
+    // Endpoints have one family: the Service's first.
+    for slice in slices(service, pods, &[], |_| None).create.into_iter().filter(|slice| slice.address_type == first) {
         let ports: Vec<EndpointPort> = slice
             .ports
             .iter()

@@ -115,6 +115,14 @@ impl Namespaces {
         (Arc::new(Namespaces { context }), queue)
     }
 
+    /// The namespace as it is now, if it is still the one that was to be deleted. What the cache has may have gone since, and
+    /// what is there now under its name may be somebody's new one: nothing of that may be touched.
+    async fn look(&self, cached: &Namespace) -> kube::Result<Option<Namespace>> {
+        let api: Api<Namespace> = Api::all(self.context.client.clone());
+        let now = api.get_opt(cached.metadata.name.as_deref().unwrap_or_default()).await?;
+        Ok(now.filter(|now| now.metadata.uid == cached.metadata.uid && is_deleting(now)))
+    }
+
     /// Deletes everything of one kind and says what is left.
     async fn empty(&self, kind: &ApiResource, namespace: &str) -> kube::Result<Left> {
         let api: Api<DynamicObject> = Api::namespaced_with(self.context.client.clone(), namespace, kind);
@@ -185,13 +193,16 @@ impl Controller for Namespaces {
     }
 
     async fn reconcile(&self, key: &Key) -> anyhow::Result<Option<Duration>> {
-        let Some(namespace) = self.context.caches.namespaces.get(key) else { return Ok(None) };
+        let Some(cached) = self.context.caches.namespaces.get(key).filter(|cached| is_deleting(&**cached)) else {
+            return Ok(None);
+        };
+        let Some(namespace) = self.look(&cached).await? else { return Ok(None) };
         let held = namespace
             .spec
             .as_ref()
             .and_then(|s| s.finalizers.as_ref())
             .is_some_and(|f| f.iter().any(|f| f == FINALIZER));
-        if !is_deleting(&*namespace) || !held {
+        if !held {
             return Ok(None);
         }
         let (mut left, mut failures) = (Vec::new(), Vec::new());
@@ -245,6 +256,59 @@ mod tests {
             objects,
             finalizers: finalizers.iter().map(|(f, n)| ((*f).into(), *n)).collect(),
         }
+    }
+
+    /// What is done about a namespace that is being deleted for all that the cache knows, when this is what there is.
+    async fn asked(there: Option<serde_json::Value>) -> Vec<String> {
+        let asked = Arc::new(parking_lot::Mutex::new(Vec::new()));
+        let seen = asked.clone();
+        let client = seawall_client::in_process(move |request: http::Request<kube::client::Body>| {
+            seen.lock().push(format!("{} {}", request.method(), request.uri().path()));
+            let (status, body) = match (request.uri().path(), &there) {
+                ("/api/v1/namespaces/shop", Some(namespace)) => (200, namespace.clone()),
+                ("/api/v1/namespaces/shop", None) => {
+                    (404, json!({"kind": "Status", "reason": "NotFound", "code": 404}))
+                }
+                _ => (503, json!({"kind": "Status", "reason": "ServiceUnavailable", "code": 503})),
+            };
+            let body = kube::client::Body::from(body.to_string().into_bytes());
+            async move { http::Response::builder().status(status).body(body).unwrap() }
+        });
+        let shutdown = tokio_util::sync::CancellationToken::new();
+        let (recorder, _) = crate::runtime::Recorder::new(client.clone(), "test", shutdown);
+        let context = Arc::new(Context {
+            client,
+            config: Default::default(),
+            recorder,
+            caches: Default::default(),
+            clock: Arc::new(Timestamp::now),
+        });
+        let cached: Namespace = serde_json::from_value(namespace("old", true)).unwrap();
+        let (controller, _) = Namespaces::start(context.clone());
+        let key = Key::of(&cached);
+        context.caches.namespaces.note(cached);
+        // What comes after the look is not served here.
+        let _ = controller.reconcile(&key).await;
+        asked.lock().drain(..).collect()
+    }
+
+    fn namespace(uid: &str, deleting: bool) -> serde_json::Value {
+        let mut namespace = json!({"apiVersion": "v1", "kind": "Namespace", "spec": {"finalizers": ["kubernetes"]},
+            "metadata": {"name": "shop", "uid": uid, "resourceVersion": "7"}});
+        if deleting {
+            namespace["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+        }
+        namespace
+    }
+
+    #[tokio::test]
+    async fn a_new_one_of_the_same_name_is_left_alone() {
+        let look = "GET /api/v1/namespaces/shop";
+        assert_eq!(asked(None).await, [look]);
+        assert_eq!(asked(Some(namespace("new", false))).await, [look]);
+        assert_eq!(asked(Some(namespace("new", true))).await, [look]);
+        let goes_on = asked(Some(namespace("old", true))).await;
+        assert!(goes_on.len() > 1 && goes_on[0] == look, "{goes_on:?}");
     }
 
     #[test]

@@ -151,7 +151,8 @@ impl Controller for Quotas {
         let mut updated = current;
         updated.status = Some(serde_json::from_value(status)?);
         match self.context.replace_status(cache, &updated).await {
-            Ok(_) => Ok(Some(PERIOD)),
+            // Once more soon: what was admitted just before there was a quota may have been stored just after it was counted.
+            Ok(_) => Ok(Some(SETTLE)),
             Err(kube::Error::Api(status)) if status.is_conflict() => Ok(Some(SETTLE)),
             Err(error) => Err(error.into()),
         }

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use k8s_openapi::api::core::v1::{Pod, Taint, Toleration};
 use kube::api::DeleteParams;
 use parking_lot::Mutex;
+use seawall_api::node_selector::tolerates;
 use tokio::time::Instant;
 
 use crate::{
@@ -21,16 +22,6 @@ use crate::{
         objects::{is_deleting, uid},
     },
 };
-
-/// Whether a toleration covers a taint.
-pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
-    let key = toleration.key.as_deref().unwrap_or_default();
-    let effect = toleration.effect.as_deref().unwrap_or_default();
-    let exists = toleration.operator.as_deref() == Some("Exists");
-    (effect.is_empty() || effect == taint.effect)
-        && (if key.is_empty() { exists } else { key == taint.key })
-        && (exists || toleration.value.as_deref().unwrap_or_default() == taint.value.as_deref().unwrap_or_default())
-}
 
 /// How long a pod may stay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -169,7 +169,8 @@ impl Controller for Certificates {
         let cache = &self.context.caches.signing_requests;
         let Some(csr) = cache.get(key) else { return Ok(None) };
         let config = &self.context.config;
-        let ranges: Vec<_> = [Some(config.cluster_cidr), config.service_cidr].into_iter().flatten().collect();
+        let ranges = [Some(config.cluster_cidr), config.service_cidr].into_iter().flatten();
+        let ranges: Vec<_> = ranges.flat_map(|ranges| ranges.iter()).collect();
         let (nodes, servers) = (self.context.caches.nodes.all(), servers(&self.context));
         let facts = Facts { nodes: &nodes, servers: &servers, ranges: &ranges, now: Timestamp::now() };
         let plan = plan(&csr, issued_until(&csr), &facts);

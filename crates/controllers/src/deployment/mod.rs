@@ -3,7 +3,6 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use kube::api::{DeleteParams, PropagationPolicy};
 use serde_json::json;
@@ -16,8 +15,8 @@ use crate::{
         events::Severity,
         follow_owned, namespace_is_terminating,
         objects::{
-            Claim, adopt_patch, claim, controller_of, is_deleting, name, namespace, release_patch, selects_everything,
-            uid,
+            Claim, adopt_patch, claim, controller_of, is_deleting, name, namespace, release_patch, selects,
+            selects_everything, uid,
         },
     },
 };
@@ -47,7 +46,7 @@ impl Deployments {
             &caches.replica_sets,
             &caches.deployments,
             "Deployment",
-            |deployment: &Deployment| Some(&deployment.spec.selector),
+            |deployment, set| selects(Some(&deployment.spec.selector), set.metadata.labels.as_ref()),
             &queue,
         );
         // Recreate waits for the last old pod to be gone, which no replica set's status tells.
@@ -81,11 +80,7 @@ impl Deployments {
                     self.context.patch(cache, &*set, release_patch(&*set, uid(deployment))).await?;
                 }
                 Claim::Adopt => {
-                    let fresh = self.context.api::<Deployment>(namespace(deployment)).get(name(deployment)).await?;
-                    anyhow::ensure!(
-                        uid(&fresh) == uid(deployment) && !is_deleting(&fresh),
-                        "the deployment is being deleted"
-                    );
+                    self.context.confirm(deployment).await?;
                     sets.push(Arc::new(self.context.patch(cache, &*set, adopt_patch(&*set, deployment)).await?));
                 }
             }
@@ -180,7 +175,7 @@ impl Deployments {
                         "False",
                         "ReplicaSetCreateError",
                         &message,
-                        Timestamp::now(),
+                        self.context.now(),
                     );
                     let mut updated = deployment.clone();
                     updated.status = Some(status.clone());
@@ -223,7 +218,7 @@ impl Controller for Deployments {
         let sets = self.claim(&deployment).await?;
         let plan = {
             let pods = |set: &ReplicaSet| caches.pods.controlled_by(uid(set));
-            plan(&Input { deployment: &deployment, sets: &sets, pods: &pods, now: Timestamp::now() })
+            plan(&Input { deployment: &deployment, sets: &sets, pods: &pods, now: self.context.now() })
         };
         let again = plan.again;
         self.apply(&deployment, plan).await?;

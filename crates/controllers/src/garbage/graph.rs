@@ -210,6 +210,13 @@ impl Graph {
 
     /// Takes in that an object is gone, and returns what to look at because of it.
     pub fn remove(&mut self, uid: &str) -> Vec<Uid> {
+        if self.nodes.contains_key(uid) {
+            self.note_gone(uid.into(), None);
+        }
+        self.take(uid)
+    }
+
+    fn take(&mut self, uid: &str) -> Vec<Uid> {
         let Some(node) = self.nodes.remove(uid) else { return Vec::new() };
         for owner in &node.owners {
             unlink(&mut self.dependents, &owner.uid, uid);
@@ -217,15 +224,36 @@ impl Graph {
         let mut look: Vec<Uid> = self.dependents.get(uid).into_iter().flatten().cloned().collect();
         let waiting = node.owners.iter().filter(|o| self.nodes.get(&o.uid).is_some_and(Node::wants_us));
         look.extend(waiting.map(|o| o.uid.clone()));
-        self.note_gone(node.uid, None);
         look
     }
 
     /// Removes the objects of `kind` that a complete listing did not have.
     pub fn retain(&mut self, kind: &Arc<Kind>, listed: &HashSet<Uid>) -> Vec<Uid> {
-        let missing = |n: &&Node| Arc::ptr_eq(&n.kind, kind) && !listed.contains(&n.uid);
-        let missing: Vec<Uid> = self.nodes.values().filter(missing).map(|n| n.uid.clone()).collect();
+        let missing: Vec<Uid> = self.of(kind).filter(|uid| !listed.contains(*uid)).cloned().collect();
         missing.iter().flat_map(|uid| self.remove(uid)).collect()
+    }
+
+    fn of(&self, kind: &Arc<Kind>) -> impl Iterator<Item = &Uid> {
+        self.nodes.values().filter(|n| Arc::ptr_eq(&n.kind, kind)).map(|n| &n.uid)
+    }
+
+    /// Removes the objects of a kind that is no longer served, and returns those who depended on them. Whether they are
+    /// there nobody can say: a server behind the aggregation layer that does not answer keeps what it has.
+    pub fn forget(&mut self, kind: &Arc<Kind>) -> Vec<Uid> {
+        let ours: Vec<Uid> = self.of(kind).cloned().collect();
+        ours.iter().flat_map(|uid| self.take(uid)).collect()
+    }
+
+    /// Those who depend on an object of `kind` that no watch has shown. After a complete listing they are looked at: the
+    /// object may have been asked for while it was there, and have gone before it was watched.
+    pub fn unseen(&self, kind: &Kind) -> Vec<Uid> {
+        let of = |owner: &Owner| *owner.group == kind.resource.group && *owner.kind == kind.resource.kind;
+        let unseen = self.dependents.iter().filter(|(owner, _)| !self.nodes.contains_key(&**owner));
+        let dependents = unseen.flat_map(|(owner, uids)| uids.iter().map(move |uid| (owner, uid)));
+        let ours = dependents.filter(|(owner, uid)| {
+            self.nodes.get(*uid).is_some_and(|n| n.owners.iter().any(|o| o.uid == **owner && of(o)))
+        });
+        ours.map(|(_, uid)| uid.clone()).collect()
     }
 
     /// Remembers that there is no such owner; in one namespace if that is where it was looked for.
@@ -317,8 +345,12 @@ mod tests {
 
     use super::*;
 
+    fn kind_of_pods() -> ApiResource {
+        ApiResource::erase::<k8s_openapi::api::core::v1::Pod>(&())
+    }
+
     fn kind() -> Arc<Kind> {
-        Arc::new(Kind { resource: ApiResource::erase::<k8s_openapi::api::core::v1::Pod>(&()), namespaced: true })
+        Arc::new(Kind { resource: kind_of_pods(), namespaced: true })
     }
 
     /// `what` is a name, marks (`-` deleting, `f` foreground, `o` orphan), a colon and the owners; `!` blocks.
@@ -418,6 +450,25 @@ mod tests {
             graph.note_gone(n.to_string().into(), None);
         }
         assert_eq!(graph.gone.len(), REMEMBERED, "and memory is bounded");
+    }
+
+    #[test]
+    fn a_kind_that_vanishes_says_nothing_about_its_objects() {
+        let kind = kind();
+        let mut graph = graph(&["b:a"]);
+        graph.apply(Node { kind: kind.clone(), ..node("a") });
+        assert_eq!(graph.forget(&kind), uids(&["b"]));
+        assert!(matches!(graph.plan("b", &HashMap::new()), Step::Ask(_)), "it is not taken for gone");
+        assert_eq!(graph.plan("b", &HashMap::from([("a".into(), Standing::Solid)])), Step::Nothing);
+    }
+
+    #[test]
+    fn who_depends_on_what_no_watch_has_shown() {
+        let graph = graph(&["b:a", "c:b", "d:a,b", "e"]);
+        let resource = |kind: &str| ApiResource { kind: kind.into(), group: "apps".into(), ..kind_of_pods() };
+        let unseen = |name: &str| graph.unseen(&Kind { resource: resource(name), namespaced: true });
+        assert_eq!(unseen("K"), uids(&["b", "d"]));
+        assert_eq!(unseen("L"), uids(&[]), "owners of another kind");
     }
 
     #[test]

@@ -62,6 +62,15 @@ struct Collector {
     stale: Notify,
 }
 
+/// A listing that the collector waits for; it is over when this is dropped, also if the kind has vanished meanwhile.
+struct FirstListing<'a>(&'a watch::Sender<Option<usize>>);
+
+impl Drop for FirstListing<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|left| *left = left.map(|left| left.saturating_sub(1)));
+    }
+}
+
 /// Starts the garbage collector's watches and workers.
 pub(crate) fn start(tasks: &mut JoinSet<()>, context: &Arc<Context>, shutdown: &CancellationToken) {
     let collector = Arc::new(Collector {
@@ -118,11 +127,12 @@ impl Collector {
             if first {
                 self.listing.send_replace(Some(found.len()));
             }
+            let first_listing = || first.then(|| FirstListing(&self.listing));
             watched.retain(|(kind, stop)| {
                 let stays = found.iter().any(|other| Arc::ptr_eq(other, kind));
                 if !stays {
                     stop.cancel();
-                    let look = self.graph.lock().retain(kind, &HashSet::new());
+                    let look = self.graph.lock().forget(kind);
                     look.iter().for_each(|uid| self.queue.add(Key::new("", &**uid)));
                 }
                 stays
@@ -134,6 +144,7 @@ impl Collector {
                 let stop = CancellationToken::new();
                 watched.push((kind.clone(), stop.clone()));
                 // In a box: there are many.
+                let first = first_listing();
                 watches.push(Box::pin(async move { stop.run_until_cancelled(self.watch(&kind, first)).await }));
             }
             tracing::debug!(kinds = watched.len(), "the garbage collector watches");
@@ -166,13 +177,13 @@ impl Collector {
         }
     }
 
-    /// Follows a kind. `first` says whether the collector waits for its listing before it begins.
-    async fn watch(&self, kind: &Arc<Kind>, first: bool) {
+    /// Follows a kind. The collector waits for its listing before it begins if this is one of the `first`.
+    async fn watch(&self, kind: &Arc<Kind>, mut first: Option<FirstListing<'_>>) {
         let defines = kind.resource.group == "apiextensions.k8s.io";
         let api: Api<PartialObjectMeta<DynamicObject>> = Api::all_with(self.client.clone(), &kind.resource);
         let events = watcher::watcher(api, watcher::Config::default().streaming_lists());
         pin_mut!(events);
-        let (mut wait, mut listed, mut complete) = (FIRST_WAIT, HashSet::new(), false);
+        let (mut wait, mut listed) = (FIRST_WAIT, HashSet::new());
         while let Some(event) = events.next().await {
             let look = match event {
                 Ok(Event::Init) => {
@@ -195,10 +206,11 @@ impl Collector {
                 }
                 Ok(Event::InitDone) => {
                     wait = FIRST_WAIT;
-                    if !std::mem::replace(&mut complete, true) && first {
-                        self.listing.send_modify(|left| *left = left.map(|left| left.saturating_sub(1)));
-                    }
-                    self.graph.lock().retain(kind, &std::mem::take(&mut listed))
+                    drop(first.take());
+                    let mut graph = self.graph.lock();
+                    let mut look = graph.retain(kind, &std::mem::take(&mut listed));
+                    look.extend(graph.unseen(kind));
+                    look
                 }
                 Err(error) => {
                     tracing::debug!(kind = kind.resource.plural, %error, "the watch was interrupted and goes on");
@@ -352,6 +364,8 @@ impl Controller for Collector {
             (node, step) = again;
         }
         match step {
+            // An owner that no watch has shown may go unseen.
+            Step::Nothing if !answers.is_empty() => return Ok(Some(REDISCOVER)),
             Step::Nothing => {}
             // Owners have been added while we asked.
             Step::Ask(_) => self.queue.add(key.clone()),

@@ -4,38 +4,42 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::future::join_all;
-use jiff::Timestamp;
 use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{EnvVar, EnvVarSource, ObjectFieldSelector, Pod},
 };
 use kube::api::{DeleteParams, PropagationPolicy};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     context::Context,
-    replica_set::{create_pod, delete_pod, pod_from_template},
+    replica_set::{create_each, delete_pod, pod_from_template},
     runtime::{
         Controller, Key, Queue,
         events::Severity,
         is_not_found,
-        objects::{controller_of, controller_reference, name, namespace, uid},
+        objects::{Claim, controller_of, controller_reference, name, namespace, selects, uid},
     },
 };
 
+mod end;
+pub mod indexes;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
+pub mod policy;
+#[cfg(test)]
+mod simulated;
 
-use plan::{FINALIZER, INDEX, condition, is_tracked, plan};
+use plan::{FAILURES, FINALIZER, IGNORED, INDEX, Plan, condition, is_tracked, plan};
 
 /// Says whose pod it is, even when the reference to the Job has been taken away.
 const JOB_NAME: &str = "batch.kubernetes.io/job-name";
 /// What `managedBy` says if the Job is ours.
 const US: &str = "kubernetes.io/job-controller";
 
-/// A pod for the Job; for one of its indexes if it has them.
-pub fn new_pod(job: &Job, index: Option<i32>) -> Pod {
+/// A pod for the Job; for one of its indexes if it has them. `failures` are those of its index so far, if they are counted.
+pub fn new_pod(job: &Job, index: Option<i32>, failures: Option<(i32, i32)>) -> Pod {
     let prefix = match index {
         Some(index) => format!("{}-{index}-", name(job)),
         None => format!("{}-", name(job)),
@@ -47,7 +51,14 @@ pub fn new_pod(job: &Job, index: Option<i32>) -> Pod {
         finalizers.push(FINALIZER.into());
     }
     if let (Some(index), Some(spec)) = (index, pod.spec.as_mut()) {
-        pod.metadata.annotations.get_or_insert_default().insert(INDEX.into(), index.to_string());
+        let annotations = pod.metadata.annotations.get_or_insert_default();
+        annotations.insert(INDEX.into(), index.to_string());
+        if let Some((counted, ignored)) = failures {
+            annotations.insert(FAILURES.into(), counted.to_string());
+            if ignored > 0 {
+                annotations.insert(IGNORED.into(), ignored.to_string());
+            }
+        }
         pod.metadata.labels.get_or_insert_default().insert(INDEX.into(), index.to_string());
         spec.hostname.get_or_insert_with(|| format!("{}-{index}", name(job)));
         let field = ObjectFieldSelector { field_path: format!("metadata.labels['{INDEX}']"), api_version: None };
@@ -70,7 +81,7 @@ pub(crate) struct Jobs {
 impl Jobs {
     pub(crate) fn start(context: Arc<Context>) -> (Arc<dyn Controller>, Arc<Queue>) {
         let queue = Arc::new(Queue::new());
-        let q = queue.clone();
+        let (q, jobs) = (queue.clone(), context.caches.jobs.clone());
         context.caches.pods.on_change(move |old, new| {
             for pod in old.into_iter().chain(new) {
                 match controller_of(&**pod) {
@@ -80,6 +91,12 @@ impl Jobs {
                         let job = pod.metadata.labels.as_ref().and_then(|labels| labels.get(JOB_NAME));
                         if let Some(job) = job.filter(|_| is_tracked(pod)) {
                             q.add(Key::new(namespace(&**pod), job));
+                        }
+                        for job in jobs.in_namespace(namespace(&**pod)) {
+                            let selector = job.spec.as_ref().and_then(|spec| spec.selector.as_ref());
+                            if selects(selector, pod.metadata.labels.as_ref()) {
+                                q.add(Key::of(&*job));
+                            }
                         }
                     }
                 }
@@ -98,9 +115,8 @@ impl Jobs {
         if !is_tracked(pod) {
             return Ok(());
         }
-        let kept: Vec<&String> = pod.metadata.finalizers.iter().flatten().filter(|f| *f != FINALIZER).collect();
         let meta = &pod.metadata;
-        let kept = Some(kept).filter(|list| !list.is_empty());
+        let kept = without_finalizer(pod);
         let patch =
             json!({"metadata": {"uid": meta.uid, "resourceVersion": meta.resource_version, "finalizers": kept}});
         match self.context.patch(&self.context.caches.pods, &**pod, patch).await {
@@ -149,21 +165,61 @@ impl Jobs {
         }
     }
 
-    /// One, then two, then four and so on: a mistake in the template is met once and not a hundred times.
-    async fn create(&self, job: &Job, indexes: &[Option<i32>]) -> anyhow::Result<()> {
-        let (mut left, mut batch) = (indexes, 1);
-        while !left.is_empty() {
-            let (now, later) = left.split_at(batch.min(left.len()));
-            let pods: Vec<Pod> = now.iter().map(|index| new_pod(job, *index)).collect();
-            for result in join_all(pods.iter().map(|pod| create_pod(&self.context, job, pod))).await {
-                if !result.map_err(|failure| anyhow::anyhow!("{}: {}", failure.reason, failure.message))? {
-                    return Ok(());
-                }
+    /// The Job's pods, after adopting and releasing: what is taken in is counted, and what is let go of is not.
+    async fn claim(&self, job: &Job) -> anyhow::Result<Vec<Arc<Pod>>> {
+        let cache = &self.context.caches.pods;
+        let status = job.status.clone().unwrap_or_default();
+        let is_over = condition(&status, "Complete").or_else(|| condition(&status, "Failed")).is_some();
+        let selector = job.spec.as_ref().and_then(|spec| spec.selector.as_ref()).filter(|_| !is_over);
+        // The selector is made when the Job is; one without selects nothing.
+        let Some(selector) = selector else { return Ok(cache.controlled_by(uid(job))) };
+        let change = |claim: Claim, pod: &Pod, patch: &mut Value| {
+            let mut finalizers = without_finalizer(pod).unwrap_or_default();
+            if claim == Claim::Adopt {
+                finalizers.push(FINALIZER.into());
             }
-            (left, batch) = (later, batch * 2);
+            patch["metadata"]["finalizers"] = json!(Some(finalizers).filter(|list| !list.is_empty()));
+        };
+        self.context.claim_pods(job, selector, |_| true, change).await
+    }
+
+    /// Does what was planned, after the status has been written: what is released without having been written down would be
+    /// lost.
+    async fn apply(&self, job: &Job, pods: &[Arc<Pod>], plan: &Plan) -> anyhow::Result<()> {
+        let chosen = |uids: &[String]| -> Vec<Arc<Pod>> {
+            pods.iter().filter(|pod| uids.iter().any(|id| id == uid(&***pod))).cloned().collect()
+        };
+        let (release, discard, delete) = (chosen(&plan.release), chosen(&plan.discard), chosen(&plan.delete));
+        let released: Vec<_> = release.iter().chain(&discard).map(|pod| self.release(pod)).collect();
+        join_all(released).await.into_iter().collect::<kube::Result<()>>()?;
+        let deleted: Vec<_> = discard.iter().chain(&delete).map(|pod| delete_pod(&self.context, job, pod)).collect();
+        join_all(deleted).await.into_iter().collect::<Result<(), _>>()?;
+        let pod = |index: &Option<i32>| new_pod(job, *index, index.and_then(|i| plan.failures.get(&i).copied()));
+        let create: Vec<Pod> = plan.create.iter().map(pod).collect();
+        create_each(&self.context, job, &create).await?;
+        if plan.expired {
+            self.expire(job).await?;
         }
         Ok(())
     }
+
+    /// Deletes a Job that has outlived its time, if it still has when the API server itself is asked.
+    async fn expire(&self, job: &Job) -> anyhow::Result<()> {
+        let live = self.context.api::<Job>(namespace(job)).get_opt(name(job)).await?;
+        let over = |live: &Job| uid(live) == uid(job) && end::expired(live, self.context.now()).is_ok_and(|yes| yes);
+        if live.is_some_and(|live| over(&live)) {
+            let policy = Some(PropagationPolicy::Foreground);
+            let params = DeleteParams { propagation_policy: policy, ..DeleteParams::default() };
+            self.context.delete(&self.context.caches.jobs, job, params).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The finalizers of a pod but for ours; none if there are no others.
+fn without_finalizer(pod: &Pod) -> Option<Vec<String>> {
+    let kept = pod.metadata.finalizers.iter().flatten().filter(|f| *f != FINALIZER).cloned();
+    Some(kept.collect::<Vec<_>>()).filter(|list| !list.is_empty())
 }
 
 #[async_trait]
@@ -185,30 +241,14 @@ impl Controller for Jobs {
         if job.spec.as_ref().and_then(|spec| spec.managed_by.as_deref()).is_some_and(|by| by != US) {
             return Ok(None);
         }
-        let pods = self.context.caches.pods.controlled_by(uid(&*job));
-        let plan = plan(&job, &pods, Timestamp::now());
-        // The status first: what is released without having been written down would be lost.
+        let pods = self.claim(&job).await?;
+        let plan = plan(&job, &pods, self.context.now());
         if job.status.as_ref() != Some(&plan.status) {
             let next = Job { status: Some(plan.status.clone()), ..Job::clone(&job) };
             self.context.replace_status(cache, &next).await?;
             self.tell(&job, &next);
         }
-        let chosen = |uids: &[String]| -> Vec<Arc<Pod>> {
-            pods.iter().filter(|pod| uids.iter().any(|id| id == uid(&***pod))).cloned().collect()
-        };
-        let (release, discard, delete) = (chosen(&plan.release), chosen(&plan.discard), chosen(&plan.delete));
-        let released: Vec<_> = release.iter().chain(&discard).map(|pod| self.release(pod)).collect();
-        join_all(released).await.into_iter().collect::<kube::Result<()>>()?;
-        let deleted: Vec<_> = discard.iter().chain(&delete).map(|pod| delete_pod(&self.context, &*job, pod)).collect();
-        for result in join_all(deleted).await {
-            result.map_err(|failure| anyhow::anyhow!("{}: {}", failure.reason, failure.message))?;
-        }
-        self.create(&job, &plan.create).await?;
-        if plan.expired {
-            let policy = Some(PropagationPolicy::Foreground);
-            let params = DeleteParams { propagation_policy: policy, ..Default::default() };
-            self.context.delete(cache, &*job, params).await?;
-        }
+        self.apply(&job, &pods, &plan).await?;
         Ok(plan.again)
     }
 }

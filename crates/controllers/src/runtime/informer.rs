@@ -161,7 +161,7 @@ impl<K: Object> Informer<K> {
         }
     }
 
-    fn handle(&self, event: Event<K>, listed: &mut Vec<K>) {
+    pub(crate) fn handle(&self, event: Event<K>, listed: &mut Vec<K>) {
         let now = Instant::now();
         match event {
             Event::Init => listed.clear(),

@@ -4,7 +4,6 @@ use std::{fmt, future::Future, panic::AssertUnwindSafe, sync::Arc, time::Duratio
 
 use async_trait::async_trait;
 use futures::FutureExt;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -49,12 +48,12 @@ impl fmt::Display for Key {
 }
 
 /// Puts an owner into the queue whenever something of its has changed; and, when something without an owner has, all those
-/// that may want to adopt it.
+/// that want it.
 pub fn follow_owned<C: Object, O: Object>(
     children: &Informer<C>,
     owners: &Arc<Informer<O>>,
     kind: &'static str,
-    selector: fn(&O) -> Option<&LabelSelector>,
+    wants: fn(&O, &C) -> bool,
     queue: &Arc<Queue>,
 ) {
     let (queue, owners) = (queue.clone(), owners.clone());
@@ -66,7 +65,7 @@ pub fn follow_owned<C: Object, O: Object>(
                 Some(_) => {}
                 None => {
                     for owner in owners.in_namespace(namespace) {
-                        if objects::selects(selector(&owner), child.meta().labels.as_ref()) {
+                        if wants(&owner, child) {
                             queue.add(Key::of(&*owner));
                         }
                     }

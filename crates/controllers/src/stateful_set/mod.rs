@@ -3,34 +3,26 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use jiff::Timestamp;
-use k8s_openapi::api::{
-    apps::v1::{ControllerRevision, StatefulSet},
-    core::v1::Pod,
-};
+use k8s_openapi::api::{apps::v1::StatefulSet, core::v1::Pod};
 use kube::api::DeleteParams;
 use serde_json::json;
 
 use crate::{
     context::Context,
+    history,
     replica_set::plain,
     runtime::{
         Controller, Key, Queue, Recorder,
         events::Severity,
         follow_owned, namespace_is_terminating,
-        objects::{
-            Claim, adopt_patch, claim, controller_of, is_active, is_deleting, name, namespace, owners_patch,
-            release_patch, selects, selects_everything, uid,
-        },
+        objects::{controller_of, is_active, name, namespace, owners_patch, selects, selects_everything, uid},
     },
 };
 
 mod plan;
 mod pod;
-mod revision;
 
 pub use plan::{Action, Input, Plan, Why, plan};
-pub use revision::{Newest, newest};
 
 pub(crate) struct StatefulSets {
     context: Arc<Context>,
@@ -51,7 +43,7 @@ impl StatefulSets {
             &caches.pods,
             &caches.stateful_sets,
             "StatefulSet",
-            |set: &StatefulSet| Some(&set.spec.selector),
+            |set, pod| selects(Some(&set.spec.selector), pod.metadata.labels.as_ref()),
             &queue,
         );
         // A claim that was in the way has gone.
@@ -76,83 +68,13 @@ impl StatefulSets {
         (Arc::new(StatefulSets { context, recorder }), queue)
     }
 
-    /// Asks the API server itself whether the set is still there: one that is being deleted must adopt nothing.
-    async fn confirm(&self, set: &StatefulSet) -> anyhow::Result<()> {
-        let fresh = self.context.api::<StatefulSet>(namespace(set)).get(name(set)).await?;
-        anyhow::ensure!(uid(&fresh) == uid(set) && !is_deleting(&fresh), "the stateful set is being deleted");
-        Ok(())
-    }
-
     /// The pods that are the set's, after adopting and releasing. One whose name is not of the set's is not.
     async fn claim(&self, set: &StatefulSet) -> anyhow::Result<Vec<Arc<Pod>>> {
-        let cache = &self.context.caches.pods;
-        let mut candidates = cache.controlled_by(uid(set));
-        candidates.extend(cache.orphans(namespace(set)));
-        let mut pods = Vec::new();
-        for pod in candidates.into_iter().filter(|pod| pod::ordinal(set, pod).is_some()) {
-            match claim(&*pod, uid(set), is_deleting(set), &set.spec.selector) {
-                Claim::Keep => pods.push(pod),
-                Claim::Ignore => {}
-                Claim::Release => {
-                    self.context.patch(cache, &*pod, release_patch(&*pod, uid(set))).await?;
-                }
-                Claim::Adopt if !is_active(&pod) => {}
-                Claim::Adopt => {
-                    self.confirm(set).await?;
-                    pods.push(Arc::new(self.context.patch(cache, &*pod, adopt_patch(&*pod, set)).await?));
-                }
-            }
-        }
+        let ours = |pod: &Pod| pod::ordinal(set, pod).is_some();
+        let worth = |pod: &Pod| ours(pod) && is_active(pod);
+        let mut pods = self.context.claim_pods(set, &set.spec.selector, worth, |_, _, _| {}).await?;
+        pods.retain(|pod| ours(pod));
         Ok(pods)
-    }
-
-    /// The set's history, in order.
-    async fn revisions(&self, set: &StatefulSet) -> anyhow::Result<Vec<Arc<ControllerRevision>>> {
-        let cache = &self.context.caches.revisions;
-        let mut revisions = cache.controlled_by(uid(set));
-        for orphan in cache.orphans(namespace(set)) {
-            let matches = selects(Some(&set.spec.selector), orphan.metadata.labels.as_ref());
-            if matches && !is_deleting(set) && !is_deleting(&*orphan) {
-                self.confirm(set).await?;
-                revisions.push(Arc::new(self.context.patch(cache, &*orphan, adopt_patch(&*orphan, set)).await?));
-            }
-        }
-        revision::sort(&mut revisions);
-        Ok(revisions)
-    }
-
-    /// The revision of the set's template: found, brought up again, or made. None if its name was taken by another
-    /// template's, so that another has to be found, or if the namespace is going away.
-    async fn newest(
-        &self,
-        set: &StatefulSet,
-        revisions: &[Arc<ControllerRevision>],
-    ) -> anyhow::Result<Option<Arc<ControllerRevision>>> {
-        let cache = &self.context.caches.revisions;
-        match newest(set, revisions) {
-            Newest::Known(revision) => Ok(Some(revision)),
-            Newest::Again(revision, number) => {
-                Ok(Some(Arc::new(self.context.patch(cache, &*revision, json!({"revision": number})).await?)))
-            }
-            Newest::Make(revision) => match self.context.create(cache, namespace(set), &*revision).await {
-                Ok(made) => Ok(Some(Arc::new(made))),
-                Err(kube::Error::Api(answer)) if answer.is_already_exists() => {
-                    let there = self.context.api::<ControllerRevision>(namespace(set)).get(name(&*revision)).await?;
-                    let ours = controller_of(&there).is_some_and(|owner| owner.uid == uid(set));
-                    if ours && there.data.0 == revision.data.0 {
-                        cache.note(there.clone());
-                        return Ok(Some(Arc::new(there)));
-                    }
-                    let mut updated = set.clone();
-                    let status = updated.status.get_or_insert_default();
-                    status.collision_count = Some(status.collision_count.unwrap_or(0) + 1);
-                    self.context.replace_status(&self.context.caches.stateful_sets, &updated).await?;
-                    Ok(None)
-                }
-                Err(error) if namespace_is_terminating(&error) => Ok(None),
-                Err(error) => Err(error.into()),
-            },
-        }
     }
 
     fn tell(&self, set: &StatefulSet, what: &str, done: &kube::Result<()>) {
@@ -238,13 +160,14 @@ impl Controller for StatefulSets {
             return Ok(None);
         }
         let pods = self.claim(&set).await?;
-        let revisions = self.revisions(&set).await?;
-        let Some(update) = self.newest(&set, &revisions).await? else { return Ok(None) };
+        let revisions = self.context.revisions(&*set).await?;
+        let update = self.context.newest_revision(&caches.stateful_sets, &*set, &revisions).await?;
+        let Some(update) = update else { return Ok(None) };
         let current = set.status.as_ref().and_then(|status| status.current_revision.as_deref()).unwrap_or_default();
         let current = revisions.iter().find(|r| name(&***r) == current).unwrap_or(&update);
         let claim = |claim: &str| caches.claims.get(&Key::new(namespace(&*set), claim));
         let plan =
-            plan(&Input { set: &set, pods: &pods, current, update: &update, claim: &claim, now: Timestamp::now() });
+            plan(&Input { set: &set, pods: &pods, current, update: &update, claim: &claim, now: self.context.now() });
         let mut result = Ok(());
         for action in &plan.actions {
             match self.act(&set, action).await {
@@ -263,13 +186,15 @@ impl Controller for StatefulSets {
             self.context.replace_status(&caches.stateful_sets, &updated).await?;
         }
         result?;
-        for old in revision::surplus(&set, &revisions, &plan::used(&pods, &plan.status)) {
+        for old in history::surplus(&*set, &revisions, &plan::used(&pods, &plan.status)) {
             self.context.delete(&caches.revisions, &*old, DeleteParams::default()).await?;
         }
         Ok(plan.again)
     }
 }
 
+#[cfg(test)]
+mod simulated;
 #[cfg(test)]
 #[path = "plan_tests.rs"]
 mod tests;

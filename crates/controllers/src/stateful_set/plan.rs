@@ -19,12 +19,10 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::OwnerReference,
 };
 
-use super::{
-    pod::{self, in_range, is_healthy, is_running_and_ready, ordinal, revision_of, start, wanted},
-    revision,
-};
+use super::pod::{self, in_range, is_healthy, is_running_and_ready, ordinal, revision_of, start, wanted};
 use crate::{
     context::{delay, sooner},
+    history,
     runtime::objects::{Labels, is_available, is_deleting, name, phase, scaled},
 };
 
@@ -228,7 +226,7 @@ impl Work<'_> {
         }
         let revision = if self.keeps_current(number) { current } else { update };
         // A revision that says nothing we understand is not one that we can make pods of.
-        let template = revision::template(revision).unwrap_or_else(|| set.spec.template.clone());
+        let template = history::template(revision).unwrap_or_else(|| set.spec.template.clone());
         self.create_claims(number);
         self.own_claims(number, None);
         self.plan.actions.push(Action::Create(Box::new(pod::make(set, &template, name(revision), number))));

@@ -1,9 +1,14 @@
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use jiff::Timestamp;
+use k8s_openapi::api::{apps::v1::ControllerRevision, core::v1::PersistentVolumeClaim};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::{
+    history::{Newest, newest},
+    runtime::objects::is_deleting,
+};
 
 /// A StatefulSet, its pods, claims and revisions, and a controller that does what is planned. Pods start and end when told.
 struct Bench {
@@ -43,7 +48,7 @@ impl Bench {
 
     /// One pass. What was done, in short.
     fn pass(&mut self) -> Vec<String> {
-        revision::sort(&mut self.revisions);
+        history::sort(&mut self.revisions);
         let update = match newest(&self.set, &self.revisions) {
             Newest::Known(revision) => revision,
             Newest::Again(revision, number) => {
@@ -388,7 +393,7 @@ fn history_is_kept_within_its_limit() {
     }
     let pods: Vec<Arc<Pod>> = bench.pods.values().cloned().map(Arc::new).collect();
     let used = plan::used(&pods, bench.set.status.as_ref().unwrap());
-    let surplus = revision::surplus(&bench.set, &bench.revisions, &used);
+    let surplus = history::surplus(&bench.set, &bench.revisions, &used);
     let numbers: Vec<_> = surplus.iter().map(|r| r.revision.unwrap()).collect();
     assert_eq!(numbers, [1, 2, 3]);
 }

@@ -1,4 +1,4 @@
-//! EndpointSlice: the addresses of the pods behind a Service
+//! EndpointSlice: the addresses of the pods behind a Service, of each family that it has
 //! (<https://kubernetes.io/docs/concepts/services-networking/endpoint-slices/>).
 
 use std::{
@@ -8,46 +8,35 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures::future::try_join_all;
 use k8s_openapi::{
     api::{
         core::v1::{Node, ObjectReference, Pod, Service, ServicePort},
-        discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
+        discovery::v1::{Endpoint, EndpointConditions, EndpointSlice},
     },
-    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+    apimachinery::pkg::util::intstr::IntOrString,
 };
-use kube::api::{DeleteParams, PostParams};
 
 use crate::{
     context::Context,
     runtime::{
-        Controller, Key, Queue, namespace_is_terminating,
+        Controller, Key, Queue,
         objects::{controller_reference, is_deleting, is_finished, is_ready, name, namespace, uid},
     },
 };
 
+pub mod mirroring;
+mod packing;
+#[cfg(test)]
+mod simulated;
+
+pub use packing::Plan;
+use packing::{Packer, Ports, Wanted, family_of, identity};
+
 /// Says whose slice it is.
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
-const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
+pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+pub(crate) const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 const OURS: &str = "endpointslice-controller.k8s.io";
 const HEADLESS: &str = "service.kubernetes.io/headless";
-/// The most endpoints of a slice (upstream's `--max-endpoints-per-slice`).
-const MOST: usize = 100;
-
-/// The ports of a slice, as a key.
-type Ports = Vec<(String, String, Option<i32>, Option<String>)>;
-
-/// What to do about the slices of a Service.
-#[derive(Debug, Default)]
-pub struct Plan {
-    /// To be created.
-    pub create: Vec<EndpointSlice>,
-    /// To be replaced.
-    pub update: Vec<EndpointSlice>,
-    /// To be deleted, by name.
-    pub delete: Vec<String>,
-}
-
 /// Decides. `pods` are those that the Service selects; `slices` those that are ours; `zone` is the zone of a node.
 pub fn plan(
     service: &Service,
@@ -55,88 +44,35 @@ pub fn plan(
     slices: &[Arc<EndpointSlice>],
     zone: impl Fn(&str) -> Option<String>,
 ) -> Plan {
-    let mut plan = Plan::default();
-    let mut wanted: BTreeMap<Ports, BTreeMap<String, Endpoint>> = BTreeMap::new();
     let spec = service.spec.clone().unwrap_or_default();
-    if spec.selector.as_ref().is_some_and(|s| !s.is_empty()) && spec.type_.as_deref() != Some("ExternalName") {
+    let selects =
+        spec.selector.as_ref().is_some_and(|s| !s.is_empty()) && spec.type_.as_deref() != Some("ExternalName");
+    let labels = labels(service);
+    let prefix: String = name(service).chars().take(57).collect();
+    let owner = controller_reference(service);
+    let mut packer = Packer::new(slices, &labels, &owner, namespace(service), format!("{prefix}-"));
+    for family in families(service).into_iter().filter(|_| selects) {
+        let mut wanted: Wanted = BTreeMap::new();
         for pod in pods {
-            if let Some(endpoint) = endpoint(service, pod, &zone) {
+            if let Some(endpoint) = endpoint(service, pod, family, &zone) {
                 let ports = ports(spec.ports.as_deref().unwrap_or_default(), pod);
-                wanted.entry(ports).or_default().insert(uid(&**pod).to_owned(), endpoint);
+                wanted.entry(ports).or_default().insert(identity(&endpoint), endpoint);
             }
         }
         // A Service without pods still has a slice, so that its ports can be seen.
         if wanted.is_empty() {
             wanted.insert(Vec::new(), BTreeMap::new());
         }
+        packer.pack(family, wanted);
     }
-    let labels = labels(service);
-    let mut left: Vec<&Arc<EndpointSlice>> = slices.iter().collect();
-    for (ports, mut endpoints) in wanted {
-        let typed: Vec<EndpointPort> = ports
-            .iter()
-            .map(|(name, protocol, port, app)| EndpointPort {
-                name: Some(name.clone()),
-                protocol: Some(protocol.clone()),
-                port: *port,
-                app_protocol: app.clone(),
-            })
-            .collect();
-        let same = |slice: &EndpointSlice| slice.ports.as_deref().unwrap_or_default() == typed;
-        let mut kept: Vec<EndpointSlice> = Vec::new();
-        left.retain(|slice| {
-            if !same(slice) {
-                return true;
-            }
-            let mut next = EndpointSlice::clone(slice);
-            // What stays, stays where it is; what changed is changed in place.
-            let id = |e: &Endpoint| e.target_ref.as_ref().and_then(|r| r.uid.clone()).unwrap_or_default();
-            let stay = next.endpoints.iter().flatten().filter_map(|e| endpoints.remove(&id(e)));
-            next.endpoints = Some(stay.collect());
-            next.metadata.labels = Some(labels.clone());
-            kept.push(next);
-            false
-        });
-        let mut rest = endpoints.into_values();
-        for slice in &mut kept {
-            let list = slice.endpoints.get_or_insert_default();
-            let room = MOST.saturating_sub(list.len());
-            list.extend(rest.by_ref().take(room));
-        }
-        loop {
-            let list: Vec<Endpoint> = rest.by_ref().take(MOST).collect();
-            if list.is_empty() && !kept.is_empty() {
-                break;
-            }
-            let more = list.len() == MOST;
-            kept.push(fresh(service, &labels, list, &typed));
-            if !more {
-                break;
-            }
-        }
-        // One empty slice is enough, and none where another has endpoints.
-        let any = kept.iter().any(|s| s.endpoints.iter().flatten().next().is_some());
-        let mut first = true;
-        for slice in kept {
-            let empty = slice.endpoints.iter().flatten().next().is_none();
-            let keep = !empty || (!any && std::mem::take(&mut first));
-            let name = slice.metadata.name.clone();
-            match (name, keep) {
-                (None, _) => plan.create.push(slice),
-                (Some(name), false) => plan.delete.push(name),
-                (Some(name), true) => {
-                    let old = slices.iter().find(|s| s.metadata.name.as_deref() == Some(&name));
-                    if old.is_none_or(|old| {
-                        old.endpoints != slice.endpoints || old.metadata.labels != slice.metadata.labels
-                    }) {
-                        plan.update.push(slice);
-                    }
-                }
-            }
-        }
-    }
-    plan.delete.extend(left.iter().map(|s| name(&***s).to_owned()));
-    plan
+    packer.finish()
+}
+
+/// The families of a Service's addresses; one that does not say has IPv4.
+fn families(service: &Service) -> Vec<&str> {
+    let named = service.spec.iter().flat_map(|spec| spec.ip_families.iter().flatten());
+    let families: Vec<&str> = named.map(String::as_str).filter(|family| ["IPv4", "IPv6"].contains(family)).collect();
+    if families.is_empty() { vec!["IPv4"] } else { families }
 }
 
 fn labels(service: &Service) -> BTreeMap<String, String> {
@@ -149,38 +85,18 @@ fn labels(service: &Service) -> BTreeMap<String, String> {
     labels
 }
 
-fn fresh(
-    service: &Service,
-    labels: &BTreeMap<String, String>,
-    endpoints: Vec<Endpoint>,
-    ports: &[EndpointPort],
-) -> EndpointSlice {
-    let prefix: String = name(service).chars().take(57).collect();
-    EndpointSlice {
-        metadata: ObjectMeta {
-            generate_name: Some(format!("{prefix}-")),
-            namespace: Some(namespace(service).to_owned()),
-            labels: Some(labels.clone()),
-            owner_references: Some(vec![controller_reference(service)]),
-            ..Default::default()
-        },
-        address_type: "IPv4".into(),
-        endpoints: Some(endpoints),
-        ports: Some(ports.to_vec()),
-    }
+/// The addresses of a pod.
+fn addresses(pod: &Pod) -> Vec<String> {
+    let status = pod.status.as_ref();
+    let all = status.iter().flat_map(|s| s.pod_ips.iter().flatten()).map(|ip| ip.ip.clone());
+    all.chain(status.and_then(|s| s.pod_ip.clone())).collect()
 }
 
-fn ipv4(pod: &Pod) -> Option<String> {
-    let status = pod.status.as_ref()?;
-    let all = status.pod_ips.iter().flatten().map(|ip| ip.ip.clone()).chain(status.pod_ip.clone());
-    all.into_iter().find(|ip| ip.parse::<std::net::Ipv4Addr>().is_ok())
-}
-
-fn endpoint(service: &Service, pod: &Pod, zone: &impl Fn(&str) -> Option<String>) -> Option<Endpoint> {
+fn endpoint(service: &Service, pod: &Pod, family: &str, zone: &impl Fn(&str) -> Option<String>) -> Option<Endpoint> {
     if is_finished(pod) {
         return None;
     }
-    let address = ipv4(pod)?;
+    let address = addresses(pod).into_iter().find(|address| family_of(address) == Some(family))?;
     let spec = service.spec.as_ref()?;
     let ready = is_ready(pod);
     let terminating = is_deleting(pod);
@@ -250,7 +166,7 @@ pub(crate) fn on_pod_change(context: &Context, add: impl Fn(Key) + Send + Sync +
     context.caches.pods.on_change(move |old, new| {
         // What matters here: labels, address, readiness, deletion, phase, node.
         let relevant = |pod: &Arc<Pod>| {
-            (pod.metadata.labels.clone(), ipv4(pod), is_ready(pod), is_deleting(&**pod), is_finished(pod))
+            (pod.metadata.labels.clone(), addresses(pod), is_ready(pod), is_deleting(&**pod), is_finished(pod))
         };
         if let (Some(old), Some(new)) = (old, new)
             && relevant(old) == relevant(new)
@@ -334,22 +250,7 @@ impl Controller for EndpointSlices {
             node.metadata.labels.as_ref()?.get("topology.kubernetes.io/zone").cloned()
         };
         let plan = plan(&service, &pods, &slices, zone);
-        let api = self.context.api::<EndpointSlice>(&key.namespace);
-        // New addresses are there before old ones go.
-        for slice in &plan.create {
-            match self.context.create(&caches.endpoint_slices, &key.namespace, slice).await {
-                Err(error) if namespace_is_terminating(&error) => return Ok(None),
-                other => other?,
-            };
-        }
-        let params = PostParams::default();
-        let updates = plan.update.iter().map(|slice| api.replace(name(slice), &params, slice));
-        for updated in try_join_all(updates).await? {
-            caches.endpoint_slices.note(updated);
-        }
-        for gone in slices.iter().filter(|s| plan.delete.iter().any(|n| n == name(&***s))) {
-            self.context.delete(&caches.endpoint_slices, &**gone, DeleteParams::default()).await?;
-        }
+        packing::apply(&self.context, &key.namespace, &slices, &plan).await?;
         Ok(None)
     }
 }
@@ -430,6 +331,30 @@ mod tests {
         assert_eq!((next.create.len(), count(&next.update)), (0, vec![51]));
         let next = plan(&web(), &pods[..1], &slices, |_| None);
         assert_eq!((next.create.len(), next.update.len() + next.delete.len()), (0, 3));
+    }
+
+    #[test]
+    fn every_family_has_slices_of_its_own() {
+        let both = |p: &mut Value| p["status"]["podIPs"] = json!([{"ip": "10.244.0.9"}, {"ip": "fd00::9"}]);
+        let check = |families: Value, expect: &[(&str, &str)]| {
+            let spec = json!({"selector": {"a": "1"}, "ipFamilies": families, "ports": [{"port": 80}]});
+            let made = plan(&service(spec), &[pod(1, both)], &[], |_| None);
+            let found: Vec<_> = made
+                .create
+                .iter()
+                .flat_map(|s| s.endpoints.iter().flatten().map(|e| (&*s.address_type, &*e.addresses[0])))
+                .collect();
+            assert_eq!(found, expect);
+            made
+        };
+        check(json!(["IPv4"]), &[("IPv4", "10.244.0.9")]);
+        check(json!(["IPv6"]), &[("IPv6", "fd00::9")]);
+        let made = check(json!(["IPv6", "IPv4"]), &[("IPv6", "fd00::9"), ("IPv4", "10.244.0.9")]);
+        // A Service that gives up a family gives up its slices.
+        let slices = named(made);
+        let one = service(json!({"selector": {"a": "1"}, "ipFamilies": ["IPv4"], "ports": [{"port": 80}]}));
+        let next = plan(&one, &[pod(1, both)], &slices, |_| None);
+        assert_eq!((next.create.len(), next.update.len(), next.delete), (0, 0, vec!["s-0".to_owned()]));
     }
 
     #[test]
