@@ -34,6 +34,18 @@ impl Cgroups {
         Self { root, v2, base: format!("/{}", base.trim_matches('/')) }
     }
 
+    /// As [`Cgroups::detect`], for what is below another directory.
+    #[cfg(test)]
+    pub(crate) fn at(root: &Path, v2: bool) -> Self {
+        Self { root: root.to_owned(), v2, base: "/kubepods".into() }
+    }
+
+    /// A file of a group. v2 knows no controllers' hierarchies.
+    pub fn file(&self, controller: &str, path: &str, file: &str) -> PathBuf {
+        let hierarchy = if self.v2 { self.root.clone() } else { self.root.join(controller) };
+        hierarchy.join(path.trim_start_matches('/')).join(file)
+    }
+
     /// Whether this is cgroup v2.
     pub fn is_v2(&self) -> bool {
         self.v2
@@ -103,7 +115,8 @@ impl Cgroups {
         self.apply(path, limits)
     }
 
-    fn apply(&self, path: &str, limits: Limits) -> io::Result<()> {
+    /// Gives a group other limits.
+    pub fn apply(&self, path: &str, limits: Limits) -> io::Result<()> {
         let write = |controller: &str, file: &str, value: String| {
             let base = if self.v2 { self.root.clone() } else { self.root.join(controller) };
             let directory = base.join(path.trim_start_matches('/'));
@@ -308,5 +321,37 @@ mod tests {
         assert_eq!(cgroups.pod_path(Qos::Guaranteed, "u"), "/kubepods/podu");
         assert_eq!(cgroups.pod_path(Qos::BestEffort, "u"), "/kubepods/besteffort/podu");
         assert_eq!((v2_weight(2), v2_weight(1024), v2_weight(262_144)), (1, 39, 10000));
+    }
+
+    #[test]
+    fn groups_of_version_2() {
+        let directory = tempfile::tempdir().unwrap();
+        let cgroups = Cgroups::at(directory.path(), true);
+        let read = |file: &str| fs::read_to_string(directory.path().join(file)).ok();
+        assert_eq!(
+            cgroups.file("cpuset", "/", "cpuset.cpus.effective"),
+            directory.path().join("cpuset.cpus.effective")
+        );
+        assert_eq!(cgroups.file("cpu", "/kubepods/podu", "cpu.max"), directory.path().join("kubepods/podu/cpu.max"));
+
+        cgroups.prepare_node().unwrap();
+        assert_eq!(read("kubepods/besteffort/cpu.weight").as_deref(), Some("1"));
+        // Each controller is asked for by itself; a file keeps the last one that it was told.
+        assert_eq!(read("kubepods/cgroup.subtree_control").as_deref(), Some("+io"));
+        let limits = Limits { cpu_shares: 2048, cpu_quota: 200_000, memory: 1 << 20 };
+        cgroups.create("/kubepods/podlimited", limits).unwrap();
+        assert_eq!(read("kubepods/podlimited/cpu.max").as_deref(), Some("200000 100000"));
+        assert_eq!(read("kubepods/podlimited/memory.max").as_deref(), Some("1048576"));
+        // One whose containers have CPUs of their own has no quota.
+        cgroups.create("/kubepods/podown", Limits { cpu_quota: 0, ..limits }).unwrap();
+        assert_eq!(
+            (read("kubepods/podown/cpu.max"), read("kubepods/podown/cpu.weight").as_deref()),
+            (None, Some("79"))
+        );
+        cgroups.create("/kubepods/burstable/podb", Limits::default()).unwrap();
+        let mut pods = cgroups.pods();
+        pods.sort_by(|one, other| one.1.cmp(&other.1));
+        let expect = [(Qos::Burstable, "b"), (Qos::Guaranteed, "limited"), (Qos::Guaranteed, "own")];
+        assert_eq!(pods, expect.map(|(qos, uid)| (qos, uid.to_owned())));
     }
 }

@@ -4,7 +4,7 @@
 //! Not a bridge: with `bridge-nf-call-iptables` a reset that nftables sends for a translated flow never reaches a pod
 //! behind one.
 
-use std::{fs, io, path::Path, process::Command};
+use std::{fs, io, net::IpAddr, path::Path, process::Command};
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
@@ -12,8 +12,13 @@ use serde_json::{Value, json};
 /// The name of our network; also that of host-local's state directory.
 const NETWORK: &str = "seawall";
 
+/// The bit of a packet's mark by which `portmap` knows what it has to masquerade. Unless told otherwise it takes 13, which
+/// is the relay's: what has that is delivered to this machine, so a host port was not reached from its own node, nor by
+/// the pod behind it. 14 is the service proxy's.
+const MASQUERADE_BIT: u8 = 12;
+
 /// The configuration list for these pod ranges, with host-local's state under `state`.
-fn conf(ranges: &[IpNet], state: &Path) -> Value {
+fn conf(ranges: &[IpNet], mtu: Option<u32>, state: &Path) -> Value {
     let ranges: Vec<Value> = ranges.iter().map(|r| json!([{"subnet": r.to_string()}])).collect();
     let routes: Vec<Value> = ["0.0.0.0/0", "::/0"]
         .iter()
@@ -22,23 +27,28 @@ fn conf(ranges: &[IpNet], state: &Path) -> Value {
         })
         .map(|dst| json!({"dst": dst}))
         .collect();
+    let mut ptp = json!({
+        "type": "ptp",
+        // It would also hide the address of a pod from pods of other nodes: see `masquerade`.
+        "ipMasq": false,
+        "ipam": {"type": "host-local", "dataDir": state, "ranges": ranges, "routes": routes},
+    });
+    if let Some(mtu) = mtu {
+        ptp["mtu"] = json!(mtu);
+    }
     json!({
         "cniVersion": "0.4.0",
         "name": NETWORK,
         "plugins": [
-            {
-                "type": "ptp",
-                "ipMasq": true,
-                "ipam": {"type": "host-local", "dataDir": state, "ranges": ranges, "routes": routes},
-            },
-            {"type": "portmap", "capabilities": {"portMappings": true}},
+            ptp,
+            {"type": "portmap", "markMasqBit": MASQUERADE_BIT, "capabilities": {"portMappings": true}},
         ],
     })
 }
 
 /// Writes the configuration if it differs; containerd notices by itself. The file appears at once and whole.
-pub fn write(directory: &Path, ranges: &[IpNet], state: &Path) -> io::Result<()> {
-    let text = serde_json::to_vec_pretty(&conf(ranges, state))?;
+pub fn write(directory: &Path, ranges: &[IpNet], mtu: Option<u32>, state: &Path) -> io::Result<()> {
+    let text = serde_json::to_vec_pretty(&conf(ranges, mtu, state))?;
     let file = directory.join("10-seawall.conflist");
     if fs::read(&file).is_ok_and(|old| old == text) {
         return Ok(());
@@ -47,6 +57,22 @@ pub fn write(directory: &Path, ranges: &[IpNet], state: &Path) -> io::Result<()>
     let temporary = directory.join(".10-seawall.tmp");
     fs::write(&temporary, &text)?;
     fs::rename(temporary, file)
+}
+
+/// The size of the largest packet on the interface with this address, in bytes; none if that is the loopback, through which
+/// nothing leaves. Where a way is narrower, as a tunnel is, the node says so to its pods (path MTU discovery, RFC 1191 and
+/// RFC 8201).
+pub fn uplink_mtu(node_ip: IpAddr) -> Option<u32> {
+    let with_ip = |address: &nix::ifaddrs::InterfaceAddress| {
+        let address = address.address.as_ref()?;
+        let four = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        four.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+    };
+    let link = nix::ifaddrs::getifaddrs().ok()?.find(|a| with_ip(a) == Some(node_ip))?;
+    if link.flags.contains(nix::net::if_::InterfaceFlags::IFF_LOOPBACK) {
+        return None;
+    }
+    fs::read_to_string(format!("/sys/class/net/{}/mtu", link.interface_name)).ok()?.trim().parse().ok()
 }
 
 /// Lets the kernel forward between pods and the world.
@@ -103,11 +129,19 @@ mod tests {
 
     #[test]
     fn routes_follow_the_families() {
-        let one = conf(&["10.1.0.0/24".parse().unwrap()], Path::new("/s"));
+        let one = conf(&["10.1.0.0/24".parse().unwrap()], Some(1400), Path::new("/s"));
         assert_eq!(one["plugins"][0]["ipam"]["routes"], json!([{"dst": "0.0.0.0/0"}]));
-        let two = conf(&["10.1.0.0/24".parse().unwrap(), "fd00::/64".parse().unwrap()], Path::new("/s"));
+        assert_eq!(one["plugins"][0]["mtu"], 1400);
+        let two = conf(&["10.1.0.0/24".parse().unwrap(), "fd00::/64".parse().unwrap()], None, Path::new("/s"));
         assert_eq!(two["plugins"][0]["ipam"]["ranges"].as_array().unwrap().len(), 2);
         assert_eq!(two["plugins"][0]["ipam"]["routes"].as_array().unwrap().len(), 2);
+        assert_eq!(two["plugins"][0].get("mtu"), None);
+    }
+
+    #[test]
+    fn what_the_loopback_could_carry_is_no_measure() {
+        assert_eq!(uplink_mtu([127, 0, 0, 1].into()), None);
+        assert_eq!(uplink_mtu([192, 0, 2, 1].into()), None);
     }
 
     #[test]

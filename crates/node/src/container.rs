@@ -20,10 +20,17 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Agent,
     cri::{annotation, label},
+    devices::api as devices,
     env::{self, Sources},
     events::Kind,
     handler::Target,
-    pod::{self, Class, machine::Waiting, observed::Observed, qos},
+    huge_pages,
+    pod::{
+        self, Class,
+        machine::Waiting,
+        observed::{Observed, SandboxObs},
+        qos,
+    },
     sandbox, security, volume,
 };
 
@@ -66,6 +73,8 @@ impl Start {
         // A pull may take long; a pod that is being deleted does not wait for it.
         let image = cancel.run_until_cancelled(Box::pin(self.image(spec, &container, &sandbox_config))).await;
         let image = image.unwrap_or_else(|| Err(failure("ErrImagePull", "the pod is being stopped")))?;
+        let admitted = cancel.run_until_cancelled(self.admitted(spec, current)).await;
+        admitted.unwrap_or(Ok(())).map_err(|why| failure("CreateContainerError", why))?;
         if cancel.is_cancelled() {
             return Err(failure("CreateContainerError", "the pod is being stopped"));
         }
@@ -83,6 +92,18 @@ impl Start {
         })?;
         events.container(&self.pod, &self.name, Kind::Normal, "Started", format!("Started container {}", self.name));
         Ok(id)
+    }
+
+    /// Returns when the pod's network is open to it. Where a container has run already, it is.
+    async fn admitted(&self, spec: &PodSpec, sandbox: &SandboxObs) -> Result<(), String> {
+        let Some(gate) = self.agent.config.gate.as_ref().filter(|_| spec.host_network != Some(true)) else {
+            return Ok(());
+        };
+        if self.observed.containers.iter().any(|c| c.sandbox == sandbox.id) {
+            return Ok(());
+        }
+        let ips = sandbox.ips.iter().filter_map(|ip| ip.parse().ok()).collect();
+        (gate.admit)(Arc::clone(&self.pod), ips).await
     }
 
     async fn image(
@@ -108,7 +129,13 @@ impl Start {
         let inspect = |status: tonic::Status| {
             failure("ImageInspectError", format!("Failed to inspect image {name:?}: {}", status.message()))
         };
-        let present = agent.cri.image(name).await.map_err(inspect)?;
+        let mut present = agent.cri.image(name).await.map_err(inspect)?;
+        if present.is_none() && agent.config.own_image.as_deref() == Some(name) {
+            let _permit = agent.pulls.acquire().await.map_err(|e| failure("ErrImagePull", e.to_string()))?;
+            let made = crate::own::provide(&agent.cri, &agent.config.cri_socket(), name).await;
+            made.map_err(|e| failure("ErrImagePull", format!("the image {name:?} was not made: {e:#}")))?;
+            present = agent.cri.image(name).await.map_err(inspect)?;
+        }
         match (policy, present) {
             ("IfNotPresent" | "Never", Some(image)) => {
                 note(Kind::Normal, "Pulled", format!("Container image {name:?} already present on machine"));
@@ -201,7 +228,7 @@ impl Start {
         };
         security::check_non_root(&self.pod, spec, container, image).map_err(refuse)?;
         let sources = self.sources(container).await.map_err(refuse)?;
-        let with_ips = with_addresses(&self.pod, spec, ips, self.agent.config.node_ip);
+        let with_ips = with_addresses(&self.pod, spec, ips, &self.agent.config.node_ips);
         let links = spec.enable_service_links != Some(false);
         let context = env::Context {
             pod: &with_ips,
@@ -209,12 +236,17 @@ impl Start {
             sources: &sources,
             allocatable: &self.agent.allocatable,
         };
-        let environment = env::environment(container, &context).map_err(refuse)?;
+        let with = self.agent.devices.before_start(&self.pod, container).await.map_err(refuse)?;
+        let own = env::environment(container, &context).map_err(refuse)?;
+        // What the pod says itself counts more.
+        let of_devices = with.envs.into_iter().filter(|(name, _)| own.iter().all(|(known, _)| known != name));
+        let environment: Vec<(String, String)> = of_devices.chain(own.iter().cloned()).collect();
         let known: BTreeMap<&str, &str> = environment.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         let expand = |text: &String| env::expand(text, |name| known.get(name).map(|v| (*v).to_owned()));
 
         let directory = volume::pod_directory(&self.agent.config.data_dir, pod::uid(&self.pod));
-        let mounts = self.mounts(spec, container, &directory, ips, &known).await.map_err(refuse)?;
+        let mut mounts: Vec<cri::Mount> = with.mounts.into_iter().map(device_mount).collect();
+        mounts.extend(self.mounts(spec, container, &directory, ips, &known).await.map_err(refuse)?);
         let logs = sandbox::log_directory(
             &self.agent.config,
             pod::namespace(&self.pod),
@@ -227,7 +259,8 @@ impl Start {
         labels.insert(label::CONTAINER_NAME.into(), container.name.clone());
         let policy = container.termination_message_policy.clone().unwrap_or_else(|| "File".into());
         let grace = spec.termination_grace_period_seconds.unwrap_or(30);
-        let annotations = HashMap::from([
+        let mut annotations: HashMap<String, String> = with.annotations.into_iter().collect();
+        annotations.extend([
             (annotation::HASH.to_owned(), pod::container_hash(container)),
             (annotation::RESTART_COUNT.to_owned(), self.restart_count.to_string()),
             (annotation::TERMINATION_MESSAGE.to_owned(), self.message_file(&directory).display().to_string()),
@@ -249,6 +282,8 @@ impl Start {
                 .map(|(key, value)| cri::KeyValue { key: key.clone(), value: value.clone() })
                 .collect(),
             mounts,
+            devices: with.devices.into_iter().map(device_node).collect(),
+            cdi_devices: with.cdi_devices.into_iter().map(|device| cri::CdiDevice { name: device.name }).collect(),
             labels,
             annotations,
             log_path: format!("{}/{}.log", container.name, self.restart_count),
@@ -261,7 +296,10 @@ impl Start {
     }
 
     fn linux(&self, spec: &PodSpec, class: Class, container: &Container) -> cri::LinuxContainerConfig {
-        let limits = qos::container_limits(container);
+        let mut limits = qos::container_limits(container);
+        if self.agent.cpus.has_own(pod::uid(&self.pod), Some(&container.name)) {
+            limits.cpu_quota = -1;
+        }
         let score = qos::oom_score_adj(qos::class(&self.pod), spec, container, self.agent.memory);
         let mut unified = HashMap::new();
         if self.agent.cgroups.is_v2() && limits.memory > 0 {
@@ -279,15 +317,14 @@ impl Start {
             .flatten()
             .and_then(|name| self.observed.active(&name))
             .map(|c| c.id.clone());
+        let cpus = self.agent.cpus.of_container(pod::uid(&self.pod), &container.name);
         cri::LinuxContainerConfig {
             resources: Some(cri::LinuxContainerResources {
-                cpu_period: qos::CPU_PERIOD,
-                cpu_quota: limits.cpu_quota,
-                cpu_shares: limits.cpu_shares,
-                memory_limit_in_bytes: limits.memory,
                 oom_score_adj: score,
                 unified,
-                ..Default::default()
+                cpuset_cpus: cpus.map(|cpus| cpus.to_string()).unwrap_or_default(),
+                hugepage_limits: huge_pages::limits(container, self.agent.huge_pages.iter().copied()),
+                ..resources(limits)
             }),
             security_context: Some(security::context(spec, container, target, &self.agent.config.data_dir)),
         }
@@ -382,20 +419,44 @@ impl Start {
     }
 }
 
+fn device_mount(mount: devices::Mount) -> cri::Mount {
+    cri::Mount {
+        container_path: mount.container_path,
+        host_path: mount.host_path,
+        readonly: mount.read_only,
+        ..Default::default()
+    }
+}
+
+fn device_node(node: devices::DeviceSpec) -> cri::Device {
+    cri::Device { container_path: node.container_path, host_path: node.host_path, permissions: node.permissions }
+}
+
+/// Limits as the runtime wants them.
+pub fn resources(limits: qos::Limits) -> cri::LinuxContainerResources {
+    cri::LinuxContainerResources {
+        cpu_period: qos::CPU_PERIOD,
+        cpu_quota: limits.cpu_quota,
+        cpu_shares: limits.cpu_shares,
+        memory_limit_in_bytes: limits.memory,
+        ..Default::default()
+    }
+}
+
 fn absolute(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
 }
 
 /// The pod as the downward API sees it: with the addresses that the runtime has given and the API may not know yet.
-pub fn with_addresses(pod: &Pod, spec: &PodSpec, ips: &[String], node_ip: IpAddr) -> Pod {
+pub fn with_addresses(pod: &Pod, spec: &PodSpec, ips: &[String], node_ips: &[IpAddr]) -> Pod {
     let mut pod = pod.clone();
     let status = pod.status.get_or_insert_default();
-    let host = node_ip.to_string();
-    let ips = if spec.host_network == Some(true) { vec![host.clone()] } else { ips.to_vec() };
+    let hosts: Vec<String> = node_ips.iter().map(ToString::to_string).collect();
+    let ips = if spec.host_network == Some(true) { hosts.clone() } else { ips.to_vec() };
     status.pod_ip = ips.first().cloned();
     status.pod_ips = Some(ips.into_iter().map(|ip| k8s_openapi::api::core::v1::PodIP { ip }).collect());
-    status.host_ips = Some(vec![k8s_openapi::api::core::v1::HostIP { ip: host.clone() }]);
-    status.host_ip = Some(host);
+    status.host_ip = hosts.first().cloned();
+    status.host_ips = Some(hosts.into_iter().map(|ip| k8s_openapi::api::core::v1::HostIP { ip }).collect());
     pod
 }
 

@@ -97,10 +97,12 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
   sandbox_image = "{pause}"
   disable_apparmor = {no_apparmor}
   restrict_oom_score_adj = {restrict}
+  disable_hugetlb_controller = false
   stream_server_address = "127.0.0.1"
   stream_server_port = "0"
   enable_unprivileged_ports = true
   enable_unprivileged_icmp = true
+  enable_cdi = true
 
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = {cni_bin}

@@ -19,6 +19,8 @@ use tonic::{
     transport::{Channel, Endpoint, Uri},
 };
 
+use crate::pleg::{Envelope, SubscribeRequest};
+
 /// Labels by which the agent finds its own containers again; upstream's names.
 pub mod label {
     /// The pod's name.
@@ -53,6 +55,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 pub struct Cri {
     runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
+    channel: Channel,
 }
 
 fn request<T>(message: T, timeout: Duration) -> Request<T> {
@@ -81,7 +84,8 @@ impl Cri {
         const LIMIT: usize = 64 << 20;
         Ok(Self {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(LIMIT),
-            images: ImageServiceClient::new(channel).max_decoding_message_size(LIMIT),
+            images: ImageServiceClient::new(channel.clone()).max_decoding_message_size(LIMIT),
+            channel,
         })
     }
 
@@ -195,6 +199,16 @@ impl Cri {
         gone_is_fine(self.runtime.clone().stop_container(request(message, grace + CALL_TIMEOUT)).await.map(drop))
     }
 
+    /// Tells a container that runs other limits.
+    pub async fn update_container(&self, id: &str, resources: cri::LinuxContainerResources) -> Result<(), Status> {
+        let message = cri::UpdateContainerResourcesRequest {
+            container_id: id.into(),
+            linux: Some(resources),
+            ..Default::default()
+        };
+        self.runtime.clone().update_container_resources(request(message, CALL_TIMEOUT)).await.map(drop)
+    }
+
     /// Removes a container.
     pub async fn remove_container(&self, id: &str) -> Result<(), Status> {
         let message = cri::RemoveContainerRequest { container_id: id.into() };
@@ -234,11 +248,40 @@ impl Cri {
         Ok(self.runtime.clone().get_container_events(cri::GetEventsRequest {}).await?.into_inner())
     }
 
+    /// containerd's own events as they happen, those that one of the filters lets through
+    /// (<https://pkg.go.dev/github.com/containerd/containerd/v2/pkg/filters>); `Unimplemented` with another runtime.
+    pub async fn containerd_events(&self, filters: Vec<String>) -> Result<tonic::Streaming<Envelope>, Status> {
+        let mut client = tonic::client::Grpc::new(self.channel.clone());
+        client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        let path = http::uri::PathAndQuery::from_static("/containerd.services.events.v1.Events/Subscribe");
+        let request = Request::new(SubscribeRequest { filters });
+        Ok(client.server_streaming(request, path, tonic_prost::ProstCodec::default()).await?.into_inner())
+    }
+
     /// An image that is on the node, `None` if it is not.
     pub async fn image(&self, name: &str) -> Result<Option<cri::Image>, Status> {
         let image = Some(cri::ImageSpec { image: name.into(), ..Default::default() });
         let message = cri::ImageStatusRequest { image, verbose: false };
         Ok(self.images.clone().image_status(request(message, CALL_TIMEOUT)).await?.into_inner().image)
+    }
+
+    /// What containers use; the agent wants to know only what they have written beside their images.
+    pub async fn container_stats(&self) -> Result<Vec<cri::ContainerStats>, Status> {
+        let message = cri::ListContainerStatsRequest { filter: None };
+        Ok(self.runtime.clone().list_container_stats(request(message, CALL_TIMEOUT)).await?.into_inner().stats)
+    }
+
+    /// What images take of the disk.
+    pub async fn image_fs(&self) -> Result<Vec<cri::FilesystemUsage>, Status> {
+        let message = cri::ImageFsInfoRequest {};
+        Ok(self.images.clone().image_fs_info(request(message, CALL_TIMEOUT)).await?.into_inner().image_filesystems)
+    }
+
+    /// Deletes an image.
+    pub async fn remove_image(&self, id: &str) -> Result<(), Status> {
+        let image = Some(cri::ImageSpec { image: id.into(), ..Default::default() });
+        let message = cri::RemoveImageRequest { image };
+        gone_is_fine(self.images.clone().remove_image(request(message, CALL_TIMEOUT)).await.map(drop))
     }
 
     /// All images on the node.

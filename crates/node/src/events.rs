@@ -1,7 +1,7 @@
 //! Events: written in the background, repeats counted instead of written anew, and bounded: a full queue or a noisy
 //! object loses events, never memory.
 
-use std::collections::HashMap;
+use std::{borrow::Cow, collections::HashMap};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -14,6 +14,9 @@ use kube::{
 };
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+
+/// Why, in a word.
+pub type Reason = Cow<'static, str>;
 
 /// Whether an event is a complaint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,7 +40,7 @@ impl Kind {
 struct Note {
     about: ObjectReference,
     kind: Kind,
-    reason: &'static str,
+    reason: Reason,
     message: String,
     at: Timestamp,
 }
@@ -56,17 +59,17 @@ impl Recorder {
     }
 
     /// An event about a pod.
-    pub fn pod(&self, pod: &Pod, kind: Kind, reason: &'static str, message: impl Into<String>) {
-        self.send(pod_reference(pod, None), kind, reason, message.into());
+    pub fn pod(&self, pod: &Pod, kind: Kind, reason: impl Into<Reason>, message: impl Into<String>) {
+        self.send(pod_reference(pod, None), kind, reason.into(), message.into());
     }
 
     /// An event about a container of a pod.
-    pub fn container(&self, pod: &Pod, name: &str, kind: Kind, reason: &'static str, message: impl Into<String>) {
-        self.send(pod_reference(pod, Some(name)), kind, reason, message.into());
+    pub fn container(&self, pod: &Pod, name: &str, kind: Kind, reason: impl Into<Reason>, message: impl Into<String>) {
+        self.send(pod_reference(pod, Some(name)), kind, reason.into(), message.into());
     }
 
     /// An event about a node.
-    pub fn node(&self, node: &Node, kind: Kind, reason: &'static str, message: impl Into<String>) {
+    pub fn node(&self, node: &Node, kind: Kind, reason: impl Into<Reason>, message: impl Into<String>) {
         let name = node.metadata.name.clone();
         let about = ObjectReference {
             kind: Some("Node".into()),
@@ -75,18 +78,18 @@ impl Recorder {
             name,
             ..Default::default()
         };
-        self.send(about, kind, reason, message.into());
+        self.send(about, kind, reason.into(), message.into());
     }
 
-    fn send(&self, about: ObjectReference, kind: Kind, reason: &'static str, mut message: String) {
+    fn send(&self, about: ObjectReference, kind: Kind, reason: Reason, mut message: String) {
         if message.len() > 1024 {
             let cut = (0..=1020).rev().find(|i| message.is_char_boundary(*i)).unwrap_or(0);
             message.truncate(cut);
             message.push_str("...");
         }
         // A full queue means that the API has been away for long: what happened then is in the log.
-        if self.queue.try_send(Note { about, kind, reason, message, at: Timestamp::now() }).is_err() {
-            tracing::debug!(reason, "an event was dropped: the queue is full");
+        if let Err(lost) = self.queue.try_send(Note { about, kind, reason, message, at: Timestamp::now() }) {
+            tracing::debug!("an event was dropped: {lost}");
         }
     }
 }
@@ -129,7 +132,7 @@ const REMEMBERED: usize = 4096;
 
 #[derive(Default)]
 struct Correlator {
-    written: HashMap<(String, String, &'static str, String), Written>,
+    written: HashMap<(String, String, Reason, String), Written>,
     budget: HashMap<String, (f64, Timestamp)>,
 }
 
@@ -159,12 +162,12 @@ impl Correlator {
         }
     }
 
-    fn key(note: &Note) -> (String, String, &'static str, String) {
+    fn key(note: &Note) -> (String, String, Reason, String) {
         let about = &note.about;
         (
             about.uid.clone().unwrap_or_default(),
             about.field_path.clone().unwrap_or_default(),
-            note.reason,
+            note.reason.clone(),
             note.message.clone(),
         )
     }
@@ -205,7 +208,7 @@ async fn write(client: Client, node: String, mut notes: mpsc::Receiver<Note>) {
         let event = Event {
             metadata: ObjectMeta { name: Some(name.clone()), namespace: Some(namespace), ..Default::default() },
             involved_object: note.about.clone(),
-            reason: Some(note.reason.to_owned()),
+            reason: Some(note.reason.to_string()),
             message: Some(note.message.clone()),
             type_: Some(note.kind.as_str().to_owned()),
             first_timestamp: Some(Time(note.at)),
@@ -218,7 +221,7 @@ async fn write(client: Client, node: String, mut notes: mpsc::Receiver<Note>) {
         };
         match api.create(&PostParams::default(), &event).await {
             Ok(_) => correlator.created(&note, name),
-            Err(error) => tracing::debug!(reason = note.reason, "cannot write an event: {error}"),
+            Err(error) => tracing::debug!(reason = %note.reason, "cannot write an event: {error}"),
         }
     }
 }
@@ -238,7 +241,7 @@ mod tests {
         let note = |s: i64, message: &str| Note {
             about: ObjectReference { uid: Some("u".into()), ..Default::default() },
             kind: Kind::Normal,
-            reason: "R",
+            reason: "R".into(),
             message: message.into(),
             at: Timestamp::from_second(s).unwrap(),
         };

@@ -328,12 +328,27 @@ impl Drop for Watchdog {
     }
 }
 
+/// A file at one time: its number, size and when it was written, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Mark(u64, u64, i64, i64);
+
+impl Mark {
+    /// `None` if there is no such file.
+    fn of(path: &Path) -> Option<Mark> {
+        use std::os::unix::fs::MetadataExt as _;
+        let file = fs::metadata(path).ok()?;
+        Some(Mark(file.ino(), file.size(), file.mtime(), file.mtime_nsec()))
+    }
+}
+
 /// Reads the file and kills what may not run.
 struct Dog {
     path: PathBuf,
     cgroups: Cgroups,
     /// What the file said when it could last be read.
     board: Option<Board>,
+    /// By what that file would be told from another.
+    read: Option<Mark>,
     boot: String,
     /// The guarded pods that are known not to be held.
     free: BTreeSet<String>,
@@ -342,15 +357,22 @@ struct Dog {
 
 impl Dog {
     fn new(path: PathBuf, cgroups: Cgroups) -> Dog {
-        Dog { path, cgroups, board: None, boot: boot(), free: BTreeSet::new(), complained: false }
+        Dog { path, cgroups, board: None, read: None, boot: boot(), free: BTreeSet::new(), complained: false }
     }
 
     /// One look. Whether nothing runs that may not.
     fn look(&mut self) -> bool {
-        match Board::read(&self.path) {
-            Ok(board) => self.board = board,
-            // What was known goes on: its time ends by itself.
-            Err(error) => self.complain(|path| format!("{path}: {error}")),
+        // Each write makes a file of its own, so one that has not changed need not be read ten times a second.
+        let mark = Mark::of(&self.path);
+        if mark.is_none() || mark != self.read {
+            match Board::read(&self.path) {
+                Ok(board) => (self.board, self.read) = (board, mark),
+                // What was known goes on: its time ends by itself.
+                Err(error) => {
+                    self.read = None;
+                    self.complain(|path| format!("{path}: {error}"));
+                }
+            }
         }
         let Some(board) = self.board.as_ref().filter(|board| board.boot == self.boot) else { return true };
         let over: BTreeSet<String> = board.fence.stopped(now()).map(str::to_owned).collect();

@@ -140,7 +140,8 @@ impl Layer {
         self.libraries(source)
     }
 
-    fn libraries(&mut self, program: &Path) -> anyhow::Result<()> {
+    /// Adds the shared libraries that `ldd` names for a program of this host.
+    pub(crate) fn libraries(&mut self, program: &Path) -> anyhow::Result<()> {
         let output = std::process::Command::new("ldd").arg(program).output().context("run ldd")?;
         for library in ldd_paths(&String::from_utf8_lossy(&output.stdout)) {
             let content = fs::read(&library).with_context(|| format!("read {}", library.display()))?;

@@ -1,4 +1,6 @@
-//! The pods of this node: one worker each, from the API's word and from what the runtime still holds.
+//! The pods of this node: one worker each, from the API's word, from files, and from what the runtime still holds.
+
+mod statics;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -6,10 +8,7 @@ use std::{
 };
 
 use futures::{StreamExt, TryStreamExt};
-use k8s_openapi::{
-    api::core::v1::{Pod, PodSpec},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
+use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api,
     runtime::{WatchStreamExt, watcher},
@@ -22,26 +21,44 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Agent,
     pod::{self, observed::Observed},
+    static_pods::{self, Pods},
     worker::{Input, Worker},
 };
+
+use self::statics::Statics;
 
 struct Manager {
     agent: Arc<Agent>,
     shutdown: CancellationToken,
     inputs: HashMap<String, watch::Sender<Input>>,
     workers: JoinSet<String>,
+    statics: Statics,
 }
 
-/// Follows the API until shutdown.
-pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
+/// Follows the API and the files of static pods until shutdown.
+pub async fn run(agent: Arc<Agent>, mut files: watch::Receiver<Pods>, shutdown: CancellationToken) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={}", agent.config.node_name));
     let api: Api<Pod> = Api::all(agent.client.clone());
     let mut events = watcher(api, config).backoff(Backoff::default()).into_stream().boxed();
-    let mut manager = Manager { agent, shutdown: shutdown.clone(), inputs: HashMap::new(), workers: JoinSet::new() };
+    let mut manager = Manager {
+        agent,
+        shutdown: shutdown.clone(),
+        inputs: HashMap::new(),
+        workers: JoinSet::new(),
+        statics: Statics::default(),
+    };
+    // They are known before the API lists pods: what neither knows is taken away.
+    manager.take_files(files.borrow_and_update().clone());
     let mut listed: Option<HashSet<String>> = None;
     loop {
+        manager.see_to_statics();
         tokio::select! {
             () = shutdown.cancelled() => break,
+            Ok(()) = files.changed() => {
+                let now = files.borrow_and_update().clone();
+                manager.take_files(now);
+            }
+            () = manager.statics.next() => {}
             event = events.try_next() => match event {
                 Ok(Some(watcher::Event::Init)) => listed = Some(HashSet::new()),
                 Ok(Some(watcher::Event::InitApply(pod))) => {
@@ -51,17 +68,23 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
                     manager.apply(pod);
                 }
                 Ok(Some(watcher::Event::InitDone)) => {
-                    manager.reconcile(&listed.take().unwrap_or_default());
+                    let listed = listed.take().unwrap_or_default();
+                    manager.keep_mirrors(&listed);
+                    manager.reconcile(&listed);
                     manager.agent.listed.send_replace(true);
                 }
                 Ok(Some(watcher::Event::Apply(pod))) => manager.apply(pod),
-                Ok(Some(watcher::Event::Delete(pod))) => manager.gone(pod::uid(&pod)),
+                Ok(Some(watcher::Event::Delete(pod))) => {
+                    manager.lose_mirror(pod::uid(&pod));
+                    manager.gone(pod::uid(&pod));
+                }
                 Ok(None) => break,
                 Err(error) => tracing::warn!("watch pods: {error}"),
             },
             Some(ended) = manager.workers.join_next() => match ended {
                 Ok(uid) => {
                     manager.inputs.remove(&uid);
+                    manager.ended(&uid);
                     manager.agent.pods.write().remove(&uid);
                 }
                 // The pod's containers live on; a restart of the agent picks them up, and nothing less does.
@@ -77,15 +100,27 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
 
 impl Manager {
     fn apply(&mut self, pod: Pod) {
+        let mut pod = pod::lean(pod);
+        // Where a pod comes from is what we say, and not what it says of itself.
+        if static_pods::is_static(&pod) && static_pods::mirror_hash(&pod).is_empty() {
+            pod.metadata.annotations.get_or_insert_default().insert(static_pods::SOURCE.into(), "api".into());
+        }
         let pod = Arc::new(pod);
+        if self.take_mirror(&pod) {
+            return;
+        }
         let uid = pod::uid(&pod).to_owned();
+        if matches!(pod.status.as_ref().and_then(|s| s.phase.as_deref()), Some("Failed" | "Succeeded")) {
+            self.agent.ledger.release(&uid);
+        }
         match self.inputs.get(&uid) {
             Some(input) => input.send_modify(|i| i.pod = Arc::clone(&pod)),
-            None => self.start(uid, Input { pod, gone: false }),
+            None => self.start(uid, Input { pod, gone: false, mirror: None, is_static: false }),
         }
     }
 
     fn gone(&mut self, uid: &str) {
+        self.agent.ledger.release(uid);
         if let Some(input) = self.inputs.get(uid) {
             input.send_modify(|i| i.gone = true);
         }
@@ -94,7 +129,8 @@ impl Manager {
     /// After a listing: pods that we have and the API has not are gone. So are those that only the runtime, a
     /// directory or a cgroup still knows of; they get a worker too, which takes them away.
     fn reconcile(&mut self, listed: &HashSet<String>) {
-        let missing: Vec<String> = self.inputs.keys().filter(|uid| !listed.contains(*uid)).cloned().collect();
+        let missing = self.inputs.keys().filter(|uid| !listed.contains(*uid) && !self.statics.has(uid));
+        let missing: Vec<String> = missing.cloned().collect();
         missing.iter().for_each(|uid| self.gone(uid));
         let mut orphans: HashMap<String, Arc<Observed>> = self.agent.pleg.pods();
         let directories = std::fs::read_dir(self.agent.config.data_dir.join("pods")).into_iter().flatten().flatten();
@@ -103,23 +139,19 @@ impl Manager {
             orphans.entry(uid).or_default();
         }
         for (uid, left) in orphans {
-            if self.inputs.contains_key(&uid) {
+            if self.inputs.contains_key(&uid) || self.statics.has(&uid) {
                 continue;
             }
-            let (namespace, name) = left.owner.clone();
+            let (namespace, name) = &left.owner;
             tracing::info!(uid, namespace, name, "removing what is left of a pod that the API does not know");
-            let pod = Pod {
-                metadata: ObjectMeta {
-                    uid: Some(uid.clone()),
-                    namespace: Some(namespace),
-                    name: Some(name),
-                    ..Default::default()
-                },
-                spec: Some(PodSpec { termination_grace_period_seconds: left.grace, ..Default::default() }),
-                status: None,
-            };
-            self.start(uid, Input { pod: Arc::new(pod), gone: true });
+            self.agent.ledger.release(&uid);
+            let pod = Arc::new(statics::remains(&uid, &left));
+            self.start(uid, Input { pod, gone: true, mirror: None, is_static: false });
         }
+        // Whose pod ended while there was no agent.
+        let is_here = |uid: &str| self.inputs.contains_key(uid) || self.statics.has(uid);
+        self.agent.devices.retain(is_here);
+        self.agent.cpus.retain(is_here);
     }
 
     fn start(&mut self, uid: String, input: Input) {

@@ -15,7 +15,6 @@ use kube::{
 };
 use seawall_client::watch::Backoff;
 use tokio::{
-    sync::watch,
     task::AbortHandle,
     time::{Instant, MissedTickBehavior, sleep},
 };
@@ -24,9 +23,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Agent, cni,
     events::Kind,
-    fence,
-    node_status::{self, Machine, NotReady},
-    pressure::Pressure,
+    fence, masquerade,
+    node_status::{self, Machine, NotReady, Seen},
     shutdown,
 };
 
@@ -46,11 +44,16 @@ pub async fn run(agent: Arc<Agent>, machine: Machine, shutdown: CancellationToke
         let mut images = (Instant::now(), Vec::new());
         let mut was_ready = None;
         // Others say how we are too: a node that was thought to be gone says at once that it is not.
-        let (said, mut hears) = watch::channel(Some(Arc::new(node.clone())));
-        let following = tokio::spawn(follow(Arc::clone(&agent), said));
+        agent.node.send_replace(Some(Arc::new(node.clone())));
+        let mut hears = agent.node.subscribe();
+        let following = tokio::spawn(follow(Arc::clone(&agent)));
         let _ends = AbortOnDrop(following.abort_handle());
         let mut leaving = agent.config.shutdown.changes();
         let mut was_down = false;
+        let mut pressures = agent.evictions.pressure();
+        let mut devices = agent.devices.changes();
+        let mut forgets = agent.devices.is_new();
+        let mut masqueraded = None;
         loop {
             let down = agent.config.shutdown.is_down();
             if std::mem::replace(&mut was_down, down) != down {
@@ -70,24 +73,31 @@ pub async fn run(agent: Arc<Agent>, machine: Machine, shutdown: CancellationToke
                     Ok(None) => node = register(&agent, &machine).await,
                     Err(error) => tracing::debug!("get our node: {error}"),
                 }
-                configure_network(&node, &agent);
+                configure_network(&node, &agent).await;
             }
+            masquerade(&node, &agent, &mut masqueraded).await;
             let why = not_ready(&agent).await;
             let ready = why.is_none() && agent.services.synced();
             agent.ready.send_if_modified(|r| std::mem::replace(r, ready) != ready);
             if images.1.is_empty() || images.0.elapsed() > Duration::from_secs(60) {
                 images = (Instant::now(), list_images(&agent).await);
             }
-            let pressure = Pressure::measure(&agent.config.data_dir, &agent.config.eviction_hard);
-            let status =
-                node_status::status(&node, &agent.config, &machine, pressure, &why, &images.1, Timestamp::now());
+            devices.mark_unchanged();
+            let seen = Seen {
+                pressure: *pressures.borrow_and_update(),
+                not_ready: why.clone(),
+                devices: agent.devices.amounts(),
+                forgets,
+            };
+            let status = node_status::status(&node, &agent.config, &machine, &seen, &images.1, Timestamp::now());
             let changed = node.status.as_ref().is_none_or(|old| node_status::differs(old, &status));
             if changed || written.elapsed() >= HEARTBEAT {
-                let patch = serde_json::json!({"status": status});
+                let patch = node_status::patch(&status);
                 match api.patch_status(&agent.config.node_name, &PatchParams::default(), &Patch::Strategic(patch)).await
                 {
                     Ok(fresh) => {
                         node = fresh;
+                        forgets = false;
                         written = Instant::now();
                         if was_ready != Some(why.is_none()) {
                             was_ready = Some(why.is_none());
@@ -113,6 +123,8 @@ pub async fn run(agent: Arc<Agent>, machine: Machine, shutdown: CancellationToke
             tokio::select! {
                 Ok(()) = hears.changed() => {}
                 () = leaving.changed() => {}
+                Ok(()) = pressures.changed() => {}
+                Ok(()) = devices.changed() => {}
                 () = sleep(pause) => {}
             }
         }
@@ -134,21 +146,54 @@ fn revision(node: &Node) -> Option<u64> {
     node.metadata.resource_version.as_deref()?.parse().ok()
 }
 
-fn network_configured(node: &Node, agent: &Agent) -> bool {
-    let has_range = node.spec.as_ref().is_some_and(|s| s.pod_cidr.as_ref().is_some_and(|c| !c.is_empty()));
-    agent.config.cni_conf_dir.is_some()
-        || has_range && agent.config.containerd().cni_conf.join("10-seawall.conflist").exists()
+/// Whether the configuration of the pods' network is there.
+pub fn has_network(agent: &Agent) -> bool {
+    agent.config.cni_conf_dir.is_some() || agent.config.containerd().cni_conf.join("10-seawall.conflist").exists()
 }
 
-fn configure_network(node: &Node, agent: &Agent) {
-    let Some(spec) = &node.spec else { return };
+fn network_configured(node: &Node, agent: &Agent) -> bool {
+    let has_range = node.spec.as_ref().is_some_and(|s| s.pod_cidr.as_ref().is_some_and(|c| !c.is_empty()));
+    agent.config.cni_conf_dir.is_some() || has_range && has_network(agent)
+}
+
+/// The addresses of the node's pods.
+fn ranges(node: &Node) -> Vec<ipnet::IpNet> {
+    let Some(spec) = &node.spec else { return Vec::new() };
     let texts = spec.pod_cidrs.clone().filter(|c| !c.is_empty()).or_else(|| spec.pod_cidr.clone().map(|c| vec![c]));
-    let ranges: Vec<ipnet::IpNet> = texts.into_iter().flatten().filter_map(|t| t.parse().ok()).collect();
+    texts.into_iter().flatten().filter_map(|t| t.parse().ok()).collect()
+}
+
+/// Whoever brings a network of their own says which addresses are replaced. `found` is the number of the firewall's rules when
+/// ours were last found there.
+async fn masquerade(node: &Node, agent: &Agent, found: &mut Option<u32>) {
+    let ranges = ranges(node);
     if ranges.is_empty() || agent.config.cni_conf_dir.is_some() {
         return;
     }
+    let number = agent.config.rules_number.and_then(|ask| ask());
+    if number.is_some() && number == *found {
+        return;
+    }
+    if masquerade::is_there().await {
+        *found = number;
+        return;
+    }
+    if let Err(error) = masquerade::ensure(&ranges, &agent.config.cluster_cidrs).await {
+        tracing::error!("pods do not reach the world outside the cluster: {error}");
+    }
+}
+
+async fn configure_network(node: &Node, agent: &Agent) {
+    let ranges = ranges(node);
+    if ranges.is_empty() || agent.config.cni_conf_dir.is_some() {
+        return;
+    }
+    if let Err(error) = masquerade::ensure(&ranges, &agent.config.cluster_cidrs).await {
+        tracing::error!("pods do not reach the world outside the cluster: {error}");
+    }
     let state = agent.config.run_dir.join("cni/state");
-    if let Err(error) = cni::write(&agent.config.containerd().cni_conf, &ranges, &state) {
+    let mtu = agent.config.pod_mtu.or_else(|| cni::uplink_mtu(agent.config.node_ip));
+    if let Err(error) = cni::write(&agent.config.containerd().cni_conf, &ranges, mtu, &state) {
         tracing::error!("cannot write the CNI configuration: {error}");
     }
 }
@@ -157,22 +202,26 @@ fn configure_network(node: &Node, agent: &Agent) {
 async fn register(agent: &Agent, machine: &Machine) -> Node {
     let api: Api<Node> = Api::all(agent.client.clone());
     loop {
-        let pressure = Pressure::measure(&agent.config.data_dir, &agent.config.eviction_hard);
         let result = match api.get_opt(&agent.config.node_name).await {
             Ok(Some(node)) => match node_status::label_patch(&node, &agent.config) {
                 Some(patch) => api.patch(&agent.config.node_name, &PatchParams::default(), &Patch::Merge(&patch)).await,
                 None => Ok(node),
             },
             Ok(None) => {
-                let why = not_ready(agent).await;
-                let node = node_status::registration(&agent.config, machine, pressure, &why, Timestamp::now());
+                let seen = Seen {
+                    pressure: agent.evictions.current(),
+                    not_ready: not_ready(agent).await,
+                    devices: agent.devices.amounts(),
+                    forgets: false,
+                };
+                let node = node_status::registration(&agent.config, machine, &seen, Timestamp::now());
                 api.create(&PostParams::default(), &node).await
             }
             Err(error) => Err(error),
         };
         match result {
             Ok(node) => {
-                configure_network(&node, agent);
+                configure_network(&node, agent).await;
                 return node;
             }
             Err(error) => {
@@ -279,16 +328,16 @@ async fn renew_once(agent: &Agent) -> kube::Result<bool> {
 }
 
 /// Follows what the API says of our own Node: `None` once it is gone.
-async fn follow(agent: Arc<Agent>, said: watch::Sender<Option<Arc<Node>>>) {
+async fn follow(agent: Arc<Agent>) {
     let api: Api<Node> = Api::all(agent.client.clone());
     let config = watcher::Config::default().fields(&format!("metadata.name={}", agent.config.node_name));
     let mut events = watcher(api, config).backoff(Backoff::default()).boxed();
     while let Some(event) = events.next().await {
         match event {
             Ok(watcher::Event::Apply(node) | watcher::Event::InitApply(node)) => {
-                said.send_replace(Some(Arc::new(node)));
+                agent.node.send_replace(Some(Arc::new(node)));
             }
-            Ok(watcher::Event::Delete(_)) => drop(said.send_replace(None)),
+            Ok(watcher::Event::Delete(_)) => drop(agent.node.send_replace(None)),
             Ok(_) => {}
             Err(error) => tracing::debug!("watch our node: {error}"),
         }

@@ -2,7 +2,10 @@
 
 use jiff::Timestamp;
 use k8s_openapi::{
-    api::core::v1::{PersistentVolumeClaim, Pod},
+    api::{
+        core::v1::{PersistentVolumeClaim, Pod},
+        node::v1::RuntimeClass,
+    },
     apimachinery::pkg::apis::meta::v1::Time,
 };
 use kube::{
@@ -14,8 +17,12 @@ use tokio::sync::Mutex;
 
 use crate::{
     Agent, container, fence,
-    pod::{self, qos},
-    sandbox,
+    pod::{
+        self,
+        qos::{self, Limits},
+        resize::Step,
+    },
+    sandbox, stats,
     volume::{self, Made, Volumes},
 };
 
@@ -27,7 +34,7 @@ pub async fn make_volumes(
     volumes: &Mutex<Volumes>,
 ) -> Result<Made, volume::Error> {
     let spec = pod.spec.clone().unwrap_or_default();
-    let pod = container::with_addresses(pod, &spec, ips, agent.config.node_ip);
+    let pod = container::with_addresses(pod, &spec, ips, &agent.config.node_ips);
     volumes.lock().await.make(&pod, &agent.allocatable).await
 }
 
@@ -42,8 +49,47 @@ pub async fn prepare(
     let directory = volume::pod_directory(&agent.config.data_dir, pod::uid(pod));
     tokio::fs::create_dir_all(&directory).await.map_err(|e| failed("pod directory", e))?;
     let path = agent.cgroups.pod_path(qos::class(pod), pod::uid(pod));
-    agent.cgroups.create(&path, qos::pod_limits(pod)).map_err(|e| failed("pod cgroup", e))?;
+    let mut limits = qos::pod_limits(pod);
+    if agent.cpus.has_own(pod::uid(pod), None) {
+        limits.cpu_quota = 0;
+    }
+    agent.cgroups.create(&path, limits).map_err(|e| failed("pod cgroup", e))?;
     make_volumes(agent, pod, ips, volumes).await
+}
+
+/// Gives the pod's cgroup and its containers the limits that they should have. What uses more memory than it may have then
+/// is left as it is, and so is everything after that; `applied` is then what the pod's cgroup was given last.
+pub async fn resize(agent: &Agent, pod: &Pod, steps: Vec<Step>, applied: &mut Option<Limits>) -> Result<(), String> {
+    let path = agent.cgroups.pod_path(qos::class(pod), pod::uid(pod));
+    for step in steps {
+        let (group, limits) = match &step {
+            Step::Pod(limits) => (path.clone(), *limits),
+            Step::Container(id, limits) => (format!("{path}/{id}"), *limits),
+        };
+        // Without what the kernel can do without.
+        let used = stats::read::usage(&agent.cgroups, &group).map_or(0, |usage| usage.working_set);
+        if limits.memory > 0 && used > limits.memory.unsigned_abs() {
+            let what = if matches!(step, Step::Pod(_)) { "pod" } else { "container" };
+            return Err(format!(
+                "attempting to set {what} memory limit ({}) below current usage ({used})",
+                limits.memory
+            ));
+        }
+        match step {
+            Step::Pod(limits) => {
+                let cgroups = agent.cgroups.clone();
+                // The kernel may have to write to the disk what a group may not have any more.
+                let done = tokio::task::spawn_blocking(move || cgroups.apply(&group, limits)).await;
+                done.map_err(|e| e.to_string())?.map_err(|e| format!("the pod's cgroup: {e}"))?;
+                *applied = Some(limits);
+            }
+            Step::Container(id, limits) => {
+                let resources = container::resources(limits);
+                agent.cri.update_container(&id, resources).await.map_err(|s| s.message().to_owned())?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Writes to the pod, so that a deletion that was decided on before fails, and so that we know that it still exists.
@@ -80,7 +126,20 @@ pub async fn create_sandbox(agent: &Agent, pod: &Pod, previous: Option<String>, 
     let spec = pod.spec.as_ref().ok_or("the pod has no spec")?;
     let config = sandbox::config(pod, spec, &agent.config, attempt);
     std::fs::create_dir_all(&config.log_directory).map_err(|e| format!("make the log directory: {e}"))?;
-    agent.cri.run_sandbox(config, "").await.map(drop).map_err(|s| s.message().to_owned())
+    let handler = match spec.runtime_class_name.as_deref().filter(|name| !name.is_empty()) {
+        Some(name) => handler(agent.client.clone(), name).await?,
+        None => String::new(),
+    };
+    agent.cri.run_sandbox(config, &handler).await.map(drop).map_err(|s| s.message().to_owned())
+}
+
+/// The runtime's own name for a runtime class (<https://kubernetes.io/docs/concepts/containers/runtime-class/>).
+async fn handler(client: Client, name: &str) -> Result<String, String> {
+    match Api::<RuntimeClass>::all(client).get_opt(name).await {
+        Ok(Some(class)) => Ok(class.handler),
+        Ok(None) => Err(format!("RuntimeClass {name:?} not found")),
+        Err(error) => Err(format!("RuntimeClass {name:?} cannot be read: {error}")),
+    }
 }
 
 /// Takes the pod's volumes and cgroup away.

@@ -1,5 +1,8 @@
-//! The pod lifecycle event generator: a relist of the runtime every second, sooner after actions of our own, and at once
-//! on the runtime's events where it has them (containerd 1.7 and newer). It tells each pod's worker what changed.
+//! The pod lifecycle event generator: it looks at a pod when the runtime says that something has happened to it and after
+//! actions of our own, and at all of them every ten seconds; every second if the runtime has no events. It tells each pod's
+//! worker what changed.
+
+mod source;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -12,18 +15,27 @@ use k8s_cri::v1 as cri;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Mutex as AsyncMutex, watch},
-    time::MissedTickBehavior,
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
+use self::source::{Due, Heard, Source};
+pub use self::source::{Envelope, SubscribeRequest};
 use crate::{
     cri::{Cri, annotation, label},
     pod::observed::{ContainerObs, Observed, SandboxObs, timestamp},
 };
 
+/// How long after a listing of everything the next one is, and the same if the runtime says what happens: it may lose
+/// something.
+const PERIOD: Duration = Duration::from_secs(1);
+const PERIOD_WITH_EVENTS: Duration = Duration::from_secs(10);
+
 /// What is known of all pods in the runtime.
 pub struct Pleg {
     cri: Cri,
+    /// Whether the node's first address, and so the pods', is one of IPv6.
+    ipv6_first: bool,
     /// Held from the listing to its delivery: what is delivered is never older than what was.
     order: AsyncMutex<Cache>,
     subscribers: Mutex<HashMap<String, watch::Sender<Arc<Observed>>>>,
@@ -38,9 +50,10 @@ struct Cache {
 
 impl Pleg {
     /// For this runtime.
-    pub fn new(cri: Cri) -> Self {
+    pub fn new(cri: Cri, ipv6_first: bool) -> Self {
         Self {
             cri,
+            ipv6_first,
             order: AsyncMutex::default(),
             subscribers: Mutex::default(),
             known: watch::channel(HashMap::new()).0,
@@ -81,8 +94,10 @@ impl Pleg {
                     };
                     let network = status.network.unwrap_or_default();
                     let more = network.additional_ips.into_iter().map(|ip| ip.ip);
-                    let ips: Vec<String> =
+                    let mut ips: Vec<String> =
                         std::iter::once(network.ip).chain(more).filter(|ip| !ip.is_empty()).collect();
+                    // The runtime puts IPv4 first, the API the family of the node.
+                    ips.sort_by_key(|ip| ip.contains(':') != self.ipv6_first);
                     cache.sandboxes.insert(key.clone(), ips.clone());
                     ips
                 }
@@ -155,47 +170,47 @@ impl Pleg {
 
     /// Relists until shutdown.
     pub async fn run(&self, shutdown: CancellationToken) {
-        let mut tick = tokio::time::interval(Duration::from_secs(1));
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut events = None;
-        let mut try_events = true;
+        let (mut source, mut due) = (Source::new(self.cri.clone()), Due::default());
+        source.open();
+        let (mut listed, mut failed) = (Instant::now(), false);
         loop {
-            if try_events && events.is_none() {
-                match self.cri.events().await {
-                    Ok(stream) => events = Some(stream),
-                    Err(status) if status.code() == tonic::Code::Unimplemented => try_events = false,
-                    Err(_) => {}
-                }
-            }
-            let event = async {
-                match &mut events {
-                    Some(stream) => stream.message().await,
-                    None => std::future::pending().await,
-                }
-            };
-            let result = tokio::select! {
+            let all = listed + if source.is_open() && !failed { PERIOD_WITH_EVENTS } else { PERIOD };
+            let next = due.next().map_or(all, |one| one.min(all));
+            tokio::select! {
+                biased;
                 () = shutdown.cancelled() => return,
-                _ = tick.tick() => self.relist(None).await,
-                event = event => match event {
-                    Ok(Some(event)) => {
-                        let uid = event.pod_sandbox_status.and_then(|s| s.metadata).map(|m| m.uid).filter(|u| !u.is_empty());
-                        self.relist(uid.as_deref()).await
-                    }
-                    Ok(None) => {
-                        events = None;
-                        Ok(())
-                    }
-                    Err(status) => {
-                        try_events = status.code() != tonic::Code::Unimplemented;
-                        events = None;
-                        Ok(())
-                    }
+                heard = source.next() => match heard {
+                    Some(Heard::Pod(uid)) => due.heard(Some(uid), Instant::now(), 1),
+                    // Its uid is not known if it is new: then anybody may be meant.
+                    Some(Heard::Container(id)) => due.heard(self.owner(&id), Instant::now(), usize::MAX),
+                    Some(Heard::Nothing) => {}
+                    // It is opened again with the next listing, which is due by now or within a second.
+                    None => {}
                 },
-            };
-            if let Err(status) = result {
-                tracing::warn!("cannot list the runtime's containers: {}", status.message());
+                () = tokio::time::sleep_until(next) => {
+                    let now = Instant::now();
+                    let of = due.take(now).unwrap_or(None);
+                    if of.is_none() {
+                        listed = now;
+                        source.open();
+                    }
+                    let result = self.relist(of.as_deref()).await;
+                    failed = result.is_err();
+                    if let Err(status) = result {
+                        tracing::warn!("cannot list the runtime's containers: {}", status.message());
+                    }
+                }
             }
         }
+    }
+
+    /// The uid of the pod to which a container or sandbox belongs.
+    fn owner(&self, id: &str) -> Option<String> {
+        let known = self.known.borrow();
+        let is_of = |pod: &Observed| {
+            pod.sandboxes.iter().any(|sandbox| sandbox.id == id) || pod.containers.iter().any(|one| one.id == id)
+        };
+        known.iter().find(|(_, pod)| is_of(pod)).map(|(uid, _)| uid.clone())
     }
 }
 

@@ -24,7 +24,8 @@ fn directories(config: &NodeConfig) -> Vec<PathBuf> {
         .chain(&["/run/netns", "/var/log/pods"])
         .map(PathBuf::from)
         .collect();
-    for ours in [&config.data_dir, &config.run_dir, &config.log_dir] {
+    all.push(config.device_plugins.clone());
+    for ours in [&config.data_dir, &config.run_dir, &config.log_dir, &config.device_plugins] {
         all.extend(ours.ancestors().skip(1).filter(|p| p.components().count() > 1).map(Path::to_owned));
     }
     all.sort_by_key(|path| std::cmp::Reverse(path.components().count()));

@@ -2,8 +2,13 @@
 //!
 //! Everything that takes time runs beside it in [`Worker::ops`]; the worker itself never waits for one thing only.
 
+mod admit;
+mod begin;
+mod finish;
 mod hold;
 mod leave;
+mod probing;
+mod resize;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -13,7 +18,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use k8s_openapi::api::core::v1::{Node, Pod, PodStatus, ResourceRequirements};
 use kube::{
     Api,
     api::{Patch, PatchParams},
@@ -27,19 +32,22 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::hold::Fencing;
+use self::{admit::Admission, hold::Fencing, resize::Resizing};
 use crate::{
     Agent,
-    container::{self, Failure, Start},
+    admission::Kept,
+    container::Failure,
     events::Kind,
-    hooks, operations,
+    node_loop, operations,
     pod::{
-        self, Class,
+        self,
         machine::{self, Action, Facts, Health, Op, Waiting},
         observed::{Observed, State},
+        qos::Limits,
         status::{self, NodeFacts},
     },
     probe, sandbox, shutdown,
+    topology::Refusal,
     volume::{self, Made, Volumes},
 };
 
@@ -50,16 +58,23 @@ pub struct Input {
     pub pod: Arc<Pod>,
     /// It is no longer there.
     pub gone: bool,
+    /// The pod that shows it in the API, of one that stands in a file.
+    pub mirror: Option<Arc<Pod>>,
+    /// It stands in a file: the API only shows it.
+    pub is_static: bool,
 }
 
 /// What others may see of a worker: the pod and the status that it computed last.
 pub type View = Arc<RwLock<(Arc<Pod>, PodStatus)>>;
 
 enum Done {
-    Prepared(Result<Made, volume::Error>),
+    Prepared(Result<Made, volume::Error>, Limits),
     Refreshed(Result<Made, volume::Error>),
     Sandbox(Result<(), String>),
-    Started(String, Result<String, Failure>),
+    Started(String, Result<String, Failure>, ResourceRequirements),
+    Resized(Result<BTreeMap<String, ResourceRequirements>, String>, Option<Limits>),
+    Node(Box<Result<Option<Node>, kube::Error>>),
+    Given(Box<Kept>, Result<(), Refusal>),
     Hook(String, String, Result<(), String>),
     Stopped(String, Result<(), String>),
     Removed(Result<(), String>),
@@ -74,7 +89,12 @@ enum Done {
 pub struct Worker {
     agent: Arc<Agent>,
     uid: String,
+    /// As the API has it.
     pod: Arc<Pod>,
+    /// With the resources that it has been given.
+    given: Arc<Pod>,
+    is_static: bool,
+    mirror: Option<Arc<Pod>>,
     observed: Arc<Observed>,
     facts: Facts,
     input: watch::Receiver<Input>,
@@ -101,6 +121,9 @@ pub struct Worker {
     stopping: CancellationToken,
     fence: Fencing,
     leaving: shutdown::Changes,
+    evictions: watch::Receiver<u64>,
+    admission: Admission,
+    resizing: Resizing,
 }
 
 /// A resource version as a number. It is opaque to clients in general; ours is a revision, which only grows.
@@ -111,15 +134,15 @@ fn revision(pod: &Pod) -> Option<u64> {
 impl Worker {
     /// For one pod.
     pub fn new(agent: Arc<Agent>, input: watch::Receiver<Input>, view: View) -> Self {
-        let pod = Arc::clone(&input.borrow().pod);
+        let Input { pod, mirror, is_static, .. } = input.borrow().clone();
         let uid = pod::uid(&pod).to_owned();
         let runtime = agent.pleg.subscribe(&uid);
         let observed = Arc::clone(&runtime.borrow());
         let directory = volume::pod_directory(&agent.config.data_dir, &uid);
-        Self {
+        let mut worker = Self {
             volumes: Arc::new(Mutex::new(Volumes::new(agent.client.clone(), directory))),
             node_ready: agent.ready.subscribe(),
-            facts: Facts::default(),
+            facts: Facts { waits: true, ..Default::default() },
             view,
             ops: JoinSet::new(),
             probers: JoinSet::new(),
@@ -139,13 +162,21 @@ impl Worker {
             stopping: CancellationToken::new(),
             fence: Fencing::new(&agent.fence),
             leaving: agent.config.shutdown.changes(),
+            evictions: agent.evictions.changes(),
+            admission: Admission::new(&agent),
+            resizing: Resizing::new(&agent, &uid),
             agent,
             uid,
+            given: Arc::clone(&pod),
             pod,
+            is_static,
+            mirror,
             observed,
             input,
             runtime,
-        }
+        };
+        worker.resume();
+        worker
     }
 
     /// Runs until nothing is left of the pod, or until shutdown, which leaves it as it is.
@@ -156,12 +187,15 @@ impl Worker {
         self.facts.gone = self.input.borrow().gone;
         loop {
             let now = Timestamp::now();
-            self.facts.node_ready = *self.node_ready.borrow_and_update()
-                || self.pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true)) && self.agent.services.synced();
+            let ready = *self.node_ready.borrow_and_update();
+            self.facts.node_ready = ready || self.may_start_early();
             self.obey(now);
+            self.go_if_evicted(now);
             self.observe(now);
+            self.be_admitted(now);
+            self.be_resized();
             self.hold(now);
-            let plan = machine::plan(&self.pod, &self.observed, &self.facts, now);
+            let plan = machine::plan(&self.given, &self.observed, &self.facts, now);
             let mut wake = plan.wake;
             for action in plan.actions {
                 tracing::debug!(pod = pod::name(&self.pod), ?action, "acts");
@@ -172,6 +206,7 @@ impl Worker {
             }
             self.sync_probers(now);
             self.publish(now);
+            self.keep();
             self.report();
             self.refresh_volumes(now, false);
             let times = [
@@ -190,8 +225,11 @@ impl Worker {
                 Ok(()) = self.input.changed() => self.take_input(),
                 Ok(()) = self.runtime.changed() => {}
                 Ok(()) = self.node_ready.changed() => {}
-                Ok(()) = self.fence.changes.changed() => {}
+                Ok(()) = self.fence.changes.changed(), if self.fence.concerns => {}
                 () = self.leaving.changed() => {}
+                Ok(()) = self.evictions.changed() => {}
+                () = self.admission.changed(), if self.facts.waits => {}
+                Ok(()) = self.resizing.freed.changed(), if self.facts.resize.pending.is_some() => {}
                 Some(done) = self.ops.join_next() => match done {
                     Ok((op, done)) => self.finish(op, done, Timestamp::now()),
                     // A panic of an operation is a bug, but not a reason to leave the pod alone.
@@ -218,9 +256,23 @@ impl Worker {
         }
     }
 
+    /// Whether it may start on a node that is not ready: on the node's own network it needs none, and what stands in a file
+    /// does not wait for the API, which may be what it serves.
+    fn may_start_early(&self) -> bool {
+        let on_host = self.pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true));
+        match self.is_static {
+            true => on_host || node_loop::has_network(&self.agent),
+            false => on_host && self.agent.services.synced(),
+        }
+    }
+
     fn take_input(&mut self) {
         let input = self.input.borrow_and_update().clone();
         self.facts.gone |= input.gone;
+        self.mirror = input.mirror;
+        if self.is_static {
+            return;
+        }
         // A watch may still deliver what is older than the answer to our own write.
         let stale = revision(&input.pod).zip(revision(&self.pod)).is_some_and(|(new, old)| new < old);
         if !stale {
@@ -232,6 +284,7 @@ impl Worker {
         let meta = |p: &Pod| (p.metadata.labels.clone(), p.metadata.annotations.clone());
         let downward = meta(&pod) != meta(&self.pod);
         self.pod = pod;
+        self.fit_to_given();
         if downward {
             self.refresh_volumes(Timestamp::now(), true);
         }
@@ -261,6 +314,8 @@ impl Worker {
         self.backoff_noted.retain(|id| observed.containers.iter().any(|c| c.id == *id));
         self.started_here.retain(|id| observed.containers.iter().any(|c| c.id == *id));
         self.facts.health.retain(|id, _| observed.containers.iter().any(|c| c.id == *id));
+        self.facts.anew.retain(|id| observed.containers.iter().any(|c| c.id == *id));
+        self.facts.resize.actuated.retain(|id, _| observed.containers.iter().any(|c| c.id == *id));
         let Some(spec) = self.pod.spec.clone() else { return };
         for c in observed.containers.iter() {
             let busy = self.facts.busy.contains(&Op::Container(c.name.clone()));
@@ -279,6 +334,12 @@ impl Worker {
                     ..Default::default()
                 };
                 self.facts.health.insert(c.id.clone(), health);
+            }
+            if c.state == State::Running && !busy && !self.facts.resize.actuated.contains_key(&c.id) {
+                // It was made before we could write down with what: with what it was given, then.
+                let made = self.given.spec.as_ref().and_then(|s| pod::find_container(s, &c.name));
+                let resources = made.and_then(|(_, made)| made.resources).unwrap_or_default();
+                self.facts.resize.actuated.insert(c.id.clone(), resources);
             }
             let newest = observed.newest(&c.name).is_some_and(|n| n.id == c.id);
             if c.state == State::Exited && newest && !ending && !self.backoff_noted.contains(&c.id) {
@@ -313,330 +374,26 @@ impl Worker {
         });
     }
 
-    fn begin(&mut self, action: Action, now: Timestamp) {
-        let agent = Arc::clone(&self.agent);
-        let (pod, uid) = (Arc::clone(&self.pod), self.uid.clone());
-        match action {
-            Action::Prepare => {
-                self.agent.watches.subscribe(&self.uid, &self.changed, &volume::watched(&self.pod));
-                let volumes = Arc::clone(&self.volumes);
-                let ips = self.observed.sandbox().map(|s| s.ips.clone()).unwrap_or_default();
-                self.spawn(Some(Op::Prepare), async move {
-                    Done::Prepared(operations::prepare(&agent, &pod, &ips, &volumes).await)
-                });
-            }
-            Action::CreateSandbox { previous, attempt } => {
-                if previous.is_some() {
-                    let message = "Pod sandbox changed, it will be killed and re-created.";
-                    agent.events.pod(&pod, Kind::Normal, "SandboxChanged", message);
-                }
-                self.spawn(Some(Op::Sandbox), async move {
-                    Done::Sandbox(operations::create_sandbox(&agent, &pod, previous, attempt).await)
-                });
-            }
-            Action::Start { name, restart_count, restart_of } => {
-                if let Some(failed) = restart_of {
-                    self.facts.backoffs.next(&name, failed, now);
-                }
-                let remembered = self.pod.status.as_ref().and_then(|s| {
-                    let all = s.container_statuses.iter().chain(&s.init_container_statuses).flatten();
-                    all.into_iter()
-                        .find(|c| c.name == name && c.container_id.is_some())
-                        .map(|c| c.restart_count as u32 + 1)
-                });
-                let known = self.observed.newest(&name).is_some();
-                let restart_count = if known { restart_count } else { remembered.unwrap_or(restart_count) };
-                let start = Start {
-                    agent,
-                    pod,
-                    observed: Arc::clone(&self.observed),
-                    volumes: self.paths.clone(),
-                    name: name.clone(),
-                    restart_count,
-                };
-                let cancel = self.stopping.clone();
-                self.spawn(Some(Op::Container(name.clone())), async move {
-                    let result = Box::pin(start.run(&cancel)).await;
-                    Done::Started(name, result)
-                });
-            }
-            Action::Kill { name, id, grace, message } => {
-                let text = if message.is_empty() { format!("Stopping container {name}") } else { message };
-                agent.events.container(&pod, &name, Kind::Normal, "Killing", text);
-                let (sender, deadline) = watch::channel(Instant::now() + grace);
-                self.deadlines.insert(id.clone(), sender);
-                self.facts.killing.insert(id.clone(), now + grace);
-                let hook = self.pre_stop(&name, &id);
-                self.spawn(Some(Op::Container(name)), async move {
-                    let result = container::stop(&agent, &id, hook, deadline).await;
-                    Done::Stopped(id, result.map_err(|s| s.message().to_owned()))
-                });
-            }
-            Action::Hasten { id, grace } => {
-                self.facts.killing.insert(id.clone(), now + grace);
-                if let Some(deadline) = self.deadlines.get(&id) {
-                    deadline.send_replace(Instant::now() + grace);
-                }
-            }
-            Action::StopSandbox { id } => self.spawn(Some(Op::Sandbox), async move {
-                Done::Removed(agent.cri.stop_sandbox(&id).await.map_err(|s| s.message().to_owned()))
-            }),
-            Action::RemoveSandbox { id } => self.spawn(Some(Op::Remove(id.clone())), async move {
-                Done::Removed(agent.cri.remove_sandbox(&id).await.map_err(|s| s.message().to_owned()))
-            }),
-            Action::RemoveContainer { id } => self.spawn(Some(Op::Remove(id.clone())), async move {
-                Done::Removed(agent.cri.remove_container(&id).await.map_err(|s| s.message().to_owned()))
-            }),
-            Action::Fail { reason, message } => {
-                agent.events.pod(&pod, Kind::Normal, reason, message.clone());
-                self.facts.rejected = Some((reason.to_owned(), message));
-                self.facts.stop_began.get_or_insert(now);
-                self.stopping.cancel();
-                self.changed.notify_one();
-            }
-            Action::Teardown => {
-                self.spawn(Some(Op::Teardown), async move { Done::TornDown(operations::teardown(&agent, &uid).await) })
-            }
-            Action::Finalize => {
-                let last = status::status(&self.pod, &self.observed, &self.facts, &self.node_facts(), now);
-                let patch = status::patch(&self.uid, self.pod.status.as_ref(), &last);
-                self.spawn(Some(Op::Finalize), async move {
-                    Done::Finalized(operations::finalize(&agent, &pod, patch).await)
-                });
-            }
-            Action::Exit => {}
-        }
-    }
-
-    fn pre_stop(
-        &self,
-        name: &str,
-        id: &str,
-    ) -> Option<(crate::handler::Target, k8s_openapi::api::core::v1::LifecycleHandler)> {
-        let spec = self.pod.spec.as_ref()?;
-        let (class, container) = pod::find_container(spec, name)?;
-        let hook = container.lifecycle.as_ref()?.pre_stop.clone().filter(|_| class != Class::Ephemeral)?;
-        Some((container::target(&self.agent, &container, id, &self.observed, spec), hook))
-    }
-
-    fn finish(&mut self, op: Option<Op>, done: Done, now: Timestamp) {
-        if let Some(op) = &op {
-            self.facts.busy.remove(op);
-            self.facts.retry.remove(op);
-        }
-        self.observed = Arc::clone(&self.runtime.borrow_and_update());
-        let retry = |facts: &mut Facts, seconds: u64| {
-            if let Some(op) = op {
-                facts.retry.insert(op, now + Duration::from_secs(seconds));
-            }
-        };
-        let (events, pod) = (&self.agent.events, Arc::clone(&self.pod));
-        match done {
-            Done::Prepared(Ok(made)) => {
-                self.facts.prepared = true;
-                self.mount_failures = 0;
-                (self.paths, self.renew) = (made.paths, made.renew);
-            }
-            Done::Prepared(Err(error)) => {
-                tracing::info!(pod = pod::name(&pod), "{error}");
-                events.pod(&pod, Kind::Warning, "FailedMount", error.to_string());
-                self.mount_failures += 1;
-                retry(&mut self.facts, (1 << self.mount_failures.min(7)) - 1);
-            }
-            Done::Refreshed(result) => {
-                self.refreshing = false;
-                match result {
-                    Ok(made) => self.renew = made.renew,
-                    Err(error) => {
-                        events.pod(&pod, Kind::Warning, "FailedMount", error.to_string());
-                        self.renew = Some(now + Duration::from_secs(30));
-                    }
-                }
-            }
-            Done::Sandbox(Ok(())) => {}
-            Done::Sandbox(Err(message)) => {
-                events.pod(
-                    &pod,
-                    Kind::Warning,
-                    "FailedCreatePodSandBox",
-                    format!("Failed to create pod sandbox: {message}"),
-                );
-                retry(&mut self.facts, 2);
-            }
-            Done::Started(name, Ok(id)) => self.started(&name, id),
-            Done::Started(name, Err(why)) => {
-                tracing::info!(
-                    pod = pod::name(&pod),
-                    name,
-                    reason = why.reason,
-                    message = why.message,
-                    "a container did not start"
-                );
-                if why.reason == "ErrImagePull" {
-                    let key = format!("image/{name}");
-                    self.facts.backoffs.next(&key, now, now);
-                    let wait = self.facts.backoffs.wait(&key).as_secs();
-                    retry(&mut self.facts, wait);
-                    let image = pod
-                        .spec
-                        .as_ref()
-                        .and_then(|s| pod::find_container(s, &name))
-                        .and_then(|(_, c)| c.image)
-                        .unwrap_or_default();
-                    let message = format!("Back-off pulling image {image:?}: ErrImagePull: {}", why.message);
-                    let next = Waiting { reason: "ImagePullBackOff".into(), message };
-                    self.later.insert(name.clone(), (now + Duration::from_secs(2), next));
-                } else {
-                    retry(&mut self.facts, 10);
-                }
-                self.facts.waiting.insert(name, why);
-            }
-            Done::Hook(name, id, result) => {
-                if let Err(message) = result {
-                    events.container(
-                        &pod,
-                        &name,
-                        Kind::Warning,
-                        "FailedPostStartHook",
-                        format!("PostStartHook failed: {message}"),
-                    );
-                    self.facts.health.entry(id).or_default().hook_failed = true;
-                } else if let Some(health) = self.facts.health.get_mut(&id) {
-                    health.post_start = true;
-                }
-            }
-            Done::Stopped(id, result) => {
-                self.deadlines.remove(&id);
-                self.facts.killing.remove(&id);
-                if let Err(message) = result {
-                    tracing::warn!(pod = pod::name(&pod), id, message, "cannot stop a container");
-                    retry(&mut self.facts, 1);
-                }
-            }
-            Done::Removed(Ok(())) => {}
-            Done::Removed(Err(message)) => {
-                tracing::warn!(pod = pod::name(&pod), message, "cannot stop or remove in the runtime");
-                retry(&mut self.facts, 1);
-            }
-            Done::TornDown(Ok(())) => self.facts.torn_down = true,
-            Done::TornDown(Err(message)) => {
-                tracing::warn!(pod = pod::name(&pod), message, "cannot take the pod's volumes away");
-                retry(&mut self.facts, 1);
-            }
-            Done::Finalized(Ok(())) => self.facts.finalized = true,
-            Done::Finalized(Err(error)) => {
-                tracing::warn!(pod = pod::name(&pod), "cannot delete the pod from the API: {error}");
-                retry(&mut self.facts, 1);
-            }
-            Done::Claims(result) => self.took_claims(result, now),
-            Done::Permit(epoch, result) => self.took_permit(epoch, *result, now),
-            Done::Written(result) => {
-                self.writing = false;
-                match *result {
-                    Ok(written) => {
-                        let newer = revision(&written).zip(revision(&self.pod)).is_none_or(|(new, old)| new >= old);
-                        if newer && pod::uid(&written) == self.uid {
-                            self.take_pod(Arc::new(written));
-                        }
-                    }
-                    // It is gone or another one by now; the watch will say so.
-                    Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => {
-                        self.write_after = Some(now + Duration::from_secs(2));
-                    }
-                    Err(error) => {
-                        tracing::debug!(pod = pod::name(&pod), "cannot write the status: {error}");
-                        self.write_after = Some(now + Duration::from_secs(1));
-                    }
-                }
-            }
-        }
-    }
-
-    fn started(&mut self, name: &str, id: String) {
-        self.facts.waiting.remove(name);
-        self.later.remove(name);
-        self.facts.backoffs.forget(&format!("image/{name}"));
-        self.started_here.insert(id.clone());
-        let Some(spec) = &self.pod.spec else { return };
-        let hook =
-            pod::find_container(spec, name).and_then(|(_, c)| Some((c.lifecycle.as_ref()?.post_start.clone()?, c)));
-        self.facts.health.insert(id.clone(), Health { post_start: hook.is_none(), ..Default::default() });
-        if let Some((hook, container)) = hook {
-            let target = container::target(&self.agent, &container, &id, &self.observed, spec);
-            let name = name.to_owned();
-            self.spawn(None, async move {
-                let result = hooks::run(&target, &hook, Duration::from_secs(3600)).await;
-                Done::Hook(name, id, result.map_err(|e| format!("{e:#}")))
-            });
-        }
-    }
-
-    fn take_report(&mut self, report: probe::Report) {
-        match report {
-            probe::Report::Failure { name, kind, message } => {
-                let text = format!("{} probe failed: {message}", kind.title());
-                self.agent.events.container(&self.pod, &name, Kind::Warning, "Unhealthy", text);
-            }
-            probe::Report::Verdict { container, kind, healthy } => {
-                let health = self.facts.health.entry(container).or_default();
-                match kind {
-                    probe::Kind::Startup => health.startup = Some(healthy),
-                    probe::Kind::Readiness => health.ready = Some(healthy),
-                    probe::Kind::Liveness => health.live = Some(healthy),
-                }
-            }
-        }
-    }
-
-    /// Starts the probers that should run and stops the others.
-    fn sync_probers(&mut self, now: Timestamp) {
-        let Some(spec) = self.pod.spec.clone() else { return };
-        let stopping = self.facts.stop_began.is_some();
-        let mut wanted = HashSet::new();
-        for c in self.observed.containers.iter().filter(|c| c.state == State::Running) {
-            let Some((class, container)) = pod::find_container(&spec, &c.name) else { continue };
-            let Some(health) = self.facts.health.get(&c.id).copied() else { continue };
-            if !matches!(class, Class::Main | Class::Sidecar) || self.facts.killing.contains_key(&c.id) {
-                continue;
-            }
-            let up = machine::started(&container, c, &self.facts);
-            let adopted = !self.started_here.contains(&c.id);
-            for (kind, probe, active, verdict) in [
-                (probe::Kind::Startup, &container.startup_probe, health.startup.is_none() && !stopping, None),
-                (probe::Kind::Readiness, &container.readiness_probe, up, health.ready),
-                (probe::Kind::Liveness, &container.liveness_probe, up && !stopping, adopted.then_some(true)),
-            ] {
-                let Some(probe) = probe.clone().filter(|_| active) else { continue };
-                let key = (c.id.clone(), kind);
-                if !self.probing.contains_key(&key) {
-                    let target = container::target(&self.agent, &container, &c.id, &self.observed, &spec);
-                    let age = c
-                        .started
-                        .map_or(Duration::ZERO, |s| Duration::try_from(now.duration_since(s)).unwrap_or_default());
-                    let run = probe::run(c.name.clone(), kind, probe, target, age, verdict, self.reports.0.clone());
-                    self.probing.insert(key.clone(), self.probers.spawn(run));
-                }
-                wanted.insert(key);
-            }
-        }
-        self.probing.retain(|key, handle| {
-            let keep = wanted.contains(key);
-            if !keep {
-                handle.abort();
-            }
-            keep
-        });
-        while self.probers.try_join_next().is_some() {}
-    }
-
     fn node_facts(&self) -> NodeFacts {
-        NodeFacts { host_ips: vec![self.agent.config.node_ip.to_string()] }
+        NodeFacts { host_ips: self.agent.config.node_ips.iter().map(ToString::to_string).collect() }
     }
 
     /// Writes the status if the API's copy differs; one write at a time.
     fn publish(&mut self, now: Timestamp) {
-        let status = status::status(&self.pod, &self.observed, &self.facts, &self.node_facts(), now);
-        let patch = status::patch(&self.uid, self.pod.status.as_ref(), &status);
+        let status = status::status(&self.given, &self.observed, &self.facts, &self.node_facts(), now);
+        let shown = if self.is_static { self.mirror.as_ref() } else { Some(&self.pod) };
+        let patch = shown.and_then(|shown| status::patch(pod::uid(shown), shown.status.as_ref(), &status));
+        if self.is_static && self.pod.status.as_ref() != Some(&status) {
+            // There is no other memory of it: the mirror may be deleted at any time.
+            Arc::make_mut(&mut self.pod).status = Some(status.clone());
+            self.fit_to_given();
+        }
+        if matches!(status.phase.as_deref(), Some("Failed" | "Succeeded")) {
+            self.agent.ledger.release(&self.uid);
+            if self.observed.alive().next().is_none() && !self.admission.is_given {
+                self.agent.release_for_good(&self.uid);
+            }
+        }
         *self.view.write() = (Arc::clone(&self.pod), status);
         let held = self.write_after.is_some_and(|at| at > now);
         if !held {
@@ -663,7 +420,7 @@ impl Worker {
         }
         self.refreshing = true;
         self.renew = None;
-        let (agent, pod, volumes) = (Arc::clone(&self.agent), Arc::clone(&self.pod), Arc::clone(&self.volumes));
+        let (agent, pod, volumes) = (Arc::clone(&self.agent), Arc::clone(&self.given), Arc::clone(&self.volumes));
         let ips = self.observed.sandbox().map(|s| s.ips.clone()).unwrap_or_default();
         self.spawn(None, async move { Done::Refreshed(operations::make_volumes(&agent, &pod, &ips, &volumes).await) });
     }
@@ -671,6 +428,12 @@ impl Worker {
     /// The pod is gone: so are its logs and our traces of it.
     async fn leave(self) {
         self.agent.fence.forget(&self.uid);
+        self.agent.evictions.forget(&self.uid);
+        self.agent.ledger.release(&self.uid);
+        self.agent.release_for_good(&self.uid);
+        if let Some(gate) = &self.agent.config.gate {
+            (gate.left)(&self.uid);
+        }
         self.agent.config.shutdown.report(&self.uid, true, true);
         self.agent.watches.subscribe(&self.uid, &self.changed, &Default::default());
         self.agent.pleg.unsubscribe(&self.uid);

@@ -1,13 +1,19 @@
-//! The agent's own HTTPS API, which the API server forwards logs, exec, attach and port-forward to. Only a client with
-//! a certificate of the cluster's CA and an allowed name gets anything.
+//! The agent's own HTTPS API, which the API server forwards logs, exec, attach and port-forward to, and which others read
+//! that may ([`access`]).
 
+pub mod access;
 pub mod exec;
 pub mod logs;
 pub mod portforward;
 pub mod spdy;
 pub mod ws;
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -16,13 +22,18 @@ use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
+use nix::sys::socket::{setsockopt, sockopt};
 use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{
+    net::{TcpListener, TcpSocket, TcpStream},
+    task::JoinSet,
+};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Agent, NodeConfig, pod};
+use self::access::Access;
+use crate::{Agent, NodeConfig, pod, stats};
 
 /// What handlers answer with.
 pub type Body = BoxBody<Bytes, std::io::Error>;
@@ -46,6 +57,7 @@ fn tls(config: &NodeConfig) -> anyhow::Result<ServerConfig> {
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+        .allow_unauthenticated()
         .build()
         .context("client_ca_pem")?;
     let chain = CertificateDer::pem_slice_iter(config.serving_cert_pem.as_bytes())
@@ -62,41 +74,59 @@ fn tls(config: &NodeConfig) -> anyhow::Result<ServerConfig> {
     Ok(tls)
 }
 
-/// Whether the certificate's subject may use the API.
-fn allowed(der: &[u8], users: &[String]) -> bool {
-    let Ok((_, cert)) = x509_parser::parse_x509_certificate(der) else { return false };
-    let subject = cert.subject();
-    let masters = subject.iter_organization().any(|o| o.as_str().is_ok_and(|o| o == "system:masters"));
-    masters || subject.iter_common_name().any(|n| n.as_str().is_ok_and(|n| users.iter().any(|u| u == n)))
-}
+/// How many connections wait to be taken.
+const BACKLOG: u32 = 1024;
 
-/// Takes the port.
+/// Takes the port, at each address of the node.
 ///
 /// # Errors
 /// If it is in use, most likely by another node agent.
-pub async fn bind(config: &NodeConfig) -> anyhow::Result<TcpListener> {
-    let address = SocketAddr::new(config.node_ip, config.port);
-    TcpListener::bind(address).await.with_context(|| {
-        format!(
-            "the node agent cannot listen on {address}: if another one runs on this machine, stop it, or run this \
-             server with --disable agent,proxy; for another port give --agent-port"
-        )
-    })
+pub fn bind(config: &NodeConfig) -> anyhow::Result<Vec<TcpListener>> {
+    let bind = |ip: &IpAddr| {
+        let address = SocketAddr::new(*ip, config.port);
+        listen(address).with_context(|| {
+            format!(
+                "the node agent cannot listen on {address}: if another one runs on this machine, stop it, or run this \
+                 server with --disable agent,proxy; for another port give --agent-port"
+            )
+        })
+    };
+    config.node_ips.iter().map(bind).collect()
 }
 
-/// Serves on a port until shutdown.
-pub async fn run(agent: Arc<Agent>, listener: TcpListener, shutdown: CancellationToken) -> anyhow::Result<()> {
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    if address.is_ipv6() {
+        // While the machine boots it may not be settled yet that nobody else has the address (DAD).
+        setsockopt(&socket, sockopt::IpFreebind, &true)?;
+    }
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Takes the next connection of any of these.
+async fn accept(listeners: &[TcpListener]) -> std::io::Result<TcpStream> {
+    let all = listeners.iter().map(|listener| Box::pin(listener.accept()));
+    let (accepted, ..) = futures::future::select_all(all).await;
+    accepted.map(|(stream, _)| stream)
+}
+
+/// Serves until shutdown.
+pub async fn run(agent: Arc<Agent>, listeners: Vec<TcpListener>, shutdown: CancellationToken) -> anyhow::Result<()> {
     let acceptor = TlsAcceptor::from(match &agent.config.tls {
         Some(tls) => Arc::clone(tls),
         None => Arc::new(tls(&agent.config)?),
     });
+    let config = &agent.config;
+    let access = Arc::new(Access::new(agent.client.clone(), config.node_name.clone(), config.api_users.clone()));
     let mut connections = JoinSet::new();
     loop {
         let stream = tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
             Some(_) = connections.join_next() => continue,
-            accepted = listener.accept(), if connections.len() < 1000 => match accepted {
-                Ok((stream, _)) => stream,
+            accepted = accept(&listeners), if connections.len() < 1000 => match accepted {
+                Ok(stream) => stream,
                 // Out of files, most likely: do not spin.
                 Err(error) => {
                     tracing::warn!("accept: {error}");
@@ -106,19 +136,22 @@ pub async fn run(agent: Arc<Agent>, listener: TcpListener, shutdown: Cancellatio
             },
         };
         let _ = stream.set_nodelay(true);
-        let (agent, acceptor) = (Arc::clone(&agent), acceptor.clone());
+        let (agent, acceptor, access) = (Arc::clone(&agent), acceptor.clone(), Arc::clone(&access));
         connections.spawn(async move {
             let Ok(Ok(stream)) = tokio::time::timeout(Duration::from_secs(10), acceptor.accept(stream)).await else {
                 return;
             };
             let peer = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
-            let allowed = peer.is_some_and(|cert| allowed(cert, &agent.config.api_users));
-            let service = hyper::service::service_fn(move |request| {
-                let agent = Arc::clone(&agent);
+            let certificate = peer.map(|certificate| certificate.to_vec());
+            let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+                let (agent, access, certificate) = (Arc::clone(&agent), Arc::clone(&access), certificate.clone());
                 async move {
-                    let answer =
-                        if allowed { handle(agent, request).await } else { refuse(StatusCode::FORBIDDEN, "Forbidden") };
-                    Ok::<_, Infallible>(answer)
+                    let (headers, path) = (request.headers(), request.uri().path());
+                    let checked = access.check(certificate.as_deref(), headers, request.method(), path).await;
+                    Ok::<_, Infallible>(match checked {
+                        Ok(()) => handle(agent, request).await,
+                        Err((code, message)) => refuse(code, message),
+                    })
                 }
             });
             let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
@@ -192,6 +225,21 @@ pub fn running_id(agent: &Agent, namespace: &str, name: &str, container: &str) -
     id.ok_or_else(|| Box::new(refuse(StatusCode::NOT_FOUND, format!("container not found ({container:?})"))))
 }
 
+/// An answer in a form that has a name.
+fn as_kind(text: String, kind: &'static str) -> Response<Body> {
+    let mut response = Response::new(full(text));
+    response.headers_mut().insert("content-type", http::HeaderValue::from_static(kind));
+    response
+}
+
+fn prometheus(text: String) -> Response<Body> {
+    as_kind(text, "text/plain; version=0.0.4; charset=utf-8")
+}
+
+fn json(value: &serde_json::Value) -> Response<Body> {
+    as_kind(value.to_string(), "application/json")
+}
+
 async fn handle(agent: Arc<Agent>, request: Request<Incoming>) -> Response<Body> {
     let path = request.uri().path().to_owned();
     let query = Query::parse(request.uri().query().unwrap_or_default());
@@ -200,12 +248,12 @@ async fn handle(agent: Arc<Agent>, request: Request<Incoming>) -> Response<Body>
     match parts.as_slice() {
         ["healthz"] if read => Response::new(full("ok")),
         // The kubelet's path (https://kubernetes.io/docs/concepts/cluster-administration/system-metrics/).
-        ["metrics"] if read => {
-            let text = agent.config.metrics.as_ref().map(|counted| counted.0()).unwrap_or_default();
-            let mut response = Response::new(full(text));
-            let kind = http::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-            response.headers_mut().insert("content-type", kind);
-            response
+        ["metrics"] if read => prometheus(agent.config.metrics.as_ref().map(|counted| counted.0()).unwrap_or_default()),
+        ["metrics", "resource"] if read => prometheus(stats::text::resource(&stats::now(&agent, false).await)),
+        ["metrics", "cadvisor"] if read => prometheus(stats::text::cadvisor(&stats::now(&agent, true).await)),
+        ["stats", "summary"] if read => {
+            let short = query.flag(&["only_cpu_and_memory"]);
+            json(&stats::summary::summary(&stats::now(&agent, !short).await, short))
         }
         ["pods"] if read => {
             let items: Vec<Pod> = agent
@@ -217,10 +265,7 @@ async fn handle(agent: Arc<Agent>, request: Request<Incoming>) -> Response<Body>
                     Pod { status: Some(status), ..(*pod).clone() }
                 })
                 .collect();
-            let list = serde_json::json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items});
-            let mut response = Response::new(full(list.to_string()));
-            response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
-            response
+            json(&serde_json::json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}))
         }
         ["containerLogs", namespace, pod, container] if read => {
             logs::handle(agent, namespace, pod, container, &query).await

@@ -16,6 +16,7 @@ use super::{
     backoff::Backoffs,
     container_hash, containers, ephemeral_as_container, init_class,
     observed::{ContainerObs, Observed, State},
+    resize::{self, Need},
 };
 
 /// A thing of which one is under way at a time.
@@ -27,6 +28,8 @@ pub enum Op {
     Sandbox,
     /// The container of this name is being started or stopped.
     Container(String),
+    /// Cgroups are told new limits.
+    Resize,
     /// This container or sandbox (by id) is being removed.
     Remove(String),
     /// Volumes and cgroup are being taken away.
@@ -80,6 +83,8 @@ pub struct Facts {
     pub node_ready: bool,
     /// The pod must not run twice, and others may run it now: nothing of it is started.
     pub held: bool,
+    /// The node has not said yet whether it takes the pod: nothing of it is started.
+    pub waits: bool,
     /// The machine goes down: the pod is not ready whatever it says, and nothing of it is started.
     pub leaving: bool,
     /// It ends because of that: from when on, and within which time at most.
@@ -96,6 +101,10 @@ pub struct Facts {
     pub backoffs: Backoffs,
     /// By container id.
     pub health: HashMap<String, Health>,
+    /// Containers (by id) that are stopped to be started anew, whatever their restart policy says.
+    pub anew: BTreeSet<String>,
+    /// What its containers have of what they were given.
+    pub resize: resize::Facts,
 }
 
 /// What to do.
@@ -129,6 +138,8 @@ pub enum Action {
         grace: Duration,
         /// The event's text after `Stopping container x` or instead of it.
         message: String,
+        /// It is started anew, whatever its restart policy says.
+        anew: bool,
     },
     /// A kill is under way that now has less time.
     Hasten {
@@ -137,6 +148,8 @@ pub enum Action {
         /// From now.
         grace: Duration,
     },
+    /// Give the pod and its containers the limits that they should have ([`resize::plan`]).
+    Resize,
     /// Take the sandbox's processes and network away.
     StopSandbox {
         /// Its id.
@@ -250,6 +263,9 @@ pub fn outcome(pod: &Pod, observed: &Observed, facts: &Facts) -> Option<Outcome>
     let mut outcome = Outcome::Succeeded;
     for container in &spec.containers {
         let code = exit_code(pod, observed, &container.name)?;
+        if observed.newest(&container.name).is_some_and(|c| facts.anew.contains(&c.id)) {
+            return None;
+        }
         if should_restart(spec, Class::Main, container, code) {
             return None;
         }
@@ -309,7 +325,7 @@ pub fn plan(pod: &Pod, observed: &Observed, facts: &Facts, now: Timestamp) -> Pl
         }
         plan.wake_at(deadline);
     }
-    if !facts.node_ready || facts.held || facts.leaving {
+    if !facts.node_ready || facts.held || facts.leaving || facts.waits {
         return plan;
     }
     if !facts.prepared {
@@ -324,8 +340,20 @@ pub fn plan(pod: &Pod, observed: &Observed, facts: &Facts, now: Timestamp) -> Pl
         begin(facts, Op::Remove(old.id.clone()), Action::RemoveSandbox { id: old.id.clone() }, now, &mut plan);
     }
     run(spec, observed, facts, now, &mut plan);
+    resize(pod, spec, observed, facts, now, &mut plan);
     collect(observed, facts, now, &mut plan);
     plan
+}
+
+/// Cgroups follow what the pod has been given, once those containers are stopped that want to be started with it.
+fn resize(pod: &Pod, spec: &PodSpec, observed: &Observed, facts: &Facts, now: Timestamp, plan: &mut Plan) {
+    let needs = |wanted| resize::needs(spec, observed, &facts.resize).any(|(_, _, need)| need == wanted);
+    if facts.prepared && !needs(Need::Restart) && resize::is_under_way(pod, observed, &facts.resize) {
+        begin(facts, Op::Resize, Action::Resize, now, plan);
+    }
+    if !resize::has_room(pod, &facts.resize) {
+        plan.actions.retain(|action| !matches!(action, Action::Start { .. }));
+    }
 }
 
 /// Begins an operation unless it is under way or has to wait.
@@ -344,7 +372,7 @@ fn new_sandbox(observed: &Observed, facts: &Facts, now: Timestamp, plan: &mut Pl
     for c in observed.alive() {
         alive = true;
         let message = "Pod sandbox changed, it will be killed and re-created.".to_owned();
-        kill(c, Duration::from_secs(2), message, facts, now, plan);
+        kill(c, Duration::from_secs(2), message, false, facts, now, plan);
     }
     if alive || !facts.prepared {
         return;
@@ -357,7 +385,15 @@ fn new_sandbox(observed: &Observed, facts: &Facts, now: Timestamp, plan: &mut Pl
     begin(facts, Op::Sandbox, action, now, plan);
 }
 
-fn kill(c: &ContainerObs, grace: Duration, message: String, facts: &Facts, now: Timestamp, plan: &mut Plan) {
+fn kill(
+    c: &ContainerObs,
+    grace: Duration,
+    message: String,
+    anew: bool,
+    facts: &Facts,
+    now: Timestamp,
+    plan: &mut Plan,
+) {
     if let Some(deadline) = facts.killing.get(&c.id) {
         // The second leaves room for rounding, so that the same deadline does not hasten itself.
         if *deadline > now + grace + Duration::from_secs(1) {
@@ -365,7 +401,7 @@ fn kill(c: &ContainerObs, grace: Duration, message: String, facts: &Facts, now: 
         }
         return;
     }
-    let action = Action::Kill { name: c.name.clone(), id: c.id.clone(), grace, message };
+    let action = Action::Kill { name: c.name.clone(), id: c.id.clone(), grace, message, anew };
     begin(facts, Op::Container(c.name.clone()), action, now, plan);
 }
 
@@ -376,14 +412,14 @@ fn stop(pod: &Pod, spec: &PodSpec, observed: &Observed, facts: &Facts, now: Time
         containers(spec).filter(|c| c.class == Class::Sidecar).map(|c| c.spec.name.as_str()).collect();
     let (side, rest): (Vec<_>, Vec<_>) = observed.alive().partition(|c| sidecars.contains(&c.name.as_str()));
     for c in &rest {
-        kill(c, grace, String::new(), facts, now, plan);
+        kill(c, grace, String::new(), false, facts, now, plan);
     }
     // A container that is being started appears among the living in a moment: wait for it.
     let starting = facts.busy.iter().any(|op| matches!(op, Op::Container(_) | Op::Sandbox | Op::Prepare));
     if rest.is_empty() {
         let last = sidecars.iter().rev().find_map(|name| side.iter().find(|c| c.name == **name));
         if let Some(c) = last {
-            kill(c, grace, String::new(), facts, now, plan);
+            kill(c, grace, String::new(), false, facts, now, plan);
         }
     }
     if !rest.is_empty() || !side.is_empty() || starting {
@@ -472,6 +508,7 @@ fn one(
                 current,
                 Duration::from_secs(2),
                 format!("Container {name} is in unknown state, try killing it before restart"),
+                false,
                 facts,
                 now,
                 plan,
@@ -485,8 +522,13 @@ fn one(
                     probe.and_then(|p| p.termination_grace_period_seconds).or(spec.termination_grace_period_seconds);
                 Duration::from_secs(own.unwrap_or(30).max(1).unsigned_abs())
             };
-            let why = if !current.hash.is_empty() && current.hash != container_hash(container) {
+            let changed = !current.hash.is_empty() && current.hash != container_hash(container);
+            let actuated = facts.resize.actuated.get(&current.id);
+            let resized = actuated.is_some_and(|actuated| resize::need(container, actuated) == Need::Restart);
+            let why = if changed {
                 Some((format!("Container {name} definition changed, will be restarted"), grace(None)))
+            } else if resized {
+                Some((format!("Container {name} resize requires restart"), grace(None)))
             } else if health.hook_failed {
                 Some((format!("FailedPostStartHook: container {name} will be restarted"), grace(None)))
             } else if health.startup == Some(false) {
@@ -503,9 +545,10 @@ fn one(
                 None
             };
             if let Some((message, grace)) = why {
-                kill(current, grace, message, facts, now, plan);
+                kill(current, grace, message, changed || resized, facts, now, plan);
             }
         }
+        State::Exited if facts.anew.contains(&current.id) => start(None, plan),
         State::Exited if should_restart(spec, class, container, current.exit_code) => {
             let failed = current.finished.unwrap_or(current.created);
             match facts.backoffs.until(name, failed) {

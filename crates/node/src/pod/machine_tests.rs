@@ -143,6 +143,7 @@ fn failed_probes_and_changed_images_kill() {
         id: "a-0".into(),
         grace: Duration::from_secs(grace),
         message: message.into(),
+        anew: message.contains("definition changed"),
     };
     let mut f = facts();
     f.health.insert("a-0".into(), Health { live: Some(false), ..Default::default() });
@@ -180,6 +181,7 @@ fn deletion_stops_sidecars_last_and_cleans_up() {
         id: format!("{name}-0"),
         grace: Duration::from_secs(grace),
         message: String::new(),
+        anew: false,
     };
     use State::{Exited, Running};
     check(&pod, &all(Running, Running, Running), &f, 0, &[kill("a", 30)]);
@@ -293,6 +295,7 @@ fn a_pod_that_leaves_waits_for_its_turn() {
         id: "a-0".into(),
         grace: Duration::from_secs(grace),
         message: String::new(),
+        anew: false,
     };
     let waits = Facts { leaving: true, ..facts() };
     check(&alive, &o, &waits, 5, &[]);
@@ -318,4 +321,65 @@ fn a_pod_that_leaves_waits_for_its_turn() {
     under_way.busy.insert(Op::Container("a".into()));
     under_way.killing.insert("a-0".into(), at(60));
     check(&evicted, &o, &under_way, 5, &[Action::Hasten { id: "a-0".into(), grace: Duration::from_secs(20) }]);
+}
+
+fn running(name: &str) -> Observed {
+    observed(vec![container(name, State::Running, 0)])
+}
+
+/// With what the container of [`running`] has.
+fn resized(cpu: &str, of_pod: &Pod) -> Facts {
+    let mut facts = facts();
+    facts.health.insert("a-0".into(), Health { post_start: true, ..Default::default() });
+    let has = serde_json::from_value(json!({"requests": {"cpu": cpu}})).unwrap();
+    facts.resize.actuated.insert("a-0".into(), has);
+    facts.resize.cgroup = Some(crate::pod::qos::pod_limits(of_pod));
+    facts
+}
+
+#[test]
+fn resources_that_change() {
+    let spec = |cpu: &str, policy: &str, restarts: &str| {
+        pod(json!({"restartPolicy": restarts, "containers": [{"name": "a", "resources": {"requests": {"cpu": cpu}},
+            "resizePolicy": [{"resourceName": "cpu", "restartPolicy": policy}]}]}))
+    };
+    let small = spec("1", "NotRequired", "Always");
+    check(&small, &running("a"), &resized("1000m", &small), 2, &[]);
+    // The container follows, or only the pod's cgroup.
+    let large = spec("2", "NotRequired", "Always");
+    check(&large, &running("a"), &resized("1", &small), 2, &[Action::Resize]);
+    check(&large, &running("a"), &resized("2", &small), 2, &[Action::Resize]);
+    // While it is being told, it is not told again.
+    let mut busy = resized("1", &small);
+    busy.busy.insert(Op::Resize);
+    check(&large, &running("a"), &busy, 2, &[]);
+    // One that wants a new container is stopped first, then its cgroup grows, then it is started, whatever its policy.
+    let large = spec("2", "RestartContainer", "OnFailure");
+    let kill = Action::Kill {
+        name: "a".into(),
+        id: "a-0".into(),
+        grace: Duration::from_secs(30),
+        message: "Container a resize requires restart".into(),
+        anew: true,
+    };
+    check(&large, &running("a"), &resized("1", &small), 2, &[kill]);
+    let stopped = observed(vec![container("a", State::Exited, 0)]);
+    let mut facts = resized("1", &small);
+    facts.anew.insert("a-0".into());
+    assert_eq!(outcome(&large, &stopped, &facts), None);
+    check(&large, &stopped, &facts, 2, &[Action::Resize]);
+    facts.resize.cgroup = Some(crate::pod::qos::pod_limits(&large));
+    check(&large, &stopped, &facts, 2, &[start("a", 1, None)]);
+    // Otherwise it has ended.
+    facts.anew.clear();
+    assert_eq!(outcome(&large, &stopped, &facts), Some(Outcome::Succeeded));
+}
+
+#[test]
+fn a_pod_waits_until_the_node_takes_it() {
+    let pod = pod(json!({"containers": [{"name": "a"}]}));
+    let mut facts = Facts { waits: true, prepared: false, ..facts() };
+    check(&pod, &Observed::default(), &facts, 2, &[]);
+    facts.waits = false;
+    check(&pod, &Observed::default(), &facts, 2, &[Action::Prepare]);
 }

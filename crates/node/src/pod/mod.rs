@@ -6,6 +6,7 @@ pub mod machine;
 pub mod observed;
 pub mod qos;
 pub mod quantity;
+pub mod resize;
 pub mod status;
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
@@ -72,6 +73,12 @@ pub fn ephemeral_as_container(e: &k8s_openapi::api::core::v1::EphemeralContainer
         working_dir: e.working_dir.clone(),
         ..Default::default()
     }
+}
+
+/// A pod as it is kept here: without who manages its fields, which is half of it in memory and which nobody here asks.
+pub fn lean(mut pod: Pod) -> Pod {
+    pod.metadata.managed_fields = None;
+    pod
 }
 
 /// A pod's uid, empty if it has none (which the API never serves).

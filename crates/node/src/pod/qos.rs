@@ -136,19 +136,20 @@ pub fn pod_request(spec: &PodSpec, resource: &str) -> i64 {
 }
 
 /// The highest sum over the pod's life: each init container runs beside the sidecars started before it (KEP-753).
-fn aggregate(spec: &PodSpec, of: impl Fn(&Container) -> i64) -> i64 {
-    let (mut sidecars, mut peak, mut main) = (0, 0, 0);
+pub fn aggregate(spec: &PodSpec, of: impl Fn(&Container) -> i64) -> i64 {
+    let (mut sidecars, mut peak, mut main) = (0_i64, 0_i64, 0_i64);
     for container in containers(spec) {
+        let amount = of(container.spec);
         match container.class {
             Class::Sidecar => {
-                sidecars += of(container.spec);
+                sidecars = sidecars.saturating_add(amount);
                 peak = peak.max(sidecars);
             }
-            Class::Init => peak = peak.max(sidecars + of(container.spec)),
-            Class::Main | Class::Ephemeral => main += of(container.spec),
+            Class::Init => peak = peak.max(sidecars.saturating_add(amount)),
+            Class::Main | Class::Ephemeral => main = main.saturating_add(amount),
         }
     }
-    peak.max(sidecars + main)
+    peak.max(sidecars.saturating_add(main))
 }
 
 #[cfg(test)]

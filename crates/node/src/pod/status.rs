@@ -16,6 +16,7 @@ use super::{
     Class, containers, ephemeral_as_container, full_name,
     machine::{Facts, Outcome, outcome, should_restart, started},
     observed::{ContainerObs, Observed, State},
+    resize,
 };
 use crate::shutdown;
 
@@ -220,7 +221,9 @@ fn container_status(
     };
     status.state = Some(state);
     if class == Class::Main || class == Class::Sidecar {
-        status.resources = container.resources.clone();
+        // What a container has that runs; what it would get, of one that does not.
+        let has = newest.filter(|c| c.state == State::Running).and_then(|c| facts.resize.actuated.get(&c.id));
+        status.resources = has.cloned().or_else(|| container.resources.clone());
         status.allocated_resources = container.resources.as_ref().and_then(|r| r.requests.clone());
     }
     status
@@ -373,16 +376,48 @@ fn conditions(
             type_: DISRUPTION.to_owned(),
             status: "True".to_owned(),
             reason: Some(DISRUPTED.to_owned()),
-            message: Some(shutdown::MESSAGE.to_owned()),
+            message: Some(facts.rejected.as_ref().map_or(shutdown::MESSAGE, |(_, text)| text.as_str()).to_owned()),
             last_transition_time: before.and_then(|c| c.last_transition_time.clone()).or(Some(Time(now))),
             observed_generation: pod.metadata.generation,
             last_probe_time: None,
         });
     }
+    for (kind, reason, message) in resizing(pod, observed, facts) {
+        let before = old.iter().find(|c| c.type_ == kind);
+        result.push(PodCondition {
+            type_: kind.to_owned(),
+            status: "True".to_owned(),
+            reason: some(reason),
+            message: message.filter(|m| !m.is_empty()),
+            last_transition_time: before.and_then(|c| c.last_transition_time.clone()).or(Some(Time(now))),
+            observed_generation: facts.resize.generation.filter(|_| kind == RESIZES).or(pod.metadata.generation),
+            last_probe_time: None,
+        });
+    }
     let ours: Vec<String> = result.iter().map(|c| c.type_.clone()).collect();
-    result.extend(old.into_iter().filter(|c| !ours.contains(&c.type_)));
+    let over = |c: &PodCondition| ours.contains(&c.type_) || TRANSIENT.contains(&c.type_.as_str());
+    result.extend(old.into_iter().filter(|c| !over(c)));
     result
 }
+
+/// How it stands with a change of the pod's resources (KEP-1287): type, reason and message of conditions.
+fn resizing(pod: &Pod, observed: &Observed, facts: &Facts) -> Vec<(&'static str, &'static str, Option<String>)> {
+    let mut found = Vec::new();
+    if let Some((reason, message)) = &facts.resize.pending {
+        found.push((WAITS, *reason, Some(message.clone())));
+    }
+    if resize::is_under_way(pod, observed, &facts.resize) {
+        let error = facts.resize.error.clone();
+        found.push((RESIZES, if error.is_some() { "Error" } else { "" }, error));
+    }
+    found
+}
+
+/// A resize that has to wait, and one that is being carried out.
+const WAITS: &str = "PodResizePending";
+const RESIZES: &str = "PodResizeInProgress";
+/// Conditions that go when they no longer hold.
+const TRANSIENT: [&str; 2] = [WAITS, RESIZES];
 
 /// Why a pod that was well ended (<https://kubernetes.io/docs/concepts/workloads/pods/disruptions/#pod-disruption-conditions>),
 /// and what the agent gives as the reason.
@@ -394,8 +429,8 @@ fn is_disruption(condition: &PodCondition) -> bool {
 }
 
 /// The conditions that the agent writes.
-const OWN_CONDITIONS: [&str; 5] =
-    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+const OWN_CONDITIONS: [&str; 7] =
+    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled", WAITS, RESIZES];
 
 /// The fields of the status that the agent writes; the rest is others'.
 const OWN_FIELDS: [&str; 13] = [
@@ -429,11 +464,18 @@ pub fn patch(uid: &str, old: Option<&PodStatus>, new: &PodStatus) -> Option<Valu
             (_, None) => Value::Null,
             ("conditions", Some(Value::Array(conditions))) => {
                 let had: Vec<&Value> = before.and_then(Value::as_array).into_iter().flatten().collect();
-                let changed: Vec<Value> = conditions
+                let mut changed: Vec<Value> = conditions
                     .iter()
                     .filter(|c| is_own(c) && !had.contains(c))
                     .map(|c| cleared(c, had.iter().find(|h| h["type"] == c["type"]).copied()))
                     .collect();
+                let gone = |kind: &&str| {
+                    let among = |list: &[&Value]| list.iter().any(|c| c["type"] == **kind);
+                    among(&had) && !among(&conditions.iter().collect::<Vec<_>>())
+                };
+                changed.extend(
+                    TRANSIENT.iter().filter(|kind| gone(kind)).map(|kind| json!({"$patch": "delete", "type": kind})),
+                );
                 if changed.is_empty() {
                     continue;
                 }

@@ -201,3 +201,35 @@ fn the_machine_goes_down() {
     assert_eq!((s.phase.as_deref(), s.message.as_deref()), (Some("Failed"), Some(shutdown::MESSAGE)));
     assert_eq!(condition(&s, "Ready").1.as_deref(), Some("PodFailed"));
 }
+
+#[test]
+fn a_pod_that_is_resized_says_how_far_it_is() {
+    let resources = |cpu: &str| serde_json::from_value(json!({"requests": {"cpu": cpu}})).unwrap();
+    let mut pod = pod(json!({"containers": [{"name": "a", "resources": {"requests": {"cpu": "2"}}}]}));
+    let o = observed(vec![container("a", "1", State::Running, 0)]);
+    let mut facts = healthy(&["1"]);
+    let has = |s: &PodStatus, kind: &str| s.conditions.iter().flatten().any(|c| c.type_ == kind);
+    let shown = |s: &PodStatus| {
+        let container = s.container_statuses.as_ref().unwrap()[0].clone();
+        (container.resources, container.allocated_resources.unwrap()["cpu"].0.clone())
+    };
+    facts.resize.actuated.insert("1".into(), resources("1"));
+    let s = status(&pod, &o, &facts, &node(), at(3));
+    assert_eq!(condition(&s, RESIZES), ("True".into(), None, None));
+    assert_eq!(shown(&s), (Some(resources("1")), "2".into()));
+    facts.resize.error = Some("in use".into());
+    facts.resize.pending = Some(("Deferred", "full".into()));
+    let s = status(&pod, &o, &facts, &node(), at(3));
+    assert_eq!(condition(&s, RESIZES), ("True".into(), Some("Error".into()), Some("in use".into())));
+    assert_eq!(condition(&s, WAITS), ("True".into(), Some("Deferred".into()), Some("full".into())));
+    // When it is over, both are taken away.
+    pod.status = Some(s);
+    (facts.resize.error, facts.resize.pending) = (None, None);
+    facts.resize.actuated.insert("1".into(), resources("2"));
+    let s = status(&pod, &o, &facts, &node(), at(4));
+    assert!(!has(&s, RESIZES) && !has(&s, WAITS));
+    assert_eq!(shown(&s), (Some(resources("2")), "2".into()));
+    let patch = patch("u", pod.status.as_ref(), &s).unwrap();
+    let gone = |kind: &str| json!({"$patch": "delete", "type": kind});
+    assert_eq!(patch["status"]["conditions"], json!([gone(WAITS), gone(RESIZES)]));
+}

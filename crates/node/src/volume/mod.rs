@@ -27,7 +27,7 @@ use k8s_openapi::{
 use kube::{Api, Client, api::PostParams};
 
 use self::atomic::Payload;
-use crate::{downward::Allocatable, env, objects::Key, pod};
+use crate::{downward::Allocatable, env, huge_pages, objects::Key, pod};
 
 /// Why a volume is not there; the pod waits and it is tried again.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -102,11 +102,20 @@ impl Volumes {
         }
         if let Some(source) = &volume.empty_dir {
             let path = self.path("empty-dir", name);
-            let memory = source.medium.as_deref() == Some("Memory");
+            let medium = match source.medium.as_deref().unwrap_or_default() {
+                "" => Medium::Disk,
+                "Memory" => Medium::Memory,
+                other => {
+                    let spec = pod.spec.as_ref().ok_or("the pod has no spec")?;
+                    Medium::HugePages(huge_pages::of_medium(other, spec)?.ok_or_else(|| {
+                        format!("unknown storage medium {other:?}: use Memory, HugePages or HugePages-SIZE")
+                    })?)
+                }
+            };
             let size =
                 source.size_limit.as_ref().and_then(|q| pod::quantity::units(&q.0)).and_then(|s| u64::try_from(s).ok());
             let mode = source.mode.map_or(0o777, |m| m as u32 & 0o7777);
-            return blocking(move || empty_dir(&path, memory, size.filter(|s| *s > 0), mode, group).map(|()| path))
+            return blocking(move || empty_dir(&path, medium, size.filter(|s| *s > 0), mode, group).map(|()| path))
                 .await;
         }
         if let Some(source) = &volume.persistent_volume_claim {
@@ -362,13 +371,24 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> +
     tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
 }
 
-fn empty_dir(path: &Path, memory: bool, size: Option<u64>, mode: u32, group: Option<u32>) -> std::io::Result<()> {
+/// What an emptyDir is kept in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Medium {
+    Disk,
+    Memory,
+    /// Of this size, in bytes.
+    HugePages(u64),
+}
+
+fn empty_dir(path: &Path, medium: Medium, size: Option<u64>, mode: u32, group: Option<u32>) -> std::io::Result<()> {
     // Made once: what containers do to it afterwards is theirs.
-    if path.exists() && (!memory || mount::is_mount_point(path)?) {
+    if path.exists() && (medium == Medium::Disk || mount::is_mount_point(path)?) {
         return Ok(());
     }
-    if memory {
-        mount::tmpfs(path, size)?;
+    match medium {
+        Medium::Disk => {}
+        Medium::Memory => mount::tmpfs(path, size)?,
+        Medium::HugePages(page) => mount::huge_pages(path, page, size)?,
     }
     fs::create_dir_all(path)?;
     let mode = if group.is_some() { mode | 0o2070 } else { mode };

@@ -45,6 +45,18 @@ pub fn tmpfs(directory: &Path, size: Option<u64>) -> io::Result<()> {
     Ok(())
 }
 
+/// Mounts huge pages of this size in bytes, unless something is mounted there.
+pub fn huge_pages(directory: &Path, page: u64, size: Option<u64>) -> io::Result<()> {
+    fs::create_dir_all(directory)?;
+    if is_mount_point(directory)? {
+        return Ok(());
+    }
+    let size = size.map(|s| format!(",size={s}")).unwrap_or_default();
+    let options = format!("pagesize={page}{size}");
+    mount(Some("nodev"), directory, Some("hugetlbfs"), MsFlags::empty(), Some(options.as_str()))?;
+    Ok(())
+}
+
 /// Unmounts everything at or below a directory, then removes it.
 pub fn remove_tree(directory: &Path) -> io::Result<()> {
     for point in mounts_below(directory)? {

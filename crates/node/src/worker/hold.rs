@@ -18,6 +18,8 @@ use crate::{
 pub(super) struct Fencing {
     /// Something about permits has changed.
     pub(super) changes: watch::Receiver<u64>,
+    /// Permits concern this pod. The others are not to be woken by every renewal of the node's Lease.
+    pub(super) concerns: bool,
     /// Not to be asked again before this time.
     pub(super) after: Option<Timestamp>,
     /// Whether all its claims are for several nodes at once, once that is known.
@@ -28,7 +30,7 @@ pub(super) struct Fencing {
 
 impl Fencing {
     pub(super) fn new(guard: &Guard) -> Fencing {
-        Fencing { changes: guard.changes(), after: None, shared: None, asking: false }
+        Fencing { changes: guard.changes(), concerns: true, after: None, shared: None, asking: false }
     }
 }
 
@@ -39,7 +41,9 @@ impl Worker {
         let stateful = fence::is_stateful(&self.pod);
         let claims = if stateful { Vec::new() } else { fence::claims(&self.pod) };
         self.facts.held = false;
-        if fence.is_off() || self.facts.gone || !stateful && (claims.is_empty() || self.fence.shared == Some(true)) {
+        self.fence.concerns =
+            !fence.is_off() && !self.facts.gone && (stateful || !claims.is_empty() && self.fence.shared != Some(true));
+        if !self.fence.concerns {
             return;
         }
         fence.guard(&self.uid, self.observed.alive().next().is_some());
@@ -88,7 +92,7 @@ impl Worker {
                 self.agent.fence.permitted(&self.uid, epoch);
                 let newer = revision(&written).zip(revision(&self.pod)).is_none_or(|(new, old)| new >= old);
                 if newer && pod::uid(&written) == self.uid {
-                    self.take_pod(Arc::new(written));
+                    self.take_pod(Arc::new(pod::lean(written)));
                 }
             }
             // It is gone or another one by now; the watch will say so.

@@ -114,6 +114,7 @@ impl Cluster {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            event_ttl: Duration::from_secs(3600),
             access: Default::default(),
         };
         let tls = serve::tls(&serving, &authority.pem).unwrap();
@@ -149,12 +150,16 @@ impl Cluster {
         config.data_dir = at("data");
         config.run_dir = at("run");
         config.log_dir = at("logs");
+        config.device_plugins = at("device-plugins");
         config.cgroup_root = format!("/seawall-test-{}", std::process::id());
         config.port = free_port();
         config.serving_cert_pem = agent.certificate;
         config.serving_key_pem = agent.key;
         config.client_ca_pem = authority.pem;
         config.api_users = vec!["kube-apiserver-kubelet-client".into()];
+        // Tests run where they are built, and what that leaves of the disk says nothing about the pods of a test.
+        config.eviction.hard = "memory.available<100Mi,nodefs.available<256Mi".parse().unwrap();
+        config.images.high = 100;
         change(&mut config);
         let mut cluster = Self {
             config,
