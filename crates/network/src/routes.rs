@@ -1,15 +1,16 @@
-//! Routes to other nodes' pods: each node reaches the pods of the others through the nodes' own addresses, without a
-//! tunnel. That works where the nodes share a network
-//! (<https://kubernetes.io/docs/concepts/cluster-administration/networking/#how-to-implement-the-kubernetes-network-model>).
+//! Routes to other nodes' pods
+//! (<https://kubernetes.io/docs/concepts/cluster-administration/networking/#how-to-implement-the-kubernetes-network-model>):
+//! through the nodes' own addresses where they share a network with this one, else by a tunnel.
 //!
-//! [`plan`] is pure: nodes, this machine's addresses and the kernel's routes give changes. Our routes carry a protocol
-//! number of their own; nobody else's are touched. They stay when the process ends.
+//! [`plan`] is pure: nodes and this machine's addresses give what should be. Our routes carry a protocol number of their
+//! own; nobody else's are touched. They stay when the process ends, as does the tunnel.
 
 mod kernel;
+mod plan;
+mod tunnel;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
     net::IpAddr,
     time::Duration,
 };
@@ -27,15 +28,35 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use kernel::Kernel;
+pub use plan::{Change, End, Entry, Mac, Route, Via, Wanted, changes, plan};
+pub use tunnel::{DEVICE, PORT};
 
 /// The protocol number of our routes (`ip route show proto 83`); iproute2's list has no other use of it.
 pub const PROTOCOL: u8 = 83;
+
+/// When other nodes' pods are reached by a tunnel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tunnel {
+    /// Where a node is on no network of this machine.
+    #[default]
+    Auto,
+    /// Never: nodes that are on no network of this machine are not reached.
+    Never,
+    /// Always, also on one network: some let nothing pass that has pods' addresses.
+    Always,
+}
 
 /// How it is run.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// This node.
     pub node_name: String,
+    /// When there is a tunnel.
+    pub tunnel: Tunnel,
+    /// The UDP port of the tunnel, the same on all nodes.
+    pub tunnel_port: u16,
+    /// The command that runs nft.
+    pub nft: Vec<String>,
     /// How long changes are collected before they are applied.
     pub debounce: Duration,
     /// How often the kernel's routes are compared with what they should be: a link that went down took its routes along.
@@ -44,7 +65,14 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Config {
-        Config { node_name: String::new(), debounce: Duration::from_millis(20), resync: Duration::from_secs(10) }
+        Config {
+            node_name: String::new(),
+            tunnel: Tunnel::Auto,
+            tunnel_port: PORT,
+            nft: vec!["nft".into()],
+            debounce: Duration::from_millis(20),
+            resync: Duration::from_secs(10),
+        }
     }
 }
 
@@ -73,119 +101,6 @@ impl NodeRoutes {
         }
         NodeRoutes { name: node.name_any(), addresses: internal.collect(), pods }
     }
-}
-
-/// A route of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Route {
-    /// The pods of a node.
-    pub pods: IpNet,
-    /// The node.
-    pub via: IpAddr,
-}
-
-impl fmt::Display for Route {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} via {}", self.pods, self.via)
-    }
-}
-
-/// What to change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// A route that is missing.
-    Add(Route),
-    /// One of ours that leads elsewhere, put right in one step.
-    Replace(Route),
-    /// One of ours that is not wanted.
-    Remove(Route),
-}
-
-/// What to do, and what cannot be done.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
-    /// In order: removals first.
-    pub changes: Vec<Change>,
-    /// Nodes without a route, and why.
-    pub refused: BTreeSet<String>,
-}
-
-/// Compares what should be with what is. `own` are this machine's addresses with their networks, `present` the routes
-/// with our protocol.
-pub fn plan(me: &str, nodes: &[NodeRoutes], own: &[IpNet], present: &[Route]) -> Plan {
-    let mut plan = Plan::default();
-    let mut wanted: BTreeMap<IpNet, (IpAddr, &str)> = BTreeMap::new();
-    let mine: Vec<IpNet> = nodes.iter().filter(|n| n.name == me).flat_map(|n| n.pods.iter().copied()).collect();
-    let mut others: Vec<&NodeRoutes> = nodes.iter().filter(|n| n.name != me).collect();
-    others.sort_by(|a, b| a.name.cmp(&b.name));
-    for node in others {
-        for pods in &node.pods {
-            match route(node, *pods, nodes, own, &mine) {
-                Ok(via) => match wanted.get(pods) {
-                    Some((_, other)) => {
-                        plan.refused.insert(format!("{}: its pods {pods} are also those of {other}", node.name));
-                    }
-                    None => drop(wanted.insert(*pods, (via, &node.name))),
-                },
-                Err(reason) => drop(plan.refused.insert(format!("{}: {reason}", node.name))),
-            }
-        }
-    }
-    let mut seen = BTreeSet::new();
-    let mut replaced = Vec::new();
-    for route in present {
-        match wanted.get(&route.pods) {
-            Some((via, _)) if *via == route.via => drop(seen.insert(route.pods)),
-            Some((via, _)) => replaced.push((*route, Route { pods: route.pods, via: *via })),
-            None => plan.changes.push(Change::Remove(*route)),
-        }
-    }
-    for (old, new) in replaced {
-        // Where the right one is there too, or is being put there, the wrong one just goes.
-        if seen.insert(new.pods) {
-            plan.changes.push(Change::Replace(new));
-        } else {
-            plan.changes.push(Change::Remove(old));
-        }
-    }
-    let missing = wanted.iter().filter(|(pods, _)| !seen.contains(pods));
-    plan.changes.extend(missing.map(|(pods, (via, _))| Change::Add(Route { pods: *pods, via: *via })));
-    plan.changes.sort_by_key(|change| !matches!(change, Change::Remove(_)));
-    plan
-}
-
-/// Through which address a node's pods are reached.
-fn route(
-    node: &NodeRoutes,
-    pods: IpNet,
-    nodes: &[NodeRoutes],
-    own: &[IpNet],
-    mine: &[IpNet],
-) -> Result<IpAddr, String> {
-    let overlap = |a: &IpNet, b: &IpNet| a.contains(&b.network()) || b.contains(&a.network());
-    if mine.iter().any(|m| overlap(m, &pods)) {
-        return Err(format!("its pods {pods} overlap with those of this node"));
-    }
-    // A range that holds a node would take the node's own traffic away.
-    let addresses = nodes.iter().flat_map(|n| n.addresses.iter().copied()).chain(own.iter().map(|n| n.addr()));
-    if let Some(inside) = addresses.into_iter().find(|a| pods.contains(a)) {
-        return Err(format!("its pods {pods} would include the address {inside} of a node"));
-    }
-    let family = |ip: &IpAddr| ip.is_ipv4() == pods.addr().is_ipv4();
-    let mut reasons = Vec::new();
-    for address in node.addresses.iter().filter(|a| family(a)) {
-        if own.iter().any(|n| n.addr() == *address) {
-            reasons.push(format!("its address {address} is one of this machine's"));
-        } else if own.iter().any(|n| n.prefix_len() < n.max_prefix_len() && n.contains(address)) {
-            return Ok(*address);
-        } else {
-            reasons.push(format!("its address {address} is on no network of this machine"));
-        }
-    }
-    if reasons.is_empty() {
-        reasons.push(format!("it has no InternalIP for its pods {pods} yet"));
-    }
-    Err(reasons.join(", "))
 }
 
 /// Keeps the routes until `stop`.
@@ -238,7 +153,7 @@ async fn work(client: Client, config: Config, stop: CancellationToken) -> anyhow
             () = at(due), if synced => {
                 due = None;
                 let all: Vec<NodeRoutes> = nodes.values().cloned().collect();
-                match apply(&kernel, &config.node_name, &all).await {
+                match apply(&kernel, &config, &all).await {
                     Ok(now) => {
                         for reason in now.difference(&refused) {
                             tracing::warn!("no route to a node's pods: {reason}");
@@ -265,116 +180,58 @@ async fn at(due: Option<Instant>) {
     }
 }
 
-/// Brings the kernel's routes to what the nodes ask for, once. Says which nodes have none, and why.
+/// Brings the kernel to what the nodes ask for, once. Says which nodes have no route, and why.
 ///
 /// # Errors
 /// If the kernel refuses: all other changes were tried nevertheless.
-pub async fn apply(kernel: &Kernel, me: &str, nodes: &[NodeRoutes]) -> anyhow::Result<BTreeSet<String>> {
-    let plan = plan(me, nodes, &kernel.addresses().await?, &kernel.routes().await?);
+pub async fn apply(kernel: &Kernel, config: &Config, nodes: &[NodeRoutes]) -> anyhow::Result<BTreeSet<String>> {
+    let wanted = plan(&config.node_name, nodes, &kernel.addresses().await?, config.tunnel);
+    // What is there before its routes are; it goes after them.
+    let mut tunnel = match &wanted.tunnel {
+        Some(end) => tunnel::ensure(kernel, config, end).await.context("the tunnel to nodes of other networks"),
+        None => Ok(()),
+    };
+    let device = kernel.link(DEVICE).await?.map(|link| link.index);
     let mut failed = None;
-    for change in plan.changes {
+    for change in changes(&wanted.routes, &kernel.routes(device).await?) {
         let result = match change {
-            Change::Add(route) => kernel.add(route, false).await.with_context(|| format!("add {route}")),
-            Change::Replace(route) => kernel.add(route, true).await.with_context(|| format!("change to {route}")),
-            Change::Remove(route) => kernel.remove(route).await.with_context(|| format!("remove {route}")),
+            Change::Add(Route { via: Via::Tunnel, .. }) | Change::Replace(Route { via: Via::Tunnel, .. })
+                if tunnel.is_err() =>
+            {
+                continue;
+            }
+            Change::Add(route) => kernel.add(route, device, false).await.with_context(|| format!("add {route}")),
+            Change::Replace(route) => {
+                kernel.add(route, device, true).await.with_context(|| format!("change to {route}"))
+            }
+            Change::Remove(route) => kernel.remove(route, device).await.with_context(|| format!("remove {route}")),
         };
         match result {
             Ok(()) => tracing::info!(?change, "a route to a node's pods"),
             Err(error) => failed = Some(error),
         }
     }
+    if wanted.tunnel.is_none() {
+        tunnel = tunnel::remove(kernel, config).await;
+    }
+    tunnel?;
     match failed {
         Some(error) => Err(error),
-        None => Ok(plan.refused),
+        None => Ok(wanted.refused),
     }
 }
 
-/// Takes all our routes away.
+/// Takes all our routes away, and the tunnel.
 ///
 /// # Errors
 /// If the kernel refuses.
 pub async fn remove() -> anyhow::Result<()> {
-    apply(&Kernel::connect()?, "", &[]).await.map(drop)
+    apply(&Kernel::connect()?, &Config::default(), &[]).await.map(drop)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn node(name: &str, address: &str, pods: &str) -> NodeRoutes {
-        NodeRoutes {
-            name: name.into(),
-            addresses: address.split_whitespace().map(|a| a.parse().unwrap()).collect(),
-            pods: pods.split_whitespace().map(|p| p.parse().unwrap()).collect(),
-        }
-    }
-
-    fn routes(text: &str) -> Vec<Route> {
-        let parse = |line: &str| {
-            let (pods, via) = line.trim().split_once(" via ").unwrap();
-            Route { pods: pods.parse().unwrap(), via: via.parse().unwrap() }
-        };
-        text.split(',').filter(|l| !l.trim().is_empty()).map(parse).collect()
-    }
-
-    #[track_caller]
-    fn check(nodes: &[NodeRoutes], present: &str, changes: &[(&str, &str)], refused: &[&str]) {
-        let me = node("me", "10.9.0.1", "10.244.0.0/24 fd00:1::/64");
-        let own: Vec<IpNet> =
-            ["127.0.0.1/8", "10.9.0.1/24", "10.244.0.1/32", "fd00::1/64"].map(|n| n.parse().unwrap()).to_vec();
-        let plan = plan("me", &[&[me], nodes].concat(), &own, &routes(present));
-        let said: Vec<(&str, String)> = plan
-            .changes
-            .iter()
-            .map(|change| match change {
-                Change::Add(route) => ("add", route.to_string()),
-                Change::Replace(route) => ("replace", route.to_string()),
-                Change::Remove(route) => ("remove", route.to_string()),
-            })
-            .collect();
-        assert_eq!(said, changes.iter().map(|(a, b)| (*a, (*b).to_owned())).collect::<Vec<_>>());
-        assert_eq!(plan.refused.len(), refused.len(), "{:?}", plan.refused);
-        for (reason, part) in plan.refused.iter().zip(refused) {
-            assert!(reason.contains(part), "{reason} has no {part:?}");
-        }
-    }
-
-    #[test]
-    fn plans() {
-        let a = || node("a", "10.9.0.2", "10.244.1.0/24");
-        let b = || node("b", "10.9.0.3", "10.244.2.0/24");
-        let (to_a, to_b) = ("10.244.1.0/24 via 10.9.0.2", "10.244.2.0/24 via 10.9.0.3");
-        check(&[a(), b()], "", &[("add", to_a), ("add", to_b)], &[]);
-        check(&[a(), b()], to_a, &[("add", to_b)], &[]);
-        check(&[a(), b()], &format!("{to_a},{to_b}"), &[], &[]);
-        // A node left; another has a new address; its pods' range went to somebody else.
-        check(&[b()], &format!("{to_a},{to_b}"), &[("remove", to_a)], &[]);
-        let moved = node("a", "10.9.0.7", "10.244.1.0/24");
-        check(std::slice::from_ref(&moved), to_a, &[("replace", "10.244.1.0/24 via 10.9.0.7")], &[]);
-        let both = format!("{to_a},10.244.1.0/24 via 10.9.0.7");
-        check(&[moved], &both, &[("remove", to_a)], &[]);
-        // Two families.
-        let dual = node("a", "10.9.0.2 fd00::2", "10.244.1.0/24 fd00:2::/64");
-        check(&[dual], "", &[("add", to_a), ("add", "fd00:2::/64 via fd00::2")], &[]);
-        // What cannot be.
-        check(
-            &[node("a", "192.0.2.1", "10.244.1.0/24")],
-            to_a,
-            &[("remove", to_a)],
-            &["on no network of this machine"],
-        );
-        check(&[node("a", "10.244.0.1", "10.244.1.0/24")], "", &[], &["one of this machine's"]);
-        check(&[node("a", "", "10.244.1.0/24")], "", &[], &["no InternalIP"]);
-        check(&[node("a", "10.9.0.2", "")], "", &[], &[]);
-        check(&[node("a", "10.9.0.2", "0.0.0.0/0")], "", &[], &["overlap with those of this node"]);
-        check(&[node("a", "10.9.0.2", "10.9.0.0/16")], "", &[], &["would include the address"]);
-        check(
-            &[a(), node("c", "10.9.0.4", "10.244.1.0/24")],
-            "",
-            &[("add", to_a)],
-            &["c: its pods 10.244.1.0/24 are also those of a"],
-        );
-    }
 
     #[test]
     fn of_nodes() {
@@ -385,6 +242,11 @@ mod tests {
                 {"type": "ExternalIP", "address": "198.51.100.1"}]},
         }))
         .unwrap();
-        assert_eq!(NodeRoutes::of(&object), node("a", "10.9.0.2", "10.244.1.0/24 fd00:2::/64"));
+        let expect = NodeRoutes {
+            name: "a".into(),
+            addresses: vec!["10.9.0.2".parse().unwrap()],
+            pods: ["10.244.1.0/24", "fd00:2::/64"].map(|p| p.parse().unwrap()).to_vec(),
+        };
+        assert_eq!(NodeRoutes::of(&object), expect);
     }
 }

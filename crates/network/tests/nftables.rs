@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use net::Net;
-use seawall_network::proxy::{
-    ProxyConfig, State, dead::Target, elements, intact, nft, plan::plan, rules::Ruleset, state,
+use seawall_network::{
+    nft::generation,
+    proxy::{ProxyConfig, State, dead::Target, elements, intact, nft, plan::plan, rules::Ruleset, state},
 };
 use serde_json::{Value, json};
 
@@ -229,12 +230,53 @@ async fn a_client_stays_with_its_endpoint() {
     }
 }
 
+/// Has the calling thread, and what it starts, live on the node from now on.
+fn move_to_node(net: &Net) {
+    let file = std::fs::File::open(format!("/run/netns/{}", net.namespace("node"))).unwrap();
+    nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+}
+
+/// While the kernel's rules have the same number they are the same, so every change has to make it another one.
+#[test]
+fn every_change_is_another_number() {
+    let net = Net::new();
+    move_to_node(&net);
+    let config = ProxyConfig::default();
+    let number = || generation(&config.nft).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let service = json!({"clusterIPs": OWN, "ports": [{"port": 80}]});
+        let first = number();
+        let rules = apply(&config, &state(service, BOTH), None).await;
+        let mut last = number();
+        assert_ne!(last, first);
+        assert!(intact(&config, &rules).await);
+        assert_eq!(number(), last, "a look is no change");
+        for change in [
+            "flush map inet seawall services4",
+            "add rule inet seawall refuse drop",
+            "flush chain inet seawall dispatch",
+            "add table inet other",
+            "delete table inet seawall",
+            "flush ruleset",
+        ] {
+            nft(&config, change).await.unwrap();
+            let now = number();
+            assert_ne!(now, last, "{change}");
+            last = now;
+        }
+        nft(&config, &Ruleset::default().script(None)).await.unwrap();
+        last = number();
+        elements::add(&[&Target::Pods("10.244.2.0/24".parse().unwrap())]).unwrap();
+        assert_ne!(number(), last, "past nft");
+    });
+}
+
 /// Ranges that touch each other, and one that is a single address, come and go, also past `nft`.
 #[test]
 fn what_is_dead_is_added_and_removed_range_by_range() {
     let net = Net::new();
-    let file = std::fs::File::open(format!("/run/netns/{}", net.namespace("node"))).unwrap();
-    nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    move_to_node(&net);
     let config = ProxyConfig::default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {

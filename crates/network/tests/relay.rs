@@ -333,6 +333,66 @@ fn a_client_stays_with_its_endpoint_until_that_is_gone() {
     });
 }
 
+/// The relay speaks to endpoints in the name of a pod, which knows nothing of it. Had the pod the same port, the relay's
+/// socket would get the answers, for a minute after its end as well.
+#[test]
+fn the_relay_takes_no_port_that_a_pod_would_take() {
+    let net = Net::new();
+    net.echo("pod2");
+    let net = std::sync::Arc::new(net);
+    on_node(&net, async {
+        let mut relay = Running::start().await;
+        relay.apply(&known(Value::Null, service(), &["10.244.2.2", "fd00:2::2"]), &BTreeMap::new()).await;
+        let range = net.command("pod1", &["sysctl", "-n", "net.ipv4.ip_local_port_range"]).output().unwrap().stdout;
+        let range: Vec<u16> =
+            String::from_utf8(range).unwrap().split_whitespace().map(|n| n.parse().unwrap()).collect();
+        let both = [(SERVICE, "10.244.1.2", "10.244.2.2:8080"), (SERVICE6, "[fd00:1::2]", "[fd00:2::2]:8080")];
+        for (service, pod, endpoint) in both {
+            let held = blocking(&net, move |net| [(); 24].map(|()| net.connect("pod1", service).unwrap())).await;
+            let words = ["ss", "-tnH", "dst", endpoint];
+            let said = String::from_utf8(net.command("node", &words).output().unwrap().stdout).unwrap();
+            let own = said.split_whitespace().filter_map(|word| word.strip_prefix(&format!("{pod}:")));
+            let ports: Vec<u16> = own.map(|port| port.parse().unwrap()).collect();
+            assert_eq!(ports.len(), held.len(), "{said}");
+            assert!(!ports.iter().any(|port| (range[0]..=range[1]).contains(port)), "{range:?}: {ports:?}");
+        }
+        relay.stop().await;
+    });
+}
+
+/// A client whose server ends connections may use its port again at once; the relay's end still waits for what may be on
+/// its way.
+#[test]
+fn a_client_may_use_its_port_again() {
+    let net = Net::new();
+    let server = inside(&net.namespace("pod2"), || TcpListener::bind("[::]:8080").unwrap());
+    std::thread::spawn(move || server.incoming().for_each(|stream| drop(stream.map(|mut s| s.write_all(b"bye")))));
+    let net = std::sync::Arc::new(net);
+    on_node(&net, async {
+        let mut relay = Running::start().await;
+        relay.apply(&known(Value::Null, service(), &["10.244.2.2", "fd00:2::2"]), &BTreeMap::new()).await;
+        for (from, to) in [("10.244.1.2:5000", SERVICE), ("[fd00:1::2]:5000", SERVICE6)] {
+            let [from, to] = [from, to].map(|address| address.parse::<std::net::SocketAddr>().unwrap());
+            let turn = move || {
+                let began = Instant::now();
+                let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
+                socket.set_reuse_address(true)?;
+                socket.bind(&from.into())?;
+                socket.connect_timeout(&to.into(), Duration::from_secs(10))?;
+                let mut said = String::new();
+                std::net::TcpStream::from(socket).read_to_string(&mut said)?;
+                assert_eq!(said, "bye");
+                std::io::Result::Ok(began.elapsed())
+            };
+            let turns =
+                move |net: &Net| inside(&net.namespace("pod1"), move || (0..8).map(|_| turn().unwrap()).skip(1).min());
+            let quickest = blocking(&net, turns).await.unwrap();
+            assert!(quickest < Duration::from_millis(800), "the first packet is sent again: {quickest:?}");
+        }
+        relay.stop().await;
+    });
+}
+
 /// Processor time of this process so far: clients, servers and relay together.
 fn cpu() -> Duration {
     use nix::sys::resource::{UsageWho, getrusage};
@@ -369,6 +429,11 @@ fn what_it_costs() {
             });
         }
     });
+    // One client makes more connections to one address than it has ports for in a minute. Ends that wait for what may still
+    // be on its way would have it look for a free port for longer than everything else takes.
+    for host in ["client", "node"] {
+        assert!(net.command(host, &["sysctl", "-qw", "net.ipv4.tcp_max_tw_buckets=0"]).status().unwrap().success());
+    }
     let net = std::sync::Arc::new(net);
     on_node(&net, async {
         let mut relay = Running::start().await;

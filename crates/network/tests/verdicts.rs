@@ -318,6 +318,42 @@ fn a_dead_machine_is_left_at_once() {
     });
 }
 
+/// The kernel keeps a flow that it has reset itself. Whoever takes the client's port next must not be led there as well.
+#[test]
+fn a_port_whose_connection_was_reset_is_good_again() {
+    let net = Net::new();
+    net.echo("pod1");
+    net.echo("pod2");
+    on_node(&net, async {
+        let cluster = Cluster::new("192.168.77.1").await;
+        fill(&cluster).await;
+        let proxy = Running::start(cluster.client(), None);
+        listed("10.96.0.9 . tcp . 80", true).await;
+        listed("fd00:96::9 . tcp . 80", true).await;
+        let all = [("client", SERVICE), ("client", SERVICE6), ("node", SERVICE), ("node", SERVICE6)];
+        let open = all.map(|(host, to)| (host, to, net.connect_to(host, to, "pod2")));
+        net.silence("pod2", true);
+        proxy.say(&[("n2", Verdict::Dead)]);
+        for (host, to, stream) in open {
+            let from = stream.local_addr().unwrap();
+            breaks(stream, false).await.unwrap();
+            let again = || {
+                net::inside(&net.namespace(host), move || {
+                    let to: std::net::SocketAddr = to.parse().unwrap();
+                    let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
+                    socket.bind(&from.into())?;
+                    socket.connect_timeout(&to.into(), Duration::from_secs(5))
+                })
+            };
+            // By itself the kernel forgets it after ten seconds.
+            let reached = until("it is reached", async || again().is_ok());
+            let reached = tokio::time::timeout(Duration::from_secs(5), reached).await;
+            assert!(reached.is_ok(), "{host} does not reach {to} from port {}", from.port());
+        }
+        proxy.stop().await;
+    });
+}
+
 /// A machine is cut off from this one alone: nobody calls it dead, and what the API says in the end has to do.
 #[test]
 fn a_connection_that_nobody_answers_is_led_elsewhere() {

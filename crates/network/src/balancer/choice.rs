@@ -99,8 +99,8 @@ struct Server {
     misses: u32,
     /// It was ready before it was anything else: there is nothing to settle.
     fresh: bool,
-    /// Its connections have been closed because it lives and does not serve.
-    shed: bool,
+    /// Its connections have been closed since it turned.
+    closed: bool,
     /// Counts down with every list that it is not on.
     left: u64,
 }
@@ -144,7 +144,7 @@ impl Choice {
                 answered: None,
                 misses: 0,
                 fresh: true,
-                shed: false,
+                closed: false,
                 left: 0,
             });
             known.listed = true;
@@ -186,13 +186,16 @@ impl Choice {
         };
         let from = server.health;
         if from == to {
-            return self.shed(now, address);
+            return match to {
+                Health::Dead => self.give_up(now, address, answer).into_iter().collect(),
+                _ => self.shed(now, address),
+            };
         }
         server.fresh = to == Health::Ready && from == Health::Unknown;
-        (server.health, server.since, server.shed) = (to, now, false);
+        (server.health, server.since, server.closed) = (to, now, false);
         let mut effects = vec![Effect::Turned { server: address, from, to }];
         if to == Health::Dead {
-            effects.push(Effect::Close(address));
+            effects.extend(self.give_up(now, address, answer));
         }
         if to == Health::Ready {
             // While none was ready, connections went wherever they were taken: also to a server that stands still, whose
@@ -201,6 +204,16 @@ impl Choice {
             effects.extend(dead.map(|(address, _)| Effect::Close(*address)));
         }
         effects
+    }
+
+    /// The connections to a server that is silent are of no use where another may serve. The only one is perhaps just busy,
+    /// and everybody who lost it would ask for everything anew: it is given some time.
+    fn give_up(&mut self, now: Instant, address: SocketAddr, answer: Answer) -> Option<Effect> {
+        let others = self.servers.iter().any(|(other, s)| *other != address && s.health != Health::Dead);
+        let server = self.servers.get_mut(&address).filter(|server| !server.closed)?;
+        let long = now.saturating_sub(server.since) >= self.settings.settle * 2;
+        server.closed = others || long || answer == Answer::Refused;
+        server.closed.then_some(Effect::Close(address))
     }
 
     /// A server that has not served for long, though it lives, has lost its store, and others have not: who is connected
@@ -214,11 +227,11 @@ impl Choice {
         match self.servers.get_mut(&address) {
             Some(server)
                 if others
-                    && !server.shed
+                    && !server.closed
                     && server.health == Health::Unready
                     && now.saturating_sub(server.since) >= settle * 2 =>
             {
-                server.shed = true;
+                server.closed = true;
                 vec![Effect::Close(address)]
             }
             _ => Vec::new(),

@@ -1,6 +1,6 @@
 //! What the gossip learns from the API, and what it says there.
 //!
-//! Members are the Nodes that say in an annotation with which key they sign, which only they may write (NodeRestriction).
+//! Members are the Nodes that say in an annotation what their public key is, which only they may write (NodeRestriction).
 //! The cluster's keys stand in one Secret, which nodes may read; servers that are no nodes write themselves in there.
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
@@ -30,7 +30,7 @@ use super::{
     seal::{ClusterKey, Keyring},
 };
 
-/// Where a Node says with which key its member signs.
+/// Where a Node says what its member's public key is.
 pub const KEY: &str = "seawall.dev/gossip-key";
 /// Where it says which of the cluster's keys it accepts.
 pub const ACCEPTED: &str = "seawall.dev/gossip-cluster-keys";

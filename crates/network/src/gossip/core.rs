@@ -9,6 +9,7 @@
 
 mod members;
 mod packets;
+mod records;
 #[cfg(test)]
 mod tests;
 mod verdicts;
@@ -18,19 +19,19 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, BinaryHeap},
     num::{NonZeroU8, NonZeroUsize},
-    sync::mpsc::Receiver,
     time::Duration,
 };
 
-use foca::{Foca, Incarnation, Member, Notification, PeriodicParams, Runtime};
+use foca::{Foca, Incarnation, Member, NoCustomBroadcast, Notification, PeriodicParams, Runtime};
 use rand10::{SeedableRng as _, rngs::SmallRng};
 
+use self::records::Records;
 use super::{
-    id::{Id, Key},
-    judge::{Health, Record, State, Times},
+    id::{ByKey, Id, Key},
+    judge::{Health, State, Times},
     metrics::Counters,
-    wire::Wire,
-    word::{Ear, Word},
+    wire::{self, Packet, Wire},
+    word::Words,
 };
 use crate::verdict::Verdict;
 
@@ -38,8 +39,17 @@ use crate::verdict::Verdict;
 pub const MOST_BYTES: usize = 1200;
 /// How many others are asked to probe one that does not answer.
 const HELPERS: usize = 3;
+/// News is told on at least so often by each who hears it.
+const LEAST: u8 = 5;
 /// To how many members news is passed on at a time.
 const FANOUT: usize = 3;
+/// News does not wait for its turn, which is every [`Times::spread`], but no more often than this in a row: what is said in
+/// a second is bounded however much happens.
+const HASTE: u32 = 4;
+/// So many who look for us are answered in a probe interval. Others are heard, and look again.
+const ANSWERS: usize = 8;
+/// Whether we hear two others than the one who is judged is told by so many.
+const RECENT: usize = 3;
 /// A member that leaves says so to this many.
 const FAREWELLS: usize = 8;
 /// How many members that we should know and do not hear of are looked for at a time.
@@ -116,7 +126,7 @@ pub enum Ignored {
 }
 
 /// A member that should be there.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Contact {
     /// When it was last heard, in milliseconds; 0 for never.
     heard: u64,
@@ -129,6 +139,8 @@ struct Contact {
     /// What was last said of it to the outside.
     shown: Option<Verdict>,
     accusers: u16,
+    /// What SWIM has of it: SWIM itself would go through all its members to tell.
+    member: Option<Member<Id>>,
 }
 
 /// A probe that is under way.
@@ -228,20 +240,26 @@ impl Runtime<Id> for Wishes {
 /// A member of the gossip.
 pub struct Core {
     times: Times,
-    swim: Foca<Id, Wire, SmallRng, Ear>,
-    words: Receiver<Word>,
+    swim: Foca<Id, Wire, SmallRng, NoCustomBroadcast>,
+    words: Words,
     config: foca::Config,
     random: SmallRng,
     incarnation: Incarnation,
     last: Option<Duration>,
     left: bool,
     timers: BinaryHeap<Reverse<Timer>>,
+    /// Timers before the first one of those which have nothing to do when they are due, as things stand.
+    idle: Vec<Timer>,
+    /// When we said that we come back.
+    promised: Duration,
     order: u64,
-    contacts: BTreeMap<Key, Contact>,
+    contacts: ByKey<Contact>,
+    /// Those who were heard last, each once, and when: the last one first.
+    recent: Vec<(Key, u64)>,
     active: usize,
     /// Whom to look for, and when, in milliseconds.
     missing: BTreeSet<(u64, Key)>,
-    records: BTreeMap<Key, Record>,
+    records: Records,
     /// When each of them is judged next.
     judging: BTreeMap<Key, Duration>,
     /// When somebody's kernel last answered anybody.
@@ -254,7 +272,13 @@ pub struct Core {
     asked: (usize, Duration),
     /// Until when a machine's word that nobody listens there holds.
     absent: BTreeMap<Key, Duration>,
-    /// The number of our last word: each is told on anew.
+    /// How many who look for us were answered since when.
+    answers: (usize, Duration),
+    /// From whom on we look for the next who has been under suspicion for long.
+    reminded: Key,
+    /// When news may be told in haste again, by how much was told of late.
+    haste: Duration,
+    /// The number of our last word.
     spoken: u64,
     /// Whose kernels are asked again and again while they are under suspicion.
     feeling: BTreeSet<Key>,
@@ -274,7 +298,7 @@ fn millis(time: Duration) -> u64 {
 /// get lost.
 fn transmissions(members: usize) -> NonZeroU8 {
     let count = (4.0 * ((members + 1) as f64).log10()).ceil();
-    NonZeroU8::new((count as u8).clamp(5, 20)).unwrap_or(NonZeroU8::MIN)
+    NonZeroU8::new((count as u8).clamp(LEAST, 20)).unwrap_or(NonZeroU8::MIN)
 }
 
 fn config(times: &Times) -> foca::Config {
@@ -303,29 +327,34 @@ impl Core {
     /// A member that knows nobody. `born` is later than at any start before; the same `seed` and events give the same
     /// effects.
     pub fn new(key: Key, born: u64, times: Times, seed: u64) -> Core {
-        let (ear, words) = Ear::new();
         let config = config(&times);
         let id = Id { key, born };
         Core {
             times,
-            swim: Foca::with_custom_broadcast(id, config.clone(), SmallRng::seed_from_u64(seed), Wire, ear),
-            words,
+            swim: Foca::new(id, config.clone(), SmallRng::seed_from_u64(seed), Wire),
+            words: Words::default(),
             config,
             random: SmallRng::seed_from_u64(!seed),
             incarnation: 0,
             last: None,
             left: false,
             timers: BinaryHeap::new(),
+            idle: Vec::new(),
+            promised: Duration::MAX,
             order: 0,
-            contacts: BTreeMap::new(),
+            contacts: ByKey::default(),
+            recent: Vec::new(),
             active: 0,
             missing: BTreeSet::new(),
-            records: BTreeMap::new(),
+            records: Records::default(),
             judging: BTreeMap::new(),
             pulses: BTreeMap::new(),
             felt: BTreeMap::new(),
             told: BTreeMap::new(),
             asked: (0, Duration::ZERO),
+            answers: (0, Duration::ZERO),
+            reminded: Key(0),
+            haste: Duration::ZERO,
             absent: BTreeMap::new(),
             spoken: born,
             feeling: BTreeSet::new(),
@@ -343,9 +372,12 @@ impl Core {
         if self.left {
             return Effects { due: now + self.times.alone(), ..Effects::default() };
         }
+        self.timers.extend(self.idle.drain(..).map(Reverse));
+        // That it was long is our own doing where nothing was due.
+        let late = now.saturating_sub(self.promised) > self.times.gap() - self.times.spread;
         match self.last.replace(now) {
             None => self.plan(now, What::Search),
-            Some(last) if now.saturating_sub(last) > self.times.gap() => self.woke(now, now - last),
+            Some(last) if late && now.saturating_sub(last) > self.times.gap() => self.woke(now, now - last),
             Some(_) => {}
         }
         match event {
@@ -357,16 +389,39 @@ impl Core {
             Event::Leave(how) => self.leave(how),
         }
         self.settle(now);
-        let mut effects = std::mem::take(&mut self.effects);
-        effects.due = self.timers.peek().map_or(now + self.times.spread, |Reverse(timer)| timer.at);
-        effects
+        self.promised = self.wakes(now);
+        Effects { due: self.promised, ..std::mem::take(&mut self.effects) }
+    }
+
+    /// When there is something to do. Timers that would find nothing wait for those that do: waking for each of them is most
+    /// of what a member costs that has no news.
+    fn wakes(&mut self, now: Duration) -> Duration {
+        while let Some(Reverse(timer)) = self.timers.peek() {
+            if !self.is_idle(&timer.what) {
+                return timer.at;
+            }
+            self.idle.extend(self.timers.pop().map(|Reverse(timer)| timer));
+        }
+        now + self.times.spread
+    }
+
+    fn is_idle(&self, what: &What) -> bool {
+        match what {
+            What::Repeat(number) | What::AskAgain(number) => {
+                self.probe.as_ref().is_none_or(|probe| probe.number != *number || probe.answered)
+            }
+            What::Swim(foca::Timer::SendIndirectProbe { .. }) => self.probe.as_ref().is_none_or(|probe| probe.answered),
+            What::Swim(foca::Timer::PeriodicGossip(_)) => self.words.is_empty() && self.swim.updates_backlog() == 0,
+            What::Search => self.missing.is_empty() && self.records.suspected() == 0,
+            _ => false,
+        }
     }
 
     /// Takes these lives for known and alive, as if it had been there for long: where a simulation begins in the middle.
     pub fn assume(&mut self, now: Duration, lives: impl Iterator<Item = Id>) {
         let own = self.swim.identity().key;
-        let lives = lives.filter(|id| id.key != own).map(Member::alive);
-        self.swim(now, |swim, wishes| swim.apply_many(lives, false, wishes));
+        let lives: Vec<Member<Id>> = lives.filter(|id| id.key != own).map(Member::alive).collect();
+        self.apply(now, &lives, false);
     }
 
     /// What has been counted.
@@ -376,7 +431,7 @@ impl Core {
 
     /// How many members are held for alive, and how many of those are under suspicion.
     pub fn members(&self) -> (usize, usize) {
-        (self.active, self.suspected())
+        (self.active, self.records.suspected())
     }
 
     /// How many times as long as usual others are waited for.
@@ -384,40 +439,89 @@ impl Core {
         self.health.stretch()
     }
 
-    fn suspected(&self) -> usize {
-        self.records.values().filter(|record| record.state == State::Suspected).count()
-    }
-
     fn plan(&mut self, at: Duration, what: What) {
         self.order += 1;
         self.timers.push(Reverse(Timer { at, order: self.order, what }));
     }
 
-    fn find(&self, key: Key) -> Option<Member<Id>> {
+    /// What SWIM has of a member.
+    fn find(&self, key: Key) -> Option<&Member<Id>> {
+        let found = self.contacts.get(&key).and_then(|contact| contact.member.as_ref());
+        debug_assert_eq!(found, self.look_up(key).as_ref().filter(|_| self.contacts.contains_key(&key)));
+        found
+    }
+
+    /// The same, by going through all of them.
+    fn look_up(&self, key: Key) -> Option<Member<Id>> {
         self.swim.iter_membership_state().find(|member| member.id().key == key).cloned()
     }
 
-    /// Lets SWIM do something, and takes its wishes down.
+    /// Takes down that SWIM was told this of a member.
+    fn note(&mut self, update: &Member<Id>) {
+        if let Some(contact) = self.contacts.get_mut(&update.id().key)
+            && wire::is_news(contact.member.as_ref(), update)
+        {
+            contact.member = Some(update.clone());
+        }
+    }
+
+    /// Tells SWIM what is so, and whether it is to tell it on.
+    fn apply(&mut self, now: Duration, updates: &[Member<Id>], tell: bool) {
+        self.swim(now, updates, |swim, wishes| swim.apply_many(updates.iter().cloned(), tell, wishes));
+    }
+
+    /// Tells some others at once what there is to tell, unless that was done several times just now: it is told soon in
+    /// any case.
+    fn hurry(&mut self, now: Duration) {
+        if self.haste <= now + self.times.spread * HASTE {
+            self.haste = self.haste.max(now) + self.times.spread;
+            self.swim(now, &[], |swim, wishes| swim.gossip(wishes));
+        }
+    }
+
+    /// Whether words may be added to a packet, and are likely to be heard.
+    fn hears_words(&self, to: Key, data: &[u8]) -> bool {
+        let suspected = self.records.get(to).is_some_and(|record| record.state == State::Suspected);
+        !suspected && Packet::header(data).is_ok_and(|header| wire::tells(&header.message))
+    }
+
+    /// Lets SWIM do something, and takes its wishes down. These updates are part of it.
     fn swim(
         &mut self,
         now: Duration,
-        run: impl FnOnce(&mut Foca<Id, Wire, SmallRng, Ear>, &mut Wishes) -> Result<(), foca::Error>,
+        updates: &[Member<Id>],
+        run: impl FnOnce(&mut Foca<Id, Wire, SmallRng, NoCustomBroadcast>, &mut Wishes) -> Result<(), foca::Error>,
     ) {
         let mut wishes = Wishes::default();
-        if run(&mut self.swim, &mut wishes).is_err() {
-            self.counters.errors += 1;
+        match run(&mut self.swim, &mut wishes) {
+            Ok(()) => updates.iter().for_each(|update| self.note(update)),
+            Err(_) => {
+                self.counters.errors += 1;
+                // How far it came is not known.
+                for update in updates {
+                    let key = update.id().key;
+                    let found = self.look_up(key);
+                    if let Some(contact) = self.contacts.get_mut(&key) {
+                        contact.member = found;
+                    }
+                }
+            }
         }
         for moved in wishes.moved {
             self.moved(now, moved);
         }
-        for (to, data) in wishes.packets {
+        for (to, mut data) in wishes.packets {
             self.sent(now, to, &data);
+            if !self.words.is_empty() && self.hears_words(to.key, &data) {
+                self.words.tell(now, self.times.alone(), MOST_BYTES - data.len().min(MOST_BYTES), &mut data);
+            }
             self.effects.packets.push((to.key, data));
         }
         let stretch = self.health.stretch();
         for (timer, after) in wishes.timers {
             match timer {
                 foca::Timer::ChangeSuspectToDown { member_id, incarnation, .. } => {
+                    self.note(&Member::new(member_id, incarnation, foca::State::Suspect));
                     self.accuse(now, member_id, incarnation);
                 }
                 foca::Timer::ProbeRandomMember(_) | foca::Timer::SendIndirectProbe { .. } => {
@@ -437,9 +541,7 @@ impl Core {
             probe.void = true;
         }
         self.helps.clear();
-        for record in self.records.values_mut() {
-            record.from = until;
-        }
+        self.records.judged_from(until);
         self.touched.extend(self.records.keys());
         for absent in self.absent.values_mut() {
             *absent = (*absent).max(until);
@@ -448,7 +550,7 @@ impl Core {
         // has: one that is starved may not be given the time.
         if gap > self.times.probe_interval * 2 && self.active > 0 {
             let suspicion = Member::new(*self.swim.identity(), self.incarnation, foca::State::Suspect);
-            self.swim(now, |swim, wishes| swim.apply_many(std::iter::once(suspicion), false, wishes));
+            self.apply(now, &[suspicion], false);
         }
     }
 
@@ -465,8 +567,10 @@ impl Core {
     fn due(&mut self, now: Duration, at: Duration, what: What) {
         match what {
             What::Swim(timer) => {
+                // That the turn to pass on news comes late says nothing: it waits where there is none.
+                let waited = matches!(timer, foca::Timer::PeriodicGossip(_));
                 if let Some(probe) = &mut self.probe {
-                    probe.void |= now - at > self.times.probe_timeout;
+                    probe.void |= !waited && now - at > self.times.probe_timeout;
                 }
                 match timer {
                     foca::Timer::ProbeRandomMember(_) => self.end_probe(now),
@@ -474,9 +578,16 @@ impl Core {
                         let unanswered = self.probe.iter().filter(|probe| !probe.answered);
                         self.effects.pulses.extend(unanswered.map(|probe| probe.id.key));
                     }
+                    foca::Timer::PeriodicGossip(_) => {
+                        // SWIM does so if it has news itself.
+                        if !self.words.is_empty() && self.swim.updates_backlog() == 0 {
+                            self.swim(now, &[], |swim, wishes| swim.gossip(wishes));
+                        }
+                        self.haste = self.haste.max(now) + self.times.spread;
+                    }
                     _ => {}
                 }
-                self.swim(now, |swim, wishes| swim.handle_timer(timer, wishes));
+                self.swim(now, &[], |swim, wishes| swim.handle_timer(timer, wishes));
             }
             What::Repeat(number) => {
                 if let Some(probe) = self.probe.as_mut().filter(|p| p.number == number && !p.answered) {
@@ -517,14 +628,14 @@ impl Core {
             What::Present(key) => {
                 if self.absent.get(&key).is_some_and(|until| *until <= now) {
                     self.absent.remove(&key);
-                    if let Some(record) = self.records.get_mut(&key) {
+                    if let Some(record) = self.records.get_mut(key) {
                         record.from = now;
                     }
                     self.touched.insert(key);
                 }
             }
             What::Feel(key) => {
-                if self.records.get(&key).is_some_and(|record| record.state == State::Suspected) {
+                if self.records.get(key).is_some_and(|record| record.state == State::Suspected) {
                     self.effects.pulses.push(key);
                     self.plan(now + self.times.suspicion, What::Feel(key));
                 } else {

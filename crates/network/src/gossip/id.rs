@@ -1,6 +1,10 @@
 //! Who a member is, in few bytes: every packet and every table entry names members.
 
-use std::fmt;
+use std::{
+    collections::HashMap,
+    fmt,
+    hash::{BuildHasherDefault, Hasher},
+};
 
 use sha2::{Digest as _, Sha256};
 
@@ -22,6 +26,29 @@ impl Key {
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:08x}", self.0 >> 32)
+    }
+}
+
+/// A table by member: every packet names dozens of them.
+pub type ByKey<T> = HashMap<Key, T, BuildHasherDefault<KeyHasher>>;
+
+/// A key is a hash already.
+#[derive(Default)]
+pub struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        self.0 = key;
     }
 }
 

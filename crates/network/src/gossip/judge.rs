@@ -50,6 +50,16 @@ impl Times {
         (self.spread * 3).max(self.probe_interval)
     }
 
+    /// That a kernel answers is told again after this.
+    pub fn retell(&self) -> Duration {
+        self.suspicion * 3 / 2
+    }
+
+    /// Who has not heard of a kernel for this long asks it itself: the answer comes before [`Times::alone`] is over.
+    pub fn unheard(&self) -> Duration {
+        self.suspicion * 2
+    }
+
     /// Who was heard no longer ago than this was heard of late.
     pub fn late(&self) -> Duration {
         self.probe_interval * 4
@@ -65,6 +75,8 @@ impl Times {
 const WITNESSES: usize = 3;
 /// When so many have said of somebody that it does not answer, one more says nothing new.
 pub const ACCUSERS: usize = WITNESSES;
+/// So often we tell somebody ourselves that it is under suspicion before we bury a machine whose kernel answers.
+pub const REMINDED: u32 = 2;
 /// So often we ask somebody's kernel ourselves, in vain, before we bury it: packets get lost.
 pub const ASKED: u32 = 3;
 
@@ -83,8 +95,12 @@ pub struct Record {
     pub held: Duration,
     /// When its kernel last answered.
     pub pulse: Option<Duration>,
+    /// When we last said that it does not answer us.
+    pub testified: Option<Duration>,
     /// How often we have asked its kernel since it last answered, and when we last did.
     pub asked: (u32, Duration),
+    /// How often we have told it ourselves that it is under suspicion, after it had been for long, and when we last did.
+    pub reminded: (u32, Duration),
     /// Who found out by itself.
     pub accusers: BTreeSet<Key>,
     /// What it has come to.
@@ -144,7 +160,8 @@ pub fn judge(now: Duration, record: &Record, view: View, times: &Times) -> Judge
     if let Some(pulse) = record.pulse {
         dead = dead.max((pulse + times.alone()).min(start + times.hung));
     }
-    let soon = now + times.probe_interval;
+    // One whose kernel answers is not looked at as often: there may be many of them for long.
+    let soon = now + if record.pulse.is_some() { times.suspicion / 2 } else { times.probe_interval };
     if needed > 1 && !confirmed || held {
         let verdict = if now >= suspect { Verdict::Suspect } else { Verdict::Alive };
         return Judgement { verdict, held, again: soon };
@@ -255,7 +272,9 @@ mod tests {
             from: ms(0),
             held: ms(0),
             pulse: None,
+            testified: None,
             asked: (0, ms(0)),
+            reminded: (0, ms(0)),
             accusers: (0..accusers).map(Key).collect(),
             state: State::Suspected,
         }

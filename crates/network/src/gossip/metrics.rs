@@ -68,8 +68,6 @@ pub struct Drops {
     pub unknown_sender: u64,
     /// From another address than the member's.
     pub wrong_address: u64,
-    /// For somebody else.
-    pub wrong_receiver: u64,
     /// Heard before.
     pub repeated: u64,
     /// From a former run of the sender.
@@ -164,7 +162,6 @@ impl Metrics {
                 ("{reason=\"forged\"}", d.forged),
                 ("{reason=\"unknown-sender\"}", d.unknown_sender),
                 ("{reason=\"wrong-address\"}", d.wrong_address),
-                ("{reason=\"wrong-receiver\"}", d.wrong_receiver),
                 ("{reason=\"repeated\"}", d.repeated),
                 ("{reason=\"former\"}", d.former),
                 ("{reason=\"stale\"}", d.stale),

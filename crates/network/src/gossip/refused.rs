@@ -24,7 +24,7 @@ const ORIGINS: [u8; 2] = [2, 3];
 /// A port on which nobody listens: what TCP calls tcpmux (RFC 1078) has never been there for UDP.
 pub const NOBODYS: u16 = 1;
 /// No more of them are read at a time.
-const MOST: usize = 64;
+const MOST: usize = 1024;
 
 /// Lets a socket hear of refusals.
 ///

@@ -47,7 +47,7 @@ pub struct Index {
     pub addresses: BTreeMap<Key, IpAddr>,
     /// Who is at an address.
     pub at: BTreeMap<IpAddr, Key>,
-    /// What they sign with.
+    /// Their public keys.
     pub publics: BTreeMap<Key, Public>,
 }
 
@@ -102,18 +102,18 @@ impl Disk {
     /// # Errors
     /// If the file cannot be read or written, or is no key pair.
     pub fn pair(&self) -> anyhow::Result<Pair> {
-        let path = self.directory.join("identity.key");
-        let pkcs8 = match std::fs::read(&path) {
-            Ok(pkcs8) => pkcs8,
+        let path = self.directory.join("exchange.key");
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let pkcs8 = Pair::generate().map_err(|_| anyhow::anyhow!("the system has no randomness"))?;
-                write(&path, &pkcs8)?;
-                pkcs8
+                let bytes = Pair::generate().map_err(|_| anyhow::anyhow!("the system has no randomness"))?;
+                write(&path, &bytes)?;
+                bytes.to_vec()
             }
             Err(error) => return Err(error).with_context(|| path.display().to_string()),
         };
         let damaged = || format!("{} is damaged: delete it, and a new one is made", path.display());
-        Pair::read(&pkcs8).map_err(|_| anyhow::anyhow!(damaged()))
+        Pair::read(&bytes).with_context(damaged)
     }
 
     /// A number for this run of the process, greater than that of any run before, and what was heard of others.

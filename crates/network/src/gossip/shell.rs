@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use tokio::{net::UdpSocket, sync::watch, time::Instant};
+use tokio::{io::Interest, net::UdpSocket, sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -114,7 +114,7 @@ impl Shell {
         let mut keep = Instant::now() + KEEP;
         loop {
             self.receive();
-            for address in refused::take(&self.socket) {
+            for address in self.refusals() {
                 let Some(key) = self.index.at.get(&plain(address.ip())).copied() else { continue };
                 self.step(match address.port() {
                     refused::NOBODYS => Event::Pulse(key),
@@ -143,7 +143,7 @@ impl Shell {
                     Ok(()) => self.take_roster(&mut roster),
                     Err(_) => break,
                 },
-                _ = self.socket.readable() => {}
+                _ = self.socket.ready(Interest::READABLE | Interest::ERROR) => {}
                 () = tokio::time::sleep_until(self.origin + self.due) => {}
             }
         }
@@ -165,6 +165,7 @@ impl Shell {
                 self.guard.forget(*key);
             }
         }
+        self.sealer.retain(&index.publics);
         let former = std::mem::replace(&mut self.index, index);
         let keys = self.index.keys.clone();
         self.step(Event::Roster(&keys));
@@ -194,6 +195,16 @@ impl Shell {
         }
     }
 
+    /// Which packets of ours were refused.
+    fn refusals(&self) -> Vec<SocketAddr> {
+        let take = || match refused::take(&self.socket) {
+            none if none.is_empty() => Err(ErrorKind::WouldBlock.into()),
+            some => Ok(some),
+        };
+        // The kernel is asked only after it has said that there is something.
+        self.socket.try_io(Interest::ERROR, take).unwrap_or_default()
+    }
+
     fn open(&mut self, packet: &[u8], source: SocketAddr) -> Result<(), Count> {
         // Cheap, and first: strangers cannot make us calculate.
         if !self.index.at.contains_key(&plain(source.ip())) {
@@ -205,7 +216,6 @@ impl Shell {
                 seal::Refused::UnknownKey => |d| &mut d.unknown_key,
                 seal::Refused::UnknownSender => |d| &mut d.unknown_sender,
                 seal::Refused::Forged => |d| &mut d.forged,
-                seal::Refused::WrongReceiver => |d| &mut d.wrong_receiver,
             }
         })?;
         if self.index.addresses.get(&opened.from) != Some(&plain(source.ip())) {
@@ -245,7 +255,7 @@ impl Shell {
         let Some(ip) = self.index.addresses.get(&to).copied() else { return };
         let sent = self.origin.elapsed().as_millis() as u64;
         // Without a key nothing can be said, until the API gives us one.
-        let Ok(packet) = self.sealer.seal(to, sent, message) else { return };
+        let Ok(packet) = self.sealer.seal(to, sent, message, &self.index.publics) else { return };
         self.put(&packet, SocketAddr::new(ip, self.shared.config.address.port()));
     }
 

@@ -26,9 +26,11 @@ pub enum Malformed {
 /// The bytes of an [`Id`].
 const ID: usize = 16;
 /// The bytes of a member's state.
-const MEMBER: usize = ID + 3;
+pub(super) const MEMBER: usize = ID + 3;
 /// The bytes of a header without what belongs to its kind.
 const HEADER: usize = ID + 2 + ID + 1;
+/// The bytes of a message that says something about nobody.
+pub(super) const EMPTY: usize = HEADER + 2;
 
 /// Writes and reads SWIM's messages.
 #[derive(Clone, Copy, Debug, Default)]
@@ -63,6 +65,26 @@ fn parts(message: &Message<Id>) -> (u8, Option<Id>, Option<u8>) {
 /// The member that a message is about, if it is about another than its sender.
 pub fn about(message: &Message<Id>) -> Option<Id> {
     parts(message).1
+}
+
+/// Whether words are to follow it: where there is room, and not where it goes to one that does not answer others.
+pub fn tells(message: &Message<Id>) -> bool {
+    !matches!(message, Message::Announce | Message::TurnUndead | Message::Feed | Message::IndirectPing { .. })
+}
+
+/// Whether SWIM learns something from an update of a member of whom it has this: a later life wins, death is final for a
+/// life, and an incarnation is refuted only by a higher one (section 4.2 of the paper).
+pub fn is_news(known: Option<&Member<Id>>, update: &Member<Id>) -> bool {
+    let Some(known) = known else { return true };
+    if known.id().born != update.id().born {
+        return update.id().born > known.id().born;
+    }
+    match (known.state(), update.state()) {
+        (State::Down, _) => false,
+        (_, State::Down) => true,
+        (State::Alive, State::Suspect) => update.incarnation() >= known.incarnation(),
+        _ => update.incarnation() > known.incarnation(),
+    }
 }
 
 impl Codec<Id> for Wire {

@@ -3,11 +3,15 @@
 //! The numbers are those of `linux/netfilter/nfnetlink_conntrack.h`.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{IpAddr, SocketAddr},
 };
 
-use super::netlink::{ACK, DUMP, FAMILY, Link, NESTED, attribute, message, put};
+use super::{
+    family::Family,
+    netlink::{ACK, DUMP, FAMILY, Link, NESTED, attribute, attributes, message, put},
+};
 
 /// One direction of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,30 +56,53 @@ const ZONE: u16 = 18;
 const SUBSYSTEM: u16 = 1 << 8;
 const GET: u16 = SUBSYSTEM | 1;
 const DELETE: u16 = SUBSYSTEM | 2;
+
 /// Who sends to whom, and the protocol. Only protocols that have ports.
 fn way(tuple: &[u8]) -> Option<(u8, Way)> {
     let (addresses, protocol) = (attribute(tuple, 1)?, attribute(tuple, 2)?);
-    let ip = |v4: u16, v6: u16| -> Option<IpAddr> {
-        match (attribute(addresses, v4), attribute(addresses, v6)) {
-            (Some(four), _) => Some(IpAddr::from(<[u8; 4]>::try_from(four).ok()?)),
-            (_, Some(six)) => Some(IpAddr::from(<[u8; 16]>::try_from(six).ok()?)),
-            _ => None,
+    let [mut from, mut to] = [None, None];
+    for (kind, value) in attributes(addresses) {
+        let ip = || match value.len() {
+            4 => Some(IpAddr::from(<[u8; 4]>::try_from(value).ok()?)),
+            _ => Some(IpAddr::from(<[u8; 16]>::try_from(value).ok()?)),
+        };
+        match kind {
+            1 | 3 => from = ip(),
+            2 | 4 => to = ip(),
+            _ => {}
         }
-    };
-    let port = |kind: u16| Some(u16::from_be_bytes(attribute(protocol, kind)?.try_into().ok()?));
-    let number = *attribute(protocol, 1)?.first()?;
-    Some((number, Way { from: SocketAddr::new(ip(1, 3)?, port(2)?), to: SocketAddr::new(ip(2, 4)?, port(3)?) }))
+    }
+    let [mut number, mut source, mut destination] = [None; 3];
+    for (kind, value) in attributes(protocol) {
+        let port = || Some(u16::from_be_bytes(value.try_into().ok()?));
+        match kind {
+            1 => number = value.first().copied().map(u16::from),
+            2 => source = port(),
+            3 => destination = port(),
+            _ => {}
+        }
+    }
+    let number = u8::try_from(number?).ok()?;
+    Some((number, Way { from: SocketAddr::new(from?, source?), to: SocketAddr::new(to?, destination?) }))
 }
 
-/// A flow, as a message's attributes have it. Those in zones are somebody else's.
+/// A flow, as a message's attributes have it. Those in zones are somebody else's. There may be half a million, so each is
+/// gone through once.
 fn flow(bytes: &[u8]) -> Option<Flow> {
-    if attribute(bytes, ZONE).is_some() {
-        return None;
+    let (mut original, mut reply, mut state) = (None, None, None);
+    for (kind, value) in attributes(bytes) {
+        match kind {
+            TUPLE_ORIGINAL => original = way(value),
+            TUPLE_REPLY => reply = way(value),
+            PROTOCOL_INFO => {
+                state = attribute(value, 1).and_then(|tcp| attribute(tcp, 1)).and_then(|s| s.first()).copied();
+            }
+            ZONE => return None,
+            _ => {}
+        }
     }
-    let (protocol, original) = way(attribute(bytes, TUPLE_ORIGINAL)?)?;
-    let (_, reply) = way(attribute(bytes, TUPLE_REPLY)?)?;
-    let state = attribute(bytes, PROTOCOL_INFO).and_then(|info| attribute(info, 1)).and_then(|tcp| attribute(tcp, 1));
-    let state = state.and_then(|s| s.first()).map(|state| match state {
+    let ((protocol, original), (_, reply)) = (original?, reply?);
+    let state = state.map(|state| match state {
         0 | 1 => TcpState::Unanswered,
         2 | 9 => TcpState::Opening,
         3..=6 => TcpState::Open,
@@ -104,8 +131,8 @@ fn put_way(out: &mut Vec<u8>, kind: u16, protocol: u8, way: &Way) {
     });
 }
 
-const fn family(ipv4: bool) -> u8 {
-    if ipv4 { 2 } else { 10 }
+const fn number(family: Family) -> u8 {
+    family.pick([2, 10])
 }
 
 /// A connection to the kernel, in the network namespace of the thread that made it. It blocks.
@@ -122,14 +149,14 @@ impl Conntrack {
         Ok(Conntrack { link: Link::connect()? })
     }
 
-    /// Those of both families that `wanted` picks.
+    /// Those of these families that `wanted` picks.
     ///
     /// # Errors
     /// If the kernel refuses or does not understand.
-    pub fn flows(&mut self, wanted: impl Fn(&Flow) -> bool) -> io::Result<Vec<Flow>> {
+    pub fn flows(&mut self, families: &BTreeSet<Family>, wanted: impl Fn(&Flow) -> bool) -> io::Result<Vec<Flow>> {
         let mut found = Vec::new();
-        for family in [family(true), family(false)] {
-            self.link.say(&message(GET, DUMP, [family, 0, 0, 0], |_| {}))?;
+        for family in families {
+            self.link.say(&message(GET, DUMP, [number(*family), 0, 0, 0], |_| {}))?;
             self.link.hear(|body| found.extend(body.get(FAMILY..).and_then(flow).filter(&wanted)))?;
         }
         Ok(found)
@@ -140,7 +167,7 @@ impl Conntrack {
     /// # Errors
     /// If the kernel refuses.
     pub fn forget(&mut self, flow: &Flow) -> io::Result<bool> {
-        let family = family(flow.original.from.is_ipv4());
+        let family = number(Family::of(flow.original.from.ip()));
         let way = |out: &mut Vec<u8>| put_way(out, TUPLE_ORIGINAL, flow.protocol, &flow.original);
         self.link.say(&message(DELETE, ACK, [family, 0, 0, 0], way))?;
         match self.link.hear(|_| {}) {

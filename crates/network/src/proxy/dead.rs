@@ -37,12 +37,20 @@ impl Target {
         }
     }
 
+    /// The family of its addresses.
+    pub fn family(&self) -> Family {
+        match self {
+            Target::Pods(net) => Family::of(net.addr()),
+            Target::Port(address) => Family::of(address.ip()),
+        }
+    }
+
     /// The set of the table that it is in.
     pub fn set(&self) -> &'static str {
-        match self {
-            Target::Pods(net) => Family::of(net.addr()).pick(DEAD_PODS),
-            Target::Port(address) => Family::of(address.ip()).pick(DEAD_PORTS),
-        }
+        self.family().pick(match self {
+            Target::Pods(_) => DEAD_PODS,
+            Target::Port(_) => DEAD_PORTS,
+        })
     }
 
     /// Set and element, as the kernel shows it.

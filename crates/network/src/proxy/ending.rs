@@ -13,15 +13,16 @@ use super::{
 
 /// At most so many idle clients are spoken to in one round.
 const MOST: usize = 100_000;
-/// After how long they are spoken to again. A kernel answers what does not fit its window twice a second at most.
-const AGAIN: Duration = Duration::from_millis(550);
-/// How often.
-const ROUNDS: u32 = 3;
+/// After how long they are looked at, and spoken to, again. Soon after the first time they have answered and were reset; and a
+/// kernel answers what does not fit its window twice a second at most.
+const AGAIN: [Duration; 4] =
+    [Duration::from_millis(100), Duration::from_millis(550), Duration::from_millis(550), Duration::from_millis(550)];
 
 /// What to do with a flow to or from the dead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// Nobody has answered: forgotten, it finds another endpoint with its next packet.
+    /// Nobody has answered: forgotten, it finds another endpoint with its next packet. Or it is over, and who uses the
+    /// port again would be led the same way: what the kernel itself has reset, it keeps.
     Forget,
     /// It is open: whoever waits is spoken to in the other end's name.
     Rouse(Way),
@@ -36,7 +37,7 @@ pub fn fate(flow: &Flow, targets: &BTreeSet<Target>) -> Fate {
     match (to, from, flow.protocol, flow.state) {
         (false, false, ..) => Fate::Leave,
         (.., UDP, _) => Fate::Forget,
-        (.., Some(TcpState::Unanswered | TcpState::Opening)) => Fate::Forget,
+        (.., Some(TcpState::Unanswered | TcpState::Opening | TcpState::Over)) => Fate::Forget,
         // As its client knows the other end, and as the answering end does.
         (true, _, _, Some(TcpState::Open)) => Fate::Rouse(Way { from: flow.original.to, to: flow.original.from }),
         (_, true, _, Some(TcpState::Open)) => Fate::Rouse(Way { from: flow.reply.to, to: flow.reply.from }),
@@ -48,7 +49,8 @@ pub fn fate(flow: &Flow, targets: &BTreeSet<Target>) -> Fate {
 pub async fn forget(stale: BTreeSet<Stale>) {
     let done = blocking(move || {
         let mut table = Conntrack::connect()?;
-        let flows = table.flows(|flow| stale.iter().any(|s| s.is(flow)))?;
+        let families = stale.iter().map(Stale::family).collect();
+        let flows = table.flows(&families, |flow| stale.iter().any(|s| s.is(flow)))?;
         let mut count = 0;
         for flow in &flows {
             count += usize::from(table.forget(flow)?);
@@ -63,25 +65,27 @@ pub async fn forget(stale: BTreeSet<Stale>) {
 
 /// Ends what is open to `fresh`, as long as they are among those that are dead now.
 pub async fn end(mut fresh: BTreeSet<Target>, dead: watch::Receiver<Arc<BTreeSet<Target>>>) {
-    for round in 0..=ROUNDS {
+    for round in 0..=AGAIN.len() {
         fresh.retain(|target| dead.borrow().contains(target));
         if fresh.is_empty() {
             return;
         }
         let targets = fresh.clone();
         // In the end nothing is left of them: a client that uses the same port again must not find the way to the dead.
-        let last = round == ROUNDS;
+        let again = AGAIN.get(round).copied();
+        let last = again.is_none();
         match blocking(move || pass(&targets, last)).await {
             Ok((forgotten, roused)) => tracing::info!(round, forgotten, roused, "flows to dead machines"),
             Err(error) => tracing::warn!("flows to dead machines were not looked after: {error}"),
         }
-        sleep(AGAIN).await;
+        sleep(again.unwrap_or_default()).await;
     }
 }
 
 fn pass(targets: &BTreeSet<Target>, last: bool) -> io::Result<(usize, usize)> {
     let mut table = Conntrack::connect()?;
-    let flows = table.flows(|flow| fate(flow, targets) != Fate::Leave)?;
+    let families = targets.iter().map(Target::family).collect();
+    let flows = table.flows(&families, |flow| fate(flow, targets) != Fate::Leave)?;
     let rouser = Rouser::new()?;
     let (mut forgotten, mut roused) = (0, 0);
     for (number, flow) in flows.iter().enumerate() {
@@ -128,11 +132,12 @@ mod tests {
         let dead = way("10.244.2.7:8080", "10.244.1.2:5000");
         check(6, through, dead, open, Fate::Rouse(way("10.96.0.9:80", "10.244.1.2:5000")));
         check(6, through, dead, opening, Fate::Forget);
-        check(6, through, dead, over, Fate::Leave);
+        check(6, through, dead, over, Fate::Forget);
         check(17, through, dead, None, Fate::Forget);
         // To another one that lives.
         let alive = way("10.244.3.7:8080", "10.244.1.2:5000");
         check(6, through, alive, open, Fate::Leave);
+        check(6, through, alive, over, Fate::Leave);
         check(17, through, alive, None, Fate::Leave);
         // A dead pod that had connected to one here.
         let here = way("10.244.2.7:5000", "10.96.0.9:80");

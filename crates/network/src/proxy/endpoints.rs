@@ -8,6 +8,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use ipnet::IpNet;
 use k8s_openapi::api::{
     core::v1::{Service, ServicePort},
     discovery::v1::{Endpoint as Listed, EndpointPort, EndpointSlice},
@@ -45,6 +46,14 @@ impl<'a> View<'a> {
     /// Whose own address this is.
     pub fn host(&self, address: IpAddr) -> Option<&'a str> {
         self.hosts.get(&address).copied()
+    }
+
+    /// The addresses of a slice's endpoints on this node that are ready.
+    pub fn ready_here(&self, slice: &EndpointSlice) -> Vec<IpAddr> {
+        let Some(family) = Family::named(&slice.address_type) else { return Vec::new() };
+        let ready = |listed: &&Listed| listed.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true);
+        let all = slice.endpoints.iter().flatten().filter(ready);
+        all.filter_map(|listed| endpoint(listed, family, 0, self)).filter(|e| e.local).map(|e| e.address.ip()).collect()
     }
 
     /// Every Service, once for each family in which it has an address or slices.
@@ -97,6 +106,19 @@ impl<'a> Served<'a> {
         // `Proxy` says that the load balancer does not want to be gone around (KEP-1860).
         let balancers = balancers.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_deref());
         given.chain(balancers).filter_map(|ip| self.family.parse(ip)).collect()
+    }
+
+    /// Who may come to the addresses of a load balancer (`spec.loadBalancerSourceRanges`), of this family; `None` is
+    /// everybody. An address that is an external one as well is open.
+    pub fn admitted(&self, ip: IpAddr) -> Option<Vec<IpNet>> {
+        let spec = self.service.spec.as_ref()?;
+        let ranges = spec.load_balancer_source_ranges.as_ref().filter(|ranges| !ranges.is_empty())?;
+        if spec.external_ips.iter().flatten().any(|external| self.family.parse(external) == Some(ip)) {
+            return None;
+        }
+        // What cannot be read admits nobody.
+        let nets = ranges.iter().filter_map(|text| text.trim().parse::<IpNet>().ok()).map(|net| net.trunc());
+        Some(nets.filter(|net| Family::of(net.addr()) == self.family).collect())
     }
 }
 

@@ -2,8 +2,7 @@
 
 use std::process::Stdio;
 
-use anyhow::{Context as _, bail};
-use tokio::{io::AsyncWriteExt, process::Command};
+use tokio::process::Command;
 
 use super::{ProxyConfig, rules};
 use rules::Ruleset;
@@ -31,25 +30,7 @@ pub async fn intact(config: &ProxyConfig, rules: &Ruleset) -> bool {
 /// # Errors
 /// With what `nft` said.
 pub async fn nft(config: &ProxyConfig, script: &str) -> anyhow::Result<()> {
-    let [program, words @ ..] = &config.nft[..] else { bail!("no command for nft is configured") };
-    let mut child = Command::new(program)
-        .args(words)
-        .args(["-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .with_context(|| format!("{program} cannot be run: is nftables installed?"))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(script.as_bytes()).await.context("writing to nft")?;
-    }
-    let output = child.wait_with_output().await?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("nft: {}", said.lines().take(6).collect::<Vec<_>>().join("; "));
-    }
-    Ok(())
+    crate::nft::apply(&config.nft, script).await
 }
 
 /// Takes everything of the proxy out of the kernel.

@@ -11,6 +11,7 @@ pub mod ending;
 pub mod endpoints;
 pub mod family;
 pub mod faults;
+pub mod health_checks;
 mod kernel;
 pub mod metrics;
 pub mod netlink;
@@ -61,6 +62,7 @@ use crate::{
 use dead::{Dead, Target};
 use endpoints::View;
 use family::Family;
+use health_checks::{Check, HealthChecks};
 use state::{Fed, Kept};
 
 /// How the proxy of a node works.
@@ -303,9 +305,14 @@ struct Proxy {
     next_look: Instant,
     checking: Option<JoinHandle<Look>>,
     began: (Instant, u64),
+    /// The number of the kernel's rules when ours were last found as they should be.
+    intact: Option<u32>,
     /// What is out of reach, for the tasks that look after flows.
     dead: watch::Sender<Arc<BTreeSet<Target>>>,
     tasks: JoinSet<()>,
+    /// What load balancers ask for, and what they are told.
+    checks: BTreeMap<u16, Check>,
+    health: HealthChecks,
     /// Whether the copy on disk is old, when the next may be written, and one that is being written.
     keep_due: bool,
     next_keep: Instant,
@@ -313,11 +320,17 @@ struct Proxy {
 }
 
 /// What a look at the kernel's table showed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
-    #[default]
-    Intact,
+    /// It is as it should be, while the kernel's rules have this number ([`crate::nft::generation`]).
+    Intact(Option<u32>),
     Changed,
+}
+
+impl Default for Look {
+    fn default() -> Look {
+        Look::Intact(None)
+    }
 }
 
 impl Proxy {
@@ -346,8 +359,11 @@ impl Proxy {
             next_look: now + config.verify,
             checking: None,
             began: (now, 0),
+            intact: None,
             dead: watch::channel(Default::default()).0,
             tasks: JoinSet::new(),
+            checks: BTreeMap::new(),
+            health: HealthChecks::default(),
             keep_due: false,
             next_keep: now,
             keeping: None,
@@ -410,6 +426,7 @@ impl Proxy {
         }
         let view = View::new(&self.state, &self.config.node_name, &verdicts);
         let dead = Dead::of(&view, &self.config.node_ips);
+        self.checks = health_checks::of(&view);
         // Before the first connection comes.
         if let (Some(relay), Some(table)) = (&self.config.relay, self.config.relayed(&view)) {
             relay.tables.send_replace(Arc::new(table));
@@ -424,6 +441,7 @@ impl Proxy {
                 // Somebody may have changed our table: next time it is made anew as a whole.
                 self.failures += 1;
                 self.config.metrics.failed();
+                self.health.tell(&self.checks, false);
                 tracing::error!(failures = self.failures, "the rules were not applied: {error:#}");
                 if self.failures > 5 {
                     return Err(error);
@@ -442,6 +460,7 @@ impl Proxy {
             self.applied = Some(wanted);
         }
         self.ended(&dead.targets);
+        self.health.tell(&self.checks, true);
         self.config.metrics.known(dead.targets.len(), self.state.services.len(), self.state.slices.len());
         Ok(())
     }
@@ -489,14 +508,24 @@ impl Proxy {
     /// Compares the kernel's table with ours, while other things go on.
     fn check(&mut self) {
         let Some(rules) = self.applied.clone() else { return };
+        // A port that was taken may be free now.
+        self.health.tell(&self.checks, true);
         let config = self.config.clone();
         self.began = (Instant::now(), self.generation);
-        self.checking =
-            Some(tokio::spawn(async move { if intact(&config, &rules).await { Look::Intact } else { Look::Changed } }));
+        let number = crate::nft::generation(&config.nft);
+        if number.is_some() && number == self.intact {
+            return self.checked(Look::Intact(number));
+        }
+        self.checking = Some(tokio::spawn(async move {
+            if intact(&config, &rules).await { Look::Intact(number) } else { Look::Changed }
+        }));
     }
 
     fn checked(&mut self, look: Look) {
         let (began, generation) = self.began;
+        if let Look::Intact(number) = look {
+            self.intact = number;
+        }
         if look == Look::Changed && generation == self.generation {
             tracing::warn!("somebody changed our table of nftables: it is made anew");
             self.config.metrics.repaired();

@@ -39,7 +39,7 @@ fn word32(bytes: &[u8]) -> Option<u32> {
 }
 
 /// The attributes in some bytes: numbers and values. What is cut off is left out.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(word16(bytes)?);
         let kind = word16(bytes.get(2..)?)? & TYPE;

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::ServicePort;
 
 use super::{
@@ -53,8 +54,10 @@ fn hand_over(rules: &mut Ruleset, listens: Listens) {
         let (ip, own, to, port) = (family.ip(), family.own(), listens.on(family), listens.port);
         let (relayed, ports) = (family.pick(RELAYED), family.pick(RELAYED_PORTS));
         let protocol = family.pick(["ipv4", "ipv6"]);
-        // What belongs to one of the relay's connections.
-        comes.push(format!("meta nfproto {protocol} meta l4proto tcp socket transparent 1 {mark}"));
+        // What belongs to one of the relay's connections. A client that begins anew from a port that it used just now is a
+        // matter for `tproxy`, which knows what to do with a socket that only waits for what may still be on its way.
+        let begun = format!("meta nfproto {protocol} meta l4proto tcp tcp flags & (syn | ack) != syn");
+        comes.push(format!("{begun} socket transparent 1 {mark}"));
         comes.push(format!("{ip} daddr . tcp dport @{relayed} tproxy {ip} to {to} {mark}"));
         comes.push(format!("{own} tcp dport @{ports} tproxy {ip} to {to} {mark}"));
         goes.push(format!("{ip} daddr . tcp dport @{relayed} redirect to :{port}"));
@@ -146,7 +149,13 @@ fn plan_port(
     for ip in external {
         keep(rules, Front::Address(ip), number, outside);
         match &verdict {
-            Some(verdict) => rules.elements.insert((family.pick(SERVICES), address(ip)), verdict.clone()),
+            Some(verdict) => {
+                let verdict = match served.admitted(ip) {
+                    Some(ranges) => format!("goto {}", guard(rules, &id, family, &ranges, verdict)),
+                    None => verdict.clone(),
+                };
+                rules.elements.insert((family.pick(SERVICES), address(ip)), verdict)
+            }
             None => rules.elements.insert((family.pick(DEAD_SERVICES), address(ip)), "goto refuse".into()),
         };
     }
@@ -158,6 +167,24 @@ fn plan_port(
             None => rules.elements.insert((family.pick(DEAD_NODE_PORTS), key), "goto refuse".into()),
         };
     }
+}
+
+/// The chain that drops what comes from elsewhere than these ranges.
+fn guard(rules: &mut Ruleset, id: &str, family: Family, ranges: &[IpNet], verdict: &str) -> String {
+    let chain = format!("guard_{}", hash(id));
+    let ip = family.ip();
+    let mut body = Vec::new();
+    let ranges = IpNet::aggregate(&ranges.to_vec());
+    if !ranges.iter().any(|range| range.prefix_len() == 0) {
+        let list: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+        body.push(match list.is_empty() {
+            true => "drop".to_owned(),
+            false => format!("{ip} saddr != {{ {} }} drop", list.join(", ")),
+        });
+    }
+    body.push(verdict.to_owned());
+    rules.chains.insert(chain.clone(), body);
+    chain
 }
 
 /// How the endpoints of a port are chosen from.
@@ -297,6 +324,31 @@ mod tests {
                 calm(&State::default(), &config())
             );
         }
+    }
+
+    #[test]
+    fn who_comes_to_a_load_balancer() {
+        let check = |ranges: &[&str], external: &[&str], expect: Option<&[&str]>| {
+            let service = json!({"type": "LoadBalancer", "clusterIP": "10.96.0.9", "loadBalancerSourceRanges": ranges,
+                "externalIPs": external, "ports": [{"port": 80, "nodePort": 30080}], "ingress": [{"ip": "192.0.2.8"}]});
+            let rules = calm(&state(service, json!([endpoint("10.244.0.2", true, false)])), &config());
+            let of = |map: &'static str, key: &str| rules.elements[&(map, key.to_owned())].replace("goto ", "");
+            // All other ways in stay as they are.
+            let open = of("nodeports4", "tcp . 30080");
+            assert!(!of("services4", "10.96.0.9 . tcp . 80").starts_with("guard_"));
+            let chain = of("services4", "192.0.2.8 . tcp . 80");
+            let Some(expect) = expect else { return assert_eq!(chain, open) };
+            let body: Vec<String> = expect.iter().map(|rule| rule.replace("OPEN", &open)).collect();
+            assert_eq!(rules.chains[&chain], body, "{ranges:?}");
+        };
+        check(&[], &[], None);
+        check(&["198.51.100.0/24"], &[], Some(&["ip saddr != { 198.51.100.0/24 } drop", "goto OPEN"]));
+        let two = ["198.51.100.0/25", " 198.51.100.128/25", "fd00::/64"];
+        check(&two, &[], Some(&["ip saddr != { 198.51.100.0/24 } drop", "goto OPEN"]));
+        check(&["0.0.0.0/0"], &[], Some(&["goto OPEN"]));
+        check(&["fd00::/64"], &[], Some(&["drop", "goto OPEN"]));
+        check(&["nonsense"], &[], Some(&["drop", "goto OPEN"]));
+        check(&["198.51.100.0/24"], &["192.0.2.8"], None);
     }
 
     #[test]

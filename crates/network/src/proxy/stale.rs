@@ -37,6 +37,14 @@ pub enum Front {
 }
 
 impl Front {
+    /// The family of its addresses.
+    fn family(self) -> Family {
+        match self {
+            Front::Address(address) => Family::of(address),
+            Front::Node(family) => family,
+        }
+    }
+
     /// Whether this is there.
     fn is(self, port: u16, to: SocketAddr) -> bool {
         to.port() == port
@@ -70,6 +78,13 @@ pub enum Stale {
 }
 
 impl Stale {
+    /// The family of such flows.
+    pub fn family(&self) -> Family {
+        match self {
+            Stale::Endpoint(Reach { front, .. }) | Stale::Service(front, _) => front.family(),
+        }
+    }
+
     /// Whether this is such a flow.
     pub fn is(&self, flow: &Flow) -> bool {
         let to = flow.original.to;

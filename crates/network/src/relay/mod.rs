@@ -13,6 +13,7 @@ pub mod carry;
 pub mod choice;
 pub mod header;
 pub mod kernel;
+mod source;
 pub mod table;
 
 use std::{
@@ -28,12 +29,11 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use parking_lot::Mutex;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     io::AsyncWriteExt,
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpListener, TcpStream},
     sync::watch,
     task::JoinSet,
     time::{Instant, timeout},
@@ -310,19 +310,11 @@ fn listen(on: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(on), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     // It takes connections to addresses that are not ours.
-    transparent(&socket, Family::of(on.ip()))?;
+    source::transparent(&socket, Family::of(on.ip()))?;
     socket.set_nonblocking(true)?;
     socket.bind(&on.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
-}
-
-/// Lets a socket have an address that is not ours.
-fn transparent(socket: &Socket, family: Family) -> io::Result<()> {
-    match family {
-        Family::V4 => socket.set_ip_transparent_v4(true),
-        Family::V6 => socket.set_ip_transparent_v6(true),
-    }
 }
 
 /// The next connection, of either family.
@@ -447,20 +439,10 @@ impl Shared {
     async fn connect(&self, backend: &Backend, source: Option<IpAddr>) -> io::Result<(TcpStream, CancellationToken)> {
         let alive = self.alive(backend);
         let connecting = async {
-            let family = Family::of(backend.address.ip());
-            let socket = match family {
-                Family::V4 => TcpSocket::new_v4()?,
-                Family::V6 => TcpSocket::new_v6()?,
-            };
-            if let Some(source) = source {
-                transparent(&SockRef::from(&socket), family)?;
-                // The port is chosen when it is known where to: one of a client's can serve for each endpoint.
-                if let Err(error) = nix::sys::socket::setsockopt(&socket, IpBindAddressNoPort, &true) {
-                    tracing::debug!(%error, "a port is taken for all endpoints");
-                }
-                socket.bind(SocketAddr::new(source, 0))?;
+            match source {
+                Some(source) => source::connect(source, backend.address).await,
+                None => source::socket(backend.address)?.connect(backend.address).await,
             }
-            socket.connect(backend.address).await
         };
         let doubt = || {
             self.doubts.lock().insert(backend.address, Instant::now() + DOUBT);

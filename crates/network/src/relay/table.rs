@@ -125,7 +125,8 @@ impl Table {
                     continue;
                 }
                 let door = (Door::External(external), route.clone());
-                for ip in served.external() {
+                // Where not everybody may come in, the rules serve: they drop before there is a connection.
+                for ip in served.external().into_iter().filter(|ip| served.admitted(*ip).is_none()) {
                     table.addresses.insert(SocketAddr::new(ip, number), door.clone());
                 }
                 if let Some(node_port) = port.node_port.and_then(|n| u16::try_from(n).ok()).filter(|n| *n > 0) {

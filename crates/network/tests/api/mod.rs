@@ -44,6 +44,7 @@ impl Cluster {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            event_ttl: std::time::Duration::from_secs(3600),
             access: Default::default(),
         };
         let store: Arc<dyn Store> =

@@ -5,13 +5,16 @@ use std::{collections::BTreeSet, time::Duration};
 use foca::{Header, Member, Message};
 use rand10::RngExt as _;
 
-use super::{Contact, Core, FAREWELLS, Leaving, Moved, SEARCH_SELDOM, SEARCHES, millis, transmissions};
+use super::{Contact, Core, FAREWELLS, Leaving, MOST_BYTES, Moved, SEARCH_SELDOM, SEARCHES, millis, transmissions};
 use crate::gossip::{
     id::{ENDED, Id, Key, LEFT},
-    judge::State,
+    judge::Record,
     wire::{self, Packet},
-    word::{Said, Word},
+    word::{self, Said, Word},
 };
+
+/// Of so many dead one packet tells, with two accusers of each.
+const DEAD: usize = (MOST_BYTES - wire::EMPTY) / (wire::MEMBER + 2 * word::ROOM);
 
 impl Core {
     pub(super) fn moved(&mut self, now: Duration, moved: Moved) {
@@ -24,6 +27,7 @@ impl Core {
                 self.probe = None;
                 self.counters.revived += 1;
                 self.health.late(now + self.times.suspicion);
+                self.search_anew(now);
                 return;
             }
         };
@@ -37,6 +41,8 @@ impl Core {
         match active {
             true => {
                 contact.searched = 0;
+                // Whoever is really missing does not wait behind those who are not.
+                self.missing.remove(&(contact.search, key));
                 // What was found out about a former life says nothing about this one.
                 self.absent.remove(&key);
                 self.pulses.remove(&key);
@@ -79,19 +85,19 @@ impl Core {
         if let Some(member) = self.find(key) {
             let id = *member.id();
             let down = Member::new(id, LEFT, foca::State::Down);
-            self.swim(now, |swim, wishes| {
-                swim.apply_many(std::iter::once(down), false, &mut *wishes)?;
-                swim.handle_timer(foca::Timer::RemoveDown(id), wishes)
-            });
+            self.apply(now, &[down], false);
+            self.swim(now, &[], |swim, wishes| swim.handle_timer(foca::Timer::RemoveDown(id), wishes));
         }
         self.touched.remove(&key);
-        self.records.remove(&key);
+        self.records.remove(key);
+        self.words.forget(key);
         self.judging.remove(&key);
         self.absent.remove(&key);
         self.pulses.remove(&key);
         self.felt.remove(&key);
         self.told.remove(&key);
         self.helps.remove(&key);
+        self.recent.retain(|(heard, _)| *heard != key);
         if let Some(contact) = self.contacts.remove(&key) {
             self.missing.remove(&(contact.search, key));
             if contact.active {
@@ -103,8 +109,35 @@ impl Core {
         }
     }
 
+    /// Everybody that is missing is looked for again soon: we have been away, and they may have come back meanwhile.
+    pub(super) fn search_anew(&mut self, now: Duration) {
+        self.missing.clear();
+        for (key, contact) in self.contacts.iter_mut().filter(|(_, contact)| !contact.active) {
+            (contact.searched, contact.search) = (0, millis(now));
+            self.missing.insert((contact.search, *key));
+        }
+    }
+
+    /// One that has been under suspicion for long may have objected, and we are among the few whom the news has not
+    /// reached. It hears from us what we think, and answers.
+    fn remind(&mut self, now: Duration) {
+        let before = now.saturating_sub(self.times.hung / 2);
+        let pause = self.times.hung / 4;
+        for _ in 0..SEARCHES {
+            let due = |record: &Record| record.since < before && now.saturating_sub(record.reminded.1) > pause;
+            let Some(record) = self.records.suspected_from(self.reminded, due) else { return };
+            record.reminded = (record.reminded.0 + 1, now);
+            let (id, incarnation) = (record.id, record.incarnation);
+            self.reminded = Key(id.key.0.wrapping_add(1));
+            let suspicion = vec![Member::new(id, incarnation, foca::State::Suspect)];
+            let own = *self.swim.identity();
+            self.effects.packets.push((id.key, wire::gossip(own, self.incarnation, id, suspicion)));
+        }
+    }
+
     /// Looks for members that should be there.
     pub(super) fn search(&mut self, now: Duration) {
+        self.remind(now);
         for _ in 0..SEARCHES {
             let Some((_, key)) = self.missing.first().filter(|(at, _)| *at <= millis(now)).copied() else { return };
             self.missing.pop_first();
@@ -116,7 +149,7 @@ impl Core {
             contact.search = millis(now + pause);
             self.missing.insert((contact.search, key));
             // Which life of it does not matter for this.
-            self.swim(now, |swim, wishes| swim.announce(Id { key, born: 0 }, wishes));
+            self.swim(now, &[], |swim, wishes| swim.announce(Id { key, born: 0 }, wishes));
         }
     }
 
@@ -141,9 +174,10 @@ impl Core {
 
     /// Whoever comes learns from SWIM who lives; who is dead, and by whose word, it learns from this.
     pub(super) fn tell_of_the_dead(&mut self, to: Id) {
-        let dead = self.records.values().filter(|record| record.state == State::Dead && record.id.key != to.key);
+        // Others tell it of others.
+        let start = Key(self.random.random());
         let (mut updates, mut tail) = (Vec::new(), Vec::new());
-        for record in dead.take(15) {
+        for record in self.records.dead(start, to.key, DEAD) {
             updates.push(Member::new(record.id, record.incarnation, foca::State::Down));
             for by in record.accusers.iter().take(2) {
                 let (about, incarnation) = (record.id, record.incarnation);

@@ -4,12 +4,17 @@ use std::{cmp::Reverse, time::Duration};
 
 use foca::{Header, Member, Message};
 
-use super::{Core, Help, Ignored, Probe, Timer, What, millis};
+use super::{ANSWERS, Core, Help, Ignored, Probe, RECENT, Timer, What, millis};
 use crate::gossip::{
     id::{Id, Key},
     judge::State,
     wire::{self, Packet},
+    word,
 };
+
+fn lives(member: &Member<Id>) -> bool {
+    member.state() != foca::State::Down
+}
 
 impl Core {
     /// Takes note of what SWIM sends.
@@ -56,59 +61,73 @@ impl Core {
     }
 
     pub(super) fn receive(&mut self, now: Duration, from: Key, data: &[u8]) -> Result<(), Ignored> {
-        let mut packet = Packet::read(data).map_err(|_| Ignored::Malformed)?;
-        let Header { src, ref message, .. } = packet.header;
-        let own = self.swim.identity().key;
+        let Packet { header, mut updates, tail } = Packet::read(data).map_err(|_| Ignored::Malformed)?;
+        let (src, message) = (header.src, header.message.clone());
+        let own = *self.swim.identity();
         if src.key != from {
             return Err(Ignored::Misattributed);
         }
-        let known = |key: Key| key == own || self.contacts.contains_key(&key);
-        if !known(from) || wire::about(message).is_some_and(|id| !known(id.key)) {
+        let known = |key: Key| key == own.key || self.contacts.contains_key(&key);
+        if !known(from) || wire::about(&message).is_some_and(|id| !known(id.key)) {
             return Err(Ignored::Unknown);
         }
-        // We cannot talk to those whom we do not know, and must not call them dead for it.
-        let strangers = packet.updates.iter().filter(|update| !known(update.id().key)).count();
-        let message = message.clone();
         let answer = matches!(message, Message::Ack(_) | Message::IndirectAck { .. } | Message::Feed);
         let before = self.incarnation;
-        let accused = packet.updates.iter().any(|u| u.id().key == own && u.state() == foca::State::Suspect);
+        let accused = updates.iter().any(|u| u.id().key == own.key && u.state() == foca::State::Suspect);
         self.heard(now, from, answer);
-        self.touched.extend(packet.updates.iter().filter_map(|update| {
-            let noted = self.records.contains_key(&update.id().key);
-            (noted || update.state() != foca::State::Alive).then_some(update.id().key)
+        // SWIM does not listen to the dead, nor to what is said to a former life of ours.
+        let ours = header.dst == own || message == Message::Announce && header.dst.key == own.key;
+        let former = |member: &Member<Id>| member.id().born > src.born || *member.id() == src && !lives(member);
+        let listens = ours && !self.find(from).is_some_and(former);
+        updates.retain(|update| listens && self.concerns(update));
+        self.touched.extend(updates.iter().filter_map(|update| {
+            let key = update.id().key;
+            (self.records.contains(key) || update.state() != foca::State::Alive).then_some(key)
         }));
-        if self.records.contains_key(&from) {
+        if self.records.contains(from) {
             self.touched.insert(from);
         }
-        if strangers > 0 {
-            packet.updates.retain(|update| update.id().key == own || self.contacts.contains_key(&update.id().key));
-            let data = packet.write();
-            self.swim(now, |swim, wishes| swim.handle_data(&data, wishes));
+        let sender = Member::new(src, header.src_incarnation, foca::State::Alive);
+        let announced = listens && message == Message::Announce;
+        if announced && !self.may_answer(now) {
+            self.apply(now, &[sender], true);
         } else {
-            self.swim(now, |swim, wishes| swim.handle_data(data, wishes));
+            let packet = Packet { header, updates, tail: &[] };
+            let data = packet.write();
+            let mut updates = packet.updates;
+            updates.insert(0, sender);
+            self.swim(now, if ours { &updates } else { &[] }, |swim, wishes| swim.handle_data(&data, wishes));
+            if announced {
+                self.tell_of_the_dead(src);
+            }
         }
         match message {
             Message::Ack(number) => self.acknowledged(now, src.key, number),
             Message::ForwardedAck { origin, probe_number } => self.acknowledged(now, origin.key, probe_number),
-            Message::Announce => self.tell_of_the_dead(src),
             _ => {}
         }
         // An answer to whatever we asked shows that it lives and hears us. What it says unasked shows only the former.
         if answer {
             self.vouch(now, from);
         }
-        self.listen(now);
-        if accused && self.incarnation != before {
-            self.counters.accused += 1;
-            self.health.accused();
+        if listens && message != Message::Announce {
+            for word in word::read_all(tail) {
+                self.listen(now, &word);
+            }
+        }
+        if accused {
+            if self.incarnation != before {
+                self.counters.accused += 1;
+                self.health.accused();
+            }
             // The one who said so hears first that it is not so.
             let id = *self.swim.identity();
             self.effects.packets.push((from, wire::gossip(id, self.incarnation, src, Vec::new())));
         }
-        if self.records.contains_key(&from) {
+        if self.records.contains(from) {
             self.refresh(now, from);
         }
-        if let Some(record) = self.records.get(&from).filter(|r| r.state == State::Suspected && r.id == src) {
+        if let Some(record) = self.records.get(from).filter(|r| r.state == State::Suspected && r.id == src) {
             // It has not heard of it, or it would have objected: the news was told as often as it is told.
             let suspicion = vec![Member::new(src, record.incarnation, foca::State::Suspect)];
             let own = *self.swim.identity();
@@ -117,9 +136,36 @@ impl Core {
         Ok(())
     }
 
+    /// Whether SWIM learns something from this. We cannot talk to those whom we do not know, and must not call them dead
+    /// for it. What is said of ourselves it answers at length, though we may have objected long ago.
+    fn concerns(&self, update: &Member<Id>) -> bool {
+        let (own, id) = (*self.swim.identity(), *update.id());
+        if id.key != own.key {
+            return self.contacts.get(&id.key).is_some_and(|contact| wire::is_news(contact.member.as_ref(), update));
+        }
+        match update.state() {
+            _ if id != own => id.born > own.born,
+            foca::State::Alive => false,
+            foca::State::Suspect => update.incarnation() >= self.incarnation,
+            foca::State::Down => true,
+        }
+    }
+
+    /// Whether one more who looks for us is answered: whoever was away for long is looked for by all.
+    fn may_answer(&mut self, now: Duration) -> bool {
+        if now.saturating_sub(self.answers.1) >= self.times.probe_interval {
+            self.answers = (0, now);
+        }
+        self.answers.0 += 1;
+        self.answers.0 <= ANSWERS
+    }
+
     pub(super) fn heard(&mut self, now: Duration, from: Key, answer: bool) {
         if let Some(contact) = self.contacts.get_mut(&from) {
             contact.heard = millis(now).max(1);
+            self.recent.retain(|(key, _)| *key != from);
+            self.recent.insert(0, (from, contact.heard));
+            self.recent.truncate(RECENT);
         }
         if answer {
             self.helps.remove(&from);
@@ -145,9 +191,10 @@ impl Core {
         let Some(probe) = self.probe.as_mut().filter(|probe| probe.id.key == who && !probe.answered) else { return };
         probe.answered = true;
         self.counters.answered += 1;
-        let message = Message::Ack(probe.number);
-        let header = Header { src: probe.id, src_incarnation: 0, dst: *self.swim.identity(), message };
+        let (message, probe_id) = (Message::Ack(probe.number), probe.id);
+        let header = Header { src: probe_id, src_incarnation: 0, dst: *self.swim.identity(), message };
         let answer = Packet { header, updates: Vec::new(), tail: &[] }.write();
-        self.swim(now, |swim, wishes| swim.handle_data(&answer, wishes));
+        let sender = Member::new(probe_id, 0, foca::State::Alive);
+        self.swim(now, &[sender], |swim, wishes| swim.handle_data(&answer, wishes));
     }
 }

@@ -8,7 +8,7 @@ use super::{Core, Thought, What, millis};
 use crate::{
     gossip::{
         id::{Key, LEFT},
-        judge::{ASKED, Record, State, View, judge},
+        judge::{ASKED, REMINDED, Record, State, View, judge},
     },
     verdict::Verdict,
 };
@@ -31,17 +31,17 @@ impl Core {
 
     pub(super) fn refresh(&mut self, now: Duration, key: Key) {
         let Some(member) = self.find(key) else {
-            self.records.remove(&key);
+            self.records.remove(key);
             return;
         };
         let (id, incarnation) = (*member.id(), member.incarnation());
         let state = match member.state() {
             foca::State::Alive => {
-                if let Some(record) = self.records.remove(&key)
-                    && record.id == id
-                    && record.state == State::Suspected
-                {
-                    self.counters.refuted += 1;
+                if let Some(record) = self.records.remove(key) {
+                    self.words.settled(key);
+                    if record.id == id && record.state == State::Suspected {
+                        self.counters.refuted += 1;
+                    }
                 }
                 return;
             }
@@ -49,14 +49,14 @@ impl Core {
             foca::State::Down if incarnation == LEFT => State::Left,
             foca::State::Down => State::Dead,
         };
-        let same = |r: &&mut Record| r.id == id && (r.incarnation == incarnation || state != State::Suspected);
-        match self.records.get_mut(&key).filter(same) {
-            Some(record) => {
-                if record.state != state {
-                    record.state = state;
-                    if state == State::Dead {
-                        self.counters.deaths += 1;
-                    }
+        if state != State::Suspected {
+            self.words.buried(key);
+        }
+        let same = |r: &&Record| r.id == id && (r.incarnation == incarnation || state != State::Suspected);
+        match self.records.get(key).filter(same) {
+            Some(_) => {
+                if self.records.set_state(key, state) && state == State::Dead {
+                    self.counters.deaths += 1;
                 }
             }
             None => {
@@ -72,7 +72,9 @@ impl Core {
                     from: now,
                     held: now,
                     pulse: None,
+                    testified: None,
                     asked: (0, Duration::ZERO),
+                    reminded: (0, Duration::ZERO),
                     accusers: BTreeSet::new(),
                     state,
                 };
@@ -89,7 +91,7 @@ impl Core {
             self.helps.remove(&key);
             self.testify(now, id, incarnation);
         }
-        if let Some(record) = self.records.get_mut(&key) {
+        if let Some(record) = self.records.get_mut(key) {
             let pulse = self.pulses.get(&key).copied();
             record.pulse = pulse.filter(|at| *at + self.times.probe_interval * 2 >= record.since);
         }
@@ -100,36 +102,39 @@ impl Core {
             return None;
         }
         let contact = self.contacts.get(&key)?;
-        let Some(record) = self.records.get(&key) else { return contact.active.then_some(Verdict::Alive) };
+        let Some(record) = self.records.get(key) else { return contact.active.then_some(Verdict::Alive) };
         match record.state {
             State::Left => None,
             State::Dead => Some(Verdict::Dead),
             State::Suspected => {
                 let late = millis(now.saturating_sub(self.times.late() * self.health.stretch())).max(1);
-                let heard = self.contacts.iter().filter(|(k, c)| **k != key && c.heard >= late).take(2).count();
-                let view =
-                    View { members: self.active + 1, suspected: self.suspected(), heard, doubt: self.health.doubts() };
+                let heard = self.recent.iter().filter(|(other, at)| *other != key && *at >= late).take(2).count();
+                let view = View {
+                    members: self.active + 1,
+                    suspected: self.records.suspected(),
+                    heard,
+                    doubt: self.health.doubts(),
+                };
                 let mut judged = judge(now, record, view, &self.times);
                 let ((asked, at), id, incarnation) = (record.asked, record.id, record.incarnation);
-                // Its kernel may answer us although nobody has told us so.
+                // Its kernel may answer us although nobody has told us so, and so may its process.
                 let unasked = asked < ASKED || now < at + self.times.probe_timeout / 2;
                 let hung = record.pulse.is_some() && now >= record.since.max(record.from) + self.times.hung;
-                if judged.verdict == Verdict::Dead && unasked && !hung {
+                let unheard = if hung { record.reminded.0 < REMINDED } else { unasked };
+                if judged.verdict == Verdict::Dead && unheard {
                     judged.verdict = Verdict::Suspect;
-                    judged.again = now + self.times.probe_timeout / 2;
+                    judged.again = now + if hung { self.times.probe_interval } else { self.times.probe_timeout / 2 };
                 }
                 if judged.verdict == Verdict::Suspect {
                     self.ask(now, key);
                 }
                 if judged.verdict == Verdict::Dead {
                     let down = Member::new(id, incarnation, foca::State::Down);
-                    self.swim(now, |swim, wishes| {
-                        swim.apply_many(std::iter::once(down), true, &mut *wishes)?;
-                        swim.gossip(wishes)
-                    });
+                    self.apply(now, &[down], true);
+                    self.hurry(now);
                 } else {
                     if judged.held
-                        && let Some(record) = self.records.get_mut(&key)
+                        && let Some(record) = self.records.get_mut(key)
                     {
                         record.held = now;
                     }
@@ -150,7 +155,7 @@ impl Core {
 
     pub(super) fn show(&mut self, key: Key, verdict: Option<Verdict>) {
         let accusers = match verdict {
-            Some(Verdict::Suspect | Verdict::Dead) => self.records.get(&key).map_or(0, |r| r.accusers.len()),
+            Some(Verdict::Suspect | Verdict::Dead) => self.records.get(key).map_or(0, |r| r.accusers.len()),
             _ => 0,
         };
         let Some(contact) = self.contacts.get_mut(&key) else { return };

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use foca::{Incarnation, Member};
 
-use super::{ASKS, Core, SEARCH_SELDOM, What, millis};
+use super::{ASKS, Core, LEAST, SEARCH_SELDOM, What, millis};
 use crate::gossip::{
     id::{Id, Key},
     judge::{ACCUSERS, Record, State},
@@ -24,23 +24,28 @@ impl Core {
         let own = *self.swim.identity();
         let suspicion = vec![Member::new(id, incarnation, foca::State::Suspect)];
         self.effects.packets.push((id.key, wire::gossip(own, self.incarnation, id, suspicion)));
-        self.swim(now, |swim, wishes| swim.gossip(wishes));
+        self.hurry(now);
     }
 
     /// Says in our own name that somebody does not answer, and whether its kernel does.
     pub(super) fn testify(&mut self, now: Duration, id: Id, incarnation: Incarnation) {
         let own = self.swim.identity().key;
         let same = |record: &&Record| record.id == id && record.incarnation == incarnation;
-        let others = self.records.get(&id.key).filter(same).map_or(0, |record| record.accusers.len());
-        // Everybody hears every word: of many who would say the same, some are enough.
-        if others >= ACCUSERS && !self.records[&id.key].accusers.contains(&own) {
-            return;
+        // Everybody hears every word: of many who would say the same, some are enough, and not every time.
+        if let Some(record) = self.records.get(id.key).filter(same) {
+            let early = record.testified.is_some_and(|at| now.saturating_sub(at) < self.times.alone());
+            if early || record.accusers.len() >= ACCUSERS && !record.accusers.contains(&own) {
+                return;
+            }
         }
         self.counters.accusations += 1;
         if self.felt.get(&id.key).is_some_and(|at| now - *at < self.times.probe_interval * 2) {
             self.tell_pulse(now, id, incarnation);
         }
         self.say(now, Said::Silent, id, incarnation);
+        if let Some(record) = self.records.get_mut(id.key).filter(|record| record.id == id) {
+            record.testified = Some(now);
+        }
         // Told of it several times, we still ask its kernel once at a time.
         if self.feeling.insert(id.key) {
             self.plan(now + self.times.suspicion, What::Feel(id.key));
@@ -52,17 +57,17 @@ impl Core {
         self.felt.insert(key, now);
         self.pulses.insert(key, now);
         self.touched.insert(key);
-        let Some(record) = self.records.get_mut(&key).filter(|record| record.state == State::Suspected) else { return };
+        let Some(record) = self.records.get_mut(key).filter(|record| record.state == State::Suspected) else { return };
         record.asked.0 = 0;
         let (id, incarnation) = (record.id, record.incarnation);
         if self.tell_pulse(now, id, incarnation) {
-            self.swim(now, |swim, wishes| swim.gossip(wishes));
+            self.hurry(now);
         }
     }
 
     /// Tells that a kernel answers, unless somebody has just done so: the others need not hear it from everybody.
     fn tell_pulse(&mut self, now: Duration, id: Id, incarnation: Incarnation) -> bool {
-        let known = self.told.get(&id.key).is_some_and(|at| now - *at < self.times.suspicion);
+        let known = self.told.get(&id.key).is_some_and(|at| now - *at < self.times.retell());
         if !known {
             self.told.insert(id.key, now);
             self.say(now, Said::Pulse, id, incarnation);
@@ -77,11 +82,12 @@ impl Core {
         if now - self.asked.1 >= interval {
             self.asked = (0, now);
         }
-        let Some(record) = self.records.get_mut(&key) else { return };
-        // One that answers is not asked as often.
-        let pause = if record.pulse.is_some() { self.times.suspicion } else { interval * 3 / 4 };
-        let early = record.asked.1 != Duration::ZERO && now - record.asked.1 < pause;
-        if early || self.asked.0 >= ASKS {
+        let Some(record) = self.records.get_mut(key) else { return };
+        // Its accusers ask it again and again, and tell. Only whoever hears nothing of that asks as well: all would be
+        // more than a kernel answers.
+        let told = record.pulse.is_some_and(|at| now.saturating_sub(at) < self.times.unheard());
+        let early = record.asked.1 != Duration::ZERO && now - record.asked.1 < interval * 3 / 4;
+        if told || early || self.asked.0 >= ASKS {
             return;
         }
         self.asked.0 += 1;
@@ -90,61 +96,81 @@ impl Core {
     }
 
     pub(super) fn say(&mut self, now: Duration, said: Said, about: Id, incarnation: Incarnation) {
-        self.spoken += 1;
+        // What anybody may say in the place of another is counted together.
+        let last = if said == Said::Silent { 0 } else { self.words.last(said, about.key) };
+        self.spoken = self.spoken.max(last) + 1;
         let word = Word { said, about, incarnation, by: self.swim.identity().key, count: self.spoken };
-        if self.swim.add_broadcast(&word.write()).is_err() {
-            self.counters.errors += 1;
-        }
-        self.listen(now);
+        self.take(now, &word);
     }
 
-    /// Takes in the words that have come.
-    pub(super) fn listen(&mut self, now: Duration) {
-        while let Ok(word) = self.words.try_recv() {
-            let key = word.about.key;
-            if key != self.swim.identity().key && !self.contacts.contains_key(&key) {
-                continue;
+    /// Hears a word. What is known to be over is not told on either.
+    pub(super) fn listen(&mut self, now: Duration, word: &Word) {
+        let (key, own) = (word.about.key, *self.swim.identity());
+        if key == own.key {
+            // We object to it, unless we have.
+            if word.said == Said::Silent && word.about == own && word.incarnation >= self.incarnation {
+                let suspicion = Member::new(own, word.incarnation, foca::State::Suspect);
+                self.apply(now, &[suspicion], true);
             }
-            // It has begun another life since.
-            if self.find(key).is_some_and(|member| member.id().born > word.about.born) {
-                continue;
-            }
-            match word.said {
-                Said::Absent if self.has_left(key) => {}
-                Said::Absent => {
-                    let heard = self.contacts.get(&key).map_or(0, |contact| contact.heard);
-                    // Who has just heard it itself knows better.
-                    if millis(now).saturating_sub(heard) > millis(self.times.probe_interval) || heard == 0 {
-                        self.absent(now, key);
-                    }
-                }
-                Said::Pulse => {
-                    self.pulses.insert(key, now);
-                    self.told.insert(key, now);
-                    self.touched.insert(key);
-                }
-                Said::Silent => self.take_accusation(now, &word),
-            }
-        }
-    }
-
-    pub(super) fn take_accusation(&mut self, now: Duration, word: &Word) {
-        let key = word.about.key;
-        let own = *self.swim.identity();
-        if key == own.key && word.about != own {
             return;
         }
-        if let Some(member) = self.find(key) {
-            let newer = *member.id() != word.about || member.incarnation() > word.incarnation;
-            if newer {
-                return;
-            }
+        if self.words.knows(word) || !self.contacts.contains_key(&key) {
+            return;
         }
-        // The word may be here before SWIM's own news; about ourselves, it makes us object.
+        let over = self.find(key).is_some_and(|member| {
+            let refuted = member.incarnation() > word.incarnation;
+            match word.said {
+                // It has begun another life since.
+                _ if member.id().born != word.about.born => member.id().born > word.about.born,
+                Said::Silent => refuted,
+                Said::Pulse => refuted || member.state() == foca::State::Down,
+                Said::Absent => false,
+            }
+        });
+        if !over {
+            self.take(now, word);
+        }
+    }
+
+    /// Takes a word in, if it is news, and tells it on.
+    fn take(&mut self, now: Duration, word: &Word) {
+        let most = self.config.max_transmissions.get();
+        // Who does not hear that a kernel answers asks it.
+        let times = if word.said == Said::Pulse { most / 2 } else { most };
+        if !self.words.hear(now, word, times.max(LEAST)) {
+            return;
+        }
+        let key = word.about.key;
+        match word.said {
+            Said::Absent if self.has_left(key) => {}
+            Said::Absent => {
+                let heard = self.contacts.get(&key).map_or(0, |contact| contact.heard);
+                // Who has just heard it itself knows better.
+                if millis(now).saturating_sub(heard) > millis(self.times.probe_interval) || heard == 0 {
+                    self.absent(now, key);
+                }
+            }
+            Said::Pulse => {
+                self.pulses.insert(key, now);
+                self.told.insert(key, now);
+                self.touched.insert(key);
+                if let Some(record) = self.records.get_mut(key) {
+                    record.asked.0 = 0;
+                }
+            }
+            Said::Silent => self.take_accusation(now, word),
+        }
+    }
+
+    fn take_accusation(&mut self, now: Duration, word: &Word) {
+        let key = word.about.key;
+        // The word may be here before SWIM's own news.
         let suspicion = Member::new(word.about, word.incarnation, foca::State::Suspect);
-        self.swim(now, |swim, wishes| swim.apply_many(std::iter::once(suspicion), true, wishes));
+        if wire::is_news(self.find(key), &suspicion) {
+            self.apply(now, &[suspicion], true);
+        }
         self.refresh(now, key);
-        if let Some(record) = self.records.get_mut(&key).filter(|r| r.id == word.about) {
+        if let Some(record) = self.records.get_mut(key).filter(|r| r.id == word.about) {
             record.accusers.insert(word.by);
             self.touched.insert(key);
         }
@@ -168,7 +194,7 @@ impl Core {
 
     /// Whether its process has said that it ends.
     fn has_left(&self, key: Key) -> bool {
-        self.records.get(&key).is_some_and(|record| record.state == State::Left)
+        self.records.get(key).is_some_and(|record| record.state == State::Left)
     }
 
     pub(super) fn refused(&mut self, now: Duration, key: Key) {
@@ -183,9 +209,9 @@ impl Core {
         if holds || self.has_left(key) {
             return;
         }
-        let Some(member) = self.find(key) else { return };
+        let Some((id, incarnation)) = self.find(key).map(|member| (*member.id(), member.incarnation())) else { return };
         self.absent(now, key);
-        self.say(now, Said::Absent, *member.id(), member.incarnation());
-        self.swim(now, |swim, wishes| swim.gossip(wishes));
+        self.say(now, Said::Absent, id, incarnation);
+        self.hurry(now);
     }
 }
