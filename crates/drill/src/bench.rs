@@ -4,9 +4,11 @@
 //! says what a unit of work costs in CPU time, and what they hold in memory.
 
 mod api;
+pub(crate) mod dns;
+mod policy;
 mod scheduler;
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::HashMap, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -32,8 +34,12 @@ pub struct Args {
 enum Command {
     /// The API: creates, lists, gets, watches.
     Api(api::Args),
+    /// DNS: how many names a second a server finds.
+    Dns(dns::Args),
     /// How long pods take from their creation to Ready.
     Pods(Pods),
+    /// How long a NetworkPolicy takes to hold. To be run on another machine than the pod's.
+    Policy(policy::Args),
     /// How many pods a second the scheduler decides on.
     Scheduler(scheduler::Args),
     /// How long a server takes from its start to ready, and what it holds when idle.
@@ -63,9 +69,12 @@ struct Pods {
     /// An image that is on the nodes and keeps running.
     #[arg(long)]
     image: String,
-    /// How many pods, one after another.
+    /// How many pods.
     #[arg(long, default_value_t = 10)]
     count: usize,
+    /// How many of them at a time.
+    #[arg(long, default_value_t = 1)]
+    at_once: usize,
 }
 
 #[derive(clap::Args)]
@@ -130,7 +139,9 @@ pub fn run(args: Args) -> futures::future::LocalBoxFuture<'static, anyhow::Resul
 async fn work(args: Args) -> anyhow::Result<()> {
     match args.command {
         Command::Api(args) => api::run(args).await,
+        Command::Dns(args) => dns::run(args).await,
         Command::Pods(args) => pods(args).await,
+        Command::Policy(args) => policy::run(args).await,
         Command::Scheduler(args) => scheduler::run(&args),
         Command::Start(args) => start(args).await,
     }
@@ -152,45 +163,89 @@ async fn namespace(target: &Target, name: &str) -> anyhow::Result<Connection> {
 async fn pods(args: Pods) -> anyhow::Result<()> {
     let target = Target::from_kubeconfig(&args.common.kubeconfig)?;
     let ns = &args.common.namespace;
+    let at_once = args.at_once.max(1);
     let mut connection = namespace(&target, ns).await?;
     let mut report = Report::new(args.common.json);
     let path = format!("/api/v1/namespaces/{ns}/pods");
+    let before = usage(&args.common.pid)?;
     let mut took = Samples::default();
-    for number in 0..args.count {
-        let name = format!("start-{number}");
-        let mut watcher = target.connect().await?;
-        let watch = format!("{path}?watch=true&fieldSelector=metadata.name%3D{name}&timeoutSeconds=60");
-        let mut body = watcher.start(Method::GET, &watch, Bytes::new()).await?.into_body();
-        let object = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": {"terminationGracePeriodSeconds": 0,
-            "containers": [{"name": "main", "image": args.image, "imagePullPolicy": "IfNotPresent"}]}});
-        let started = Instant::now();
-        connection.expect(Method::POST, &path, object.to_string()).await?;
-        let mut rest = Vec::new();
-        let ready = async {
-            while let Some(frame) = body.frame().await {
-                let Ok(data) = frame?.into_data() else { continue };
-                rest.extend_from_slice(&data);
-                while let Some(end) = rest.iter().position(|b| *b == b'\n') {
-                    let line: Vec<u8> = rest.drain(..=end).collect();
-                    let event: Value = serde_json::from_slice(&line)?;
-                    let mut conditions = event["object"]["status"]["conditions"].as_array().into_iter().flatten();
-                    if conditions.any(|c| c["type"] == "Ready" && c["status"] == "True") {
-                        return anyhow::Ok(());
-                    }
-                }
-            }
-            bail!("the watch of {name} ended before it was ready")
-        };
-        tokio::time::timeout(Duration::from_secs(60), ready)
-            .await
-            .with_context(|| format!("{name} was not ready within 60 s"))??;
-        took.0.push(started.elapsed());
+    for first in (0..args.count).step_by(at_once) {
+        let names: Vec<String> = (first..args.count.min(first + at_once)).map(|n| format!("start-{n}")).collect();
+        took.0.extend(start_pods(&target, &path, &args.image, &names).await?);
+        connection.expect(Method::DELETE, &path, Bytes::new()).await?;
+        emptied(&mut connection, &path).await?;
     }
-    report.add("pod, create to Ready, p50", took.quantile(0.5), "ms");
-    report.add("pod, create to Ready, worst", took.quantile(1.0), "ms");
-    connection.expect(Method::DELETE, &path, Bytes::new()).await?;
+    let what = format!("pod, {at_once} at once, create to Ready");
+    for (name, part) in [("p50", 0.5), ("p99", 0.99), ("worst", 1.0)] {
+        report.add(format!("{what}, {name}"), took.quantile(part), "ms");
+    }
+    if !args.common.pid.is_empty() {
+        let cpu = usage(&args.common.pid)?.cpu - before.cpu;
+        report.add(format!("{what} and gone, CPU each"), cpu * 1e3 / args.count as f64, "ms");
+    }
     report.finish();
     Ok(())
+}
+
+/// Creates pods all at the same time, and returns how long each took from its creation to Ready.
+async fn start_pods(target: &Target, path: &str, image: &str, names: &[String]) -> anyhow::Result<Vec<Duration>> {
+    let mut watcher = target.connect().await?;
+    let watch = format!("{path}?watch=true&timeoutSeconds=300");
+    let mut body = watcher.start(Method::GET, &watch, Bytes::new()).await?.into_body();
+    let mut creating = tokio::task::JoinSet::new();
+    for name in names {
+        let object = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": {"terminationGracePeriodSeconds": 0,
+            "containers": [{"name": "main", "image": image, "imagePullPolicy": "IfNotPresent"}]}});
+        let (target, path, name) = (target.clone(), path.to_owned(), name.clone());
+        creating.spawn(async move {
+            let mut connection = target.connect().await?;
+            let started = Instant::now();
+            connection.expect(Method::POST, &path, object.to_string()).await?;
+            anyhow::Ok((name, started))
+        });
+    }
+    let mut ready: HashMap<String, Instant> = HashMap::new();
+    let watching = async {
+        let mut rest = Vec::new();
+        while ready.len() < names.len() {
+            let frame = body.frame().await.context("the watch ended before all pods were ready")?;
+            let Ok(data) = frame?.into_data() else { continue };
+            rest.extend_from_slice(&data);
+            while let Some(end) = rest.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = rest.drain(..=end).collect();
+                let event: Value = serde_json::from_slice(&line)?;
+                let mut conditions = event["object"]["status"]["conditions"].as_array().into_iter().flatten();
+                if conditions.any(|c| c["type"] == "Ready" && c["status"] == "True")
+                    && let Some(name) = event["object"]["metadata"]["name"].as_str()
+                {
+                    ready.entry(name.to_owned()).or_insert_with(Instant::now);
+                }
+            }
+        }
+        anyhow::Ok(())
+    };
+    let watched = tokio::time::timeout(Duration::from_secs(300), watching).await;
+    watched.with_context(|| format!("not all of {} pods were ready within 300 s", names.len()))??;
+    let mut took = Vec::new();
+    while let Some(created) = creating.join_next().await {
+        let (name, started) = created??;
+        took.extend(ready.get(&name).map(|at| at.duration_since(started)));
+    }
+    Ok(took)
+}
+
+/// Waits until nothing is left there.
+async fn emptied(connection: &mut Connection, path: &str) -> anyhow::Result<()> {
+    let empty = async {
+        loop {
+            let list: Value = serde_json::from_slice(&connection.fetch(path, "application/json").await?)?;
+            if list["items"].as_array().is_none_or(Vec::is_empty) {
+                return anyhow::Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), empty).await.context("pods do not go within 120 s")?
 }
 
 async fn start(args: Start) -> anyhow::Result<()> {

@@ -79,6 +79,22 @@ impl Target {
         })
     }
 
+    /// The name or address of the server.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// The certificate that the server shows, in DER. It has been verified.
+    ///
+    /// # Errors
+    /// If the server is not reached, or is not believed.
+    pub async fn certificate(&self) -> anyhow::Result<Vec<u8>> {
+        let stream = TcpStream::connect((self.host.as_str(), self.port)).await.with_context(|| self.address())?;
+        let stream = self.tls.connect(ServerName::try_from(self.host.clone())?, stream).await?;
+        let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        Ok(shown.context("the server shows no certificate")?.to_vec())
+    }
+
     /// Host and port.
     pub fn address(&self) -> String {
         format!("{}:{}", self.host, self.port)

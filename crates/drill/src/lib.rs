@@ -5,6 +5,7 @@ pub mod check;
 mod connection;
 pub mod history;
 pub mod lab;
+pub mod lint;
 pub mod plot;
 mod process;
 pub mod report;

@@ -23,9 +23,12 @@ const TABLE: &str = "application/json;as=Table;g=meta.k8s.io;v=v1";
 pub struct Args {
     #[command(flatten)]
     common: Common,
-    /// How many ConfigMaps and how many Pods there are for lists.
+    /// How many Pods there are for lists.
     #[arg(long, default_value_t = 10_000)]
     objects: usize,
+    /// How many ConfigMaps there are besides; as many as Pods if it is not said.
+    #[arg(long)]
+    config_maps: Option<usize>,
     /// With how many clients objects are created.
     #[arg(long, value_delimiter = ',', default_value = "1,16,64")]
     clients: Vec<usize>,
@@ -108,7 +111,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let target = Target::from_kubeconfig(&args.common.kubeconfig)?;
     let pids = &args.common.pid;
     let ns = &args.common.namespace;
-    let mut connection = namespace(&target, ns).await?;
+    namespace(&target, ns).await?;
     let mut report = Report::new(args.common.json);
     let maps = format!("/api/v1/namespaces/{ns}/configmaps");
     let pods = format!("/api/v1/namespaces/{ns}/pods");
@@ -128,6 +131,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         report.add(format!("create, {clients} clients"), count / seconds, "/s");
         report.add(format!("create, {clients} clients, p50"), took.quantile(0.5), "ms");
         report.add(format!("create, {clients} clients, p99"), took.quantile(0.99), "ms");
+        report.add(format!("create, {clients} clients, p99.9"), took.quantile(0.999), "ms");
         if !pids.is_empty() {
             report.add(
                 format!("create, {clients} clients, CPU each"),
@@ -136,16 +140,21 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             );
         }
     }
+    // A server ends connections that have been idle for long, so there is a new one after what takes long.
+    let mut connection = target.connect().await?;
     connection.expect(Method::DELETE, &maps, Bytes::new()).await?;
     let share = |clients: usize, objects: usize| {
         move |client: usize| objects / clients + usize::from(client < objects % clients)
     };
-    create(&target, &maps, 16, config_map, "fill", share(16, args.objects), None).await?;
-    memory(&mut report, &format!("{} ConfigMaps", args.objects))?;
+    let config_maps = args.config_maps.unwrap_or(args.objects);
+    create(&target, &maps, 16, config_map, "fill", share(16, config_maps), None).await?;
+    memory(&mut report, &format!("{config_maps} ConfigMaps"))?;
+    connection = target.connect().await?;
     let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}).to_string();
     connection.expect(Method::POST, "/api/v1/nodes", node).await?;
     create(&target, &pods, 16, pod, "fill", share(16, args.objects), None).await?;
-    memory(&mut report, &format!("{0} ConfigMaps and {0} Pods", args.objects))?;
+    memory(&mut report, &format!("{config_maps} ConfigMaps and {} Pods", args.objects))?;
+    connection = target.connect().await?;
     for (what, path, accept, times) in [
         ("list of all pods", pods.clone(), JSON, 10),
         ("list of all pods, protobuf", pods.clone(), PROTOBUF, 10),
@@ -157,12 +166,14 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     ] {
         list(&mut connection, &mut report, pids, what, &path, accept, times).await?;
     }
+    memory(&mut report, "after lists")?;
     get(&target, &mut report, pids, &format!("{pods}/fill-0-1"), 16, args.seconds).await?;
     for watchers in &args.watchers {
         watch(&target, &mut connection, &mut report, pids, &maps, *watchers, args.rate).await?;
     }
     apply(&mut connection, &mut report, pids, &maps).await?;
     leases(&target, &mut report, pids, ns, args.nodes, args.seconds).await?;
+    connection = target.connect().await?;
     connection.expect(Method::DELETE, &pods, Bytes::new()).await?;
     connection.expect(Method::DELETE, &format!("/api/v1/nodes/{NODE}"), Bytes::new()).await?;
     connection.expect(Method::DELETE, &maps, Bytes::new()).await?;

@@ -50,7 +50,7 @@ pub fn services(history: &History, victims: &[nodes::Victim], lossy: bool) -> Ve
         verdict("no stateful pod ran twice", one_writer::check(history)),
     ];
     if !lossy {
-        verdicts.push(verdict("no relayed connection failed", nodes::no_relayed_connection_failed(history)));
+        verdicts.push(verdict("no relayed connection failed", nodes::no_relayed_connection_failed(history, victims)));
     }
     verdicts
 }

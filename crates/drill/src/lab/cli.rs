@@ -89,6 +89,12 @@ struct Up {
     /// The LAN [default: a free part of 10.0.0.0/8].
     #[arg(long, value_name = "NETWORK")]
     subnet: Option<Ipv4Net>,
+    /// Spread the machines over this many networks, joined by a router: s1 and a1 are on the first, s2 and a2 on the next.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=9))]
+    networks: u8,
+    /// Give the machines addresses of IPv6 as well.
+    #[arg(long)]
+    dual_stack: bool,
     /// Only boot the machines: no cluster.
     #[arg(long)]
     bare: bool,
@@ -266,6 +272,7 @@ async fn work(args: Args) -> anyhow::Result<()> {
         Command::Kubeconfig(which) => print(&cluster::write_kubeconfig(&which.open()?)?),
         Command::PowerOff { machines, wipe } => {
             let (lab, machines) = machines.open()?;
+            lab.settle_disk().await?;
             lab.each(machines, |m| async move { m.power_off(wipe).await }).await?;
         }
         Command::PowerOn(machines) => {
@@ -279,6 +286,7 @@ async fn work(args: Args) -> anyhow::Result<()> {
         }
         Command::Reboot(machines) => {
             let (lab, machines) = machines.open()?;
+            lab.settle_disk().await?;
             lab.each(machines, |m| async move { m.reboot().await }).await?;
         }
         Command::Freeze(machines) => {
@@ -357,6 +365,8 @@ async fn up(args: Up) -> anyhow::Result<()> {
         servers: args.servers,
         agents: args.agents,
         subnet: args.subnet,
+        networks: args.networks,
+        dual_stack: args.dual_stack,
         cpus: args.cpus,
         binary: std::env::current_exe().context("find this program")?,
         cluster: (!args.bare).then_some(cluster),
@@ -384,7 +394,8 @@ async fn up(args: Up) -> anyhow::Result<()> {
 }
 
 fn table(status: &Status) -> String {
-    let mut text = format!("lab {}, LAN {}, host {}", status.name, status.subnet, status.host);
+    let nets: Vec<String> = std::iter::once(&status.subnet).chain(&status.further).map(ToString::to_string).collect();
+    let mut text = format!("lab {}, LAN {}, host {}", status.name, nets.join(" and "), status.host);
     if !status.finished {
         text += ", not finished";
     }
@@ -405,14 +416,22 @@ fn table(status: &Status) -> String {
             machine.service.ended.to_string(),
         ]);
     }
-    let widths: Vec<usize> = (0..rows[0].len()).map(|c| rows.iter().map(|r| r[c].len()).max().unwrap_or(0)).collect();
+    text += &columns(&rows);
+    for (from, to) in &status.cuts {
+        text += &format!("cut: nothing from {from} reaches {to}\n");
+    }
+    text
+}
+
+/// Rows as text, each column as wide as its widest cell.
+pub(crate) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let widths: [usize; N] =
+        std::array::from_fn(|at| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or(0));
+    let mut text = String::new();
     for row in rows {
         let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         text += cells.join("   ").trim_end();
         text += "\n";
-    }
-    for (from, to) in &status.cuts {
-        text += &format!("cut: nothing from {from} reaches {to}\n");
     }
     text
 }

@@ -70,10 +70,11 @@ fn service(lab: &Lab, machine: &Machine, how: &[&str]) -> Service {
     let cluster = lab.inner.state.cluster.clone().unwrap_or_default();
     let mut args = vec![machine.role().word().to_owned()];
     args.extend(how.iter().map(|a| (*a).to_owned()));
-    args.extend(["--node-name".into(), machine.name().into(), "--node-ip".into(), machine.address().to_string()]);
+    args.extend(["--node-name".into(), machine.name().into(), "--node-ip".into(), machine.addresses()]);
     args.extend(["--timing".into(), cluster.timing.clone()]);
     // All machines share the host's disk, of which a tenth is no measure of what they need.
     args.push("--eviction-hard=memory.available<100Mi,nodefs.available<1Gi".into());
+    args.push("--image-gc-high-threshold=100".into());
     // Where there are machines for pods, servers are left to themselves, as kubeadm's are.
     if machine.role() == Role::Server && lab.machines().iter().any(|m| m.role() == Role::Agent) {
         args.extend(["--node-taint".into(), "node-role.kubernetes.io/control-plane:NoSchedule".into()]);

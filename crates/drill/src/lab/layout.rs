@@ -1,11 +1,11 @@
 //! Names, addresses and places: everything about a lab that is decided before anything is made. Pure.
 
 use std::{
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
 };
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use super::error::{Error, Result};
@@ -73,6 +73,9 @@ pub struct Spec {
     pub role: Role,
     /// Its address on the LAN.
     pub address: Ipv4Addr,
+    /// Its address of IPv6, in a lab of both families.
+    #[serde(default)]
+    pub address6: Option<Ipv6Addr>,
 }
 
 impl Spec {
@@ -139,9 +142,22 @@ impl Subnet {
         Ipv4Addr::from(u32::from(self.0.network()) + n)
     }
 
+    /// Its network of IPv6, which follows from that of IPv4 (unique local addresses, RFC 4193).
+    pub fn net6(self) -> Ipv6Net {
+        Ipv6Net::new(self.six(self.0.network()), 64).unwrap_or_default().trunc()
+    }
+
+    /// What an address of it is in IPv6.
+    pub fn six(self, address: Ipv4Addr) -> Ipv6Addr {
+        let [a, b, c, d] = self.0.network().octets().map(u16::from);
+        let host = u32::from(address) - u32::from(self.0.network());
+        Ipv6Addr::new(0xfd5e, 0, a << 8 | b, c << 8 | d, 0, 0, (host >> 16) as u16, host as u16)
+    }
+
     /// The machine with this role and number.
-    pub fn machine(self, role: Role, number: u8) -> Spec {
-        Spec { name: role.machine(number), role, address: self.nth(role.first_host() + u32::from(number)) }
+    pub fn machine(self, role: Role, number: u8, dual: bool) -> Spec {
+        let address = self.nth(role.first_host() + u32::from(number));
+        Spec { name: role.machine(number), role, address, address6: dual.then(|| self.six(address)) }
     }
 }
 
@@ -153,8 +169,8 @@ fn overlap(a: &Ipv4Net, b: &Ipv4Net) -> bool {
     a.contains(&b.network()) || b.contains(&a.network())
 }
 
-/// The machines of a lab.
-pub fn machines(subnet: Subnet, servers: u8, agents: u8) -> Result<Vec<Spec>> {
+/// The machines of a lab, spread over its networks.
+pub fn machines(subnets: &[Subnet], servers: u8, agents: u8, dual: bool) -> Result<Vec<Spec>> {
     for (role, count) in [(Role::Server, servers), (Role::Agent, agents)] {
         if count > role.most() {
             return Err(Error::Invalid {
@@ -170,7 +186,8 @@ pub fn machines(subnet: Subnet, servers: u8, agents: u8) -> Result<Vec<Spec>> {
         });
     }
     let all = (1..=servers).map(|n| (Role::Server, n)).chain((1..=agents).map(|n| (Role::Agent, n)));
-    Ok(all.map(|(role, n)| subnet.machine(role, n)).collect())
+    let subnet = |n: u8| subnets.iter().cycle().nth(usize::from(n) - 1);
+    Ok(all.filter_map(|(role, n)| Some(subnet(n)?.machine(role, n, dual))).collect())
 }
 
 /// A lab's name and directory, and the names that follow from them.
@@ -361,17 +378,32 @@ mod tests {
     #[test]
     fn addresses() {
         let subnet = Subnet::given(net("10.5.0.0/24"), &[]).unwrap();
-        let all = machines(subnet, 3, 2).unwrap();
+        let all = machines(&[subnet], 3, 2, false).unwrap();
         let text: Vec<String> = all.iter().map(|m| format!("{} {}", m.name, m.address)).collect();
         assert_eq!(text, ["s1 10.5.0.11", "s2 10.5.0.12", "s3 10.5.0.13", "a1 10.5.0.101", "a2 10.5.0.102"]);
         assert_eq!(all[0].mac(), "02:5e:0a:05:00:0b");
         assert_eq!((subnet.host(), subnet.gateway()), (Ipv4Addr::new(10, 5, 0, 1), Ipv4Addr::new(10, 5, 0, 254)));
-        assert!(machines(subnet, 10, 0).unwrap_err().to_string().contains("--servers 10"));
-        assert!(machines(subnet, 0, 0).unwrap_err().to_string().contains("a machine at least"));
-        let most = machines(subnet, 9, 99).unwrap();
+        assert!(machines(&[subnet], 10, 0, false).unwrap_err().to_string().contains("--servers 10"));
+        assert!(machines(&[subnet], 0, 0, false).unwrap_err().to_string().contains("a machine at least"));
+        let most = machines(&[subnet], 9, 99, false).unwrap();
         let mut seen: Vec<Ipv4Addr> = most.iter().map(|m| m.address).chain([subnet.host(), subnet.gateway()]).collect();
         seen.sort_unstable();
         seen.dedup();
         assert_eq!(seen.len(), most.len() + 2, "no address twice");
+        // Two networks, two families.
+        let other = Subnet::given(net("10.6.0.0/24"), &[]).unwrap();
+        let text: Vec<String> = machines(&[subnet, other], 1, 3, true)
+            .unwrap()
+            .iter()
+            .map(|m| format!("{} {} {}", m.name, m.address, m.address6.unwrap()))
+            .collect();
+        let expect = [
+            "s1 10.5.0.11 fd5e:0:a05::b",
+            "a1 10.5.0.101 fd5e:0:a05::65",
+            "a2 10.6.0.102 fd5e:0:a06::66",
+            "a3 10.5.0.103 fd5e:0:a05::67",
+        ];
+        assert_eq!(text, expect);
+        assert_eq!(other.net6(), "fd5e:0:a06::/64".parse().unwrap());
     }
 }

@@ -163,6 +163,12 @@ impl Machine {
         self.spec.address
     }
 
+    /// Its addresses of all families, as `--node-ip` takes them.
+    pub fn addresses(&self) -> String {
+        let six = self.spec.address6.map(|ip| format!(",{ip}")).unwrap_or_default();
+        format!("{}{six}", self.spec.address)
+    }
+
     /// What survives a power cut, seen from the host.
     pub fn disk(&self) -> PathBuf {
         self.place().disk()
@@ -260,7 +266,7 @@ impl Machine {
         written.map_err(Cause::io(place.boot_file().display().to_string())).of(name, "say how to boot")?;
         let _ = fs::remove_file(place.conf().join(TOLD_FILE));
         self.groups()?.create(self.lab.state.cpus).of(name, "make its cgroups")?;
-        network::plug(&self.lab.place, self.lab.state.subnet, &self.spec).await.of(name, "make its network")?;
+        network::plug(&self.lab.place, &self.lab.state, &self.spec).await.of(name, "make its network")?;
         let started = tokio::time::timeout(BOOT, self.start()).await;
         let started =
             started.unwrap_or_else(|_| Err(Cause::Late { what: "its first process is up".into(), limit: BOOT }));
@@ -314,6 +320,13 @@ impl Machine {
         network::unplug(&self.lab.place, name).await.of(name, "take its network away")?;
         let _ = fs::remove_file(self.place().running_file());
         Ok(())
+    }
+
+    /// Takes its cable out, as the first thing of [`Machine::power_off`] that anybody feels: who wants to know when the
+    /// machine was gone for the others does it by itself.
+    pub async fn pull_cable(&self) -> Result<()> {
+        let _lock = self.lock().await?;
+        network::pull_cable(&self.lab.place, self.name()).await.of(self.name(), "pull its cable")
     }
 
     /// Cuts its power: the cable first, so that no connection says goodbye, then every process at once. The disk stays,

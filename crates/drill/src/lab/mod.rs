@@ -7,7 +7,7 @@
 
 mod boot;
 mod cgroup;
-mod cli;
+pub(crate) mod cli;
 mod cluster;
 mod enter;
 mod error;
@@ -25,11 +25,12 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use ipnet::Ipv4Net;
 use serde::Serialize;
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::Instant};
 
 pub use self::{
     boot::SHARED,
@@ -51,6 +52,11 @@ use self::{
 /// Where labs are kept unless told otherwise.
 pub const LABS: &str = "/var/lib/seawall-lab";
 
+/// How often it is tried to have the disk at rest, while something writes.
+const SETTLE_ROUNDS: usize = 10;
+/// What was written out in this time is little.
+const SETTLED: Duration = Duration::from_millis(100);
+
 /// A lab to make.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -64,6 +70,10 @@ pub struct Options {
     pub agents: u8,
     /// The LAN; a free one is chosen if none is given.
     pub subnet: Option<Ipv4Net>,
+    /// Over how many networks the machines are spread, which a router joins.
+    pub networks: u8,
+    /// Whether machines have addresses of IPv6 as well.
+    pub dual_stack: bool,
     /// CPUs for each machine; all of the host's if none are given.
     pub cpus: Option<f64>,
     /// The program that the machines run.
@@ -88,6 +98,8 @@ pub struct Status {
     pub name: String,
     /// Where its LAN is.
     pub subnet: Ipv4Net,
+    /// Further networks, which a router joins to it.
+    pub further: Vec<Ipv4Net>,
     /// The host's address there.
     pub host: Ipv4Addr,
     /// Whether `up` came to its end.
@@ -179,14 +191,21 @@ impl Lab {
         let lab = {
             // Subnets are chosen one at a time on a host, wherever the labs are kept.
             let _choosing = lock(Path::new("/run"), Hold::Alone, &place.lab).await?;
-            let used = network::used().await.of_lab(&place.lab, "look at the host's routes")?;
+            let mut used = network::used().await.of_lab(&place.lab, "look at the host's routes")?;
             let subnet = match options.subnet {
                 Some(subnet) => Subnet::given(subnet, &used)?,
                 None => Subnet::choose(&used)?,
             };
+            let mut subnets = vec![subnet];
+            for _ in 1..options.networks {
+                used.extend(subnets.last().map(|s| s.net()));
+                subnets.push(Subnet::choose(&used)?);
+            }
             let state = State {
                 subnet,
-                machines: layout::machines(subnet, options.servers, options.agents)?,
+                further: subnets[1..].to_vec(),
+                dual_stack: options.dual_stack,
+                machines: layout::machines(&subnets, options.servers, options.agents, options.dual_stack)?,
                 binary: options.binary,
                 cpus: options.cpus,
                 cluster: options.cluster,
@@ -195,7 +214,7 @@ impl Lab {
             // Before anything is made, so that whatever happens there is something to take away by name.
             state.write(&place)?;
             let lab = Lab { inner: Arc::new(Inner { place, state }) };
-            let made = network::create_lan(&lab.inner.place, subnet).await;
+            let made = network::create_lan(&lab.inner.place, &lab.inner.state).await;
             made.of_lab(lab.name(), "make the LAN")?;
             lab
         };
@@ -221,8 +240,10 @@ impl Lab {
         {
             let _choosing = lock(Path::new("/run"), Hold::Alone, lab.name()).await?;
             let used = network::used().await.of_lab(lab.name(), "look at the host's routes")?;
-            Subnet::given(lab.inner.state.subnet.net(), &used)?;
-            network::create_lan(&lab.inner.place, lab.inner.state.subnet).await.of_lab(lab.name(), "make the LAN")?;
+            for subnet in lab.inner.state.subnets() {
+                Subnet::given(subnet.net(), &used)?;
+            }
+            network::create_lan(&lab.inner.place, &lab.inner.state).await.of_lab(lab.name(), "make the LAN")?;
         }
         lab.each(lab.machines(), |machine| async move { machine.power_on().await }).await?;
         say(&format!("{} machines have booted from their disks", lab.machines().len()));
@@ -271,7 +292,7 @@ impl Lab {
     }
 
     /// Waits until every server that has power serves, and the node of every machine that has power is Ready.
-    pub async fn well(&self, limit: std::time::Duration) -> Result<()> {
+    pub async fn well(&self, limit: Duration) -> Result<()> {
         cluster::well(self, limit).await
     }
 
@@ -326,6 +347,29 @@ impl Lab {
         result
     }
 
+    /// Has everything written out that waits in memory for the disk.
+    ///
+    /// All machines share the host's disk, and when one of them goes, its overlays do, for each of which the kernel writes out
+    /// all that waits (`sync_filesystem`, as at any umount). What an image just brought takes a second then, in which no member
+    /// of etcd can write on any machine. On machines with disks of their own nobody would feel that, so it is done before.
+    pub async fn settle_disk(&self) -> Result<()> {
+        let directory = self.inner.place.dir();
+        let settle = move || -> Step {
+            let shown = directory.display().to_string();
+            let opened = fs::File::open(&directory).map_err(Cause::io(shown.clone()))?;
+            for _ in 0..SETTLE_ROUNDS {
+                let before = Instant::now();
+                nix::unistd::syncfs(&opened).map_err(Cause::errno(format!("syncfs {shown}")))?;
+                if before.elapsed() < SETTLED {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        let done = tokio::task::spawn_blocking(settle).await.unwrap_or_else(|e| Err(Cause::Other(e.to_string())));
+        done.of_lab(self.name(), "settle the disk")
+    }
+
     /// Boots a machine. One whose disk was wiped joins the cluster as a new one.
     pub async fn power_on(&self, machine: &Machine) -> Result<()> {
         cluster::prepare(self, machine).await?;
@@ -366,7 +410,7 @@ impl Lab {
         let _alone = lock(&self.inner.place.lock_file(), Hold::Alone, self.name()).await?;
         let mut cuts = network::cuts(&self.inner.place).await.of_lab(self.name(), step)?;
         change(&mut cuts);
-        network::set_cuts(&self.inner.place, &cuts).await.of_lab(self.name(), step)
+        network::set_cuts(&self.inner.place, &self.inner.state, &cuts).await.of_lab(self.name(), step)
     }
 
     /// Lets this share of all frames between machines get lost.
@@ -393,6 +437,7 @@ impl Lab {
         Ok(Status {
             name: self.name().into(),
             subnet: self.inner.state.subnet.net(),
+            further: self.inner.state.further.iter().map(|s| s.net()).collect(),
             host: self.inner.state.subnet.host(),
             finished: self.inner.state.finished,
             loss,

@@ -1,6 +1,7 @@
-//! A lab's LAN: a bridge in a network namespace of its own, a cable to each machine, and one to the host.
+//! A lab's LAN: a bridge in a network namespace of its own, a cable to each machine, and one to the host. A lab of
+//! several networks has a bridge for each, and the namespace is the router between them.
 //!
-//! Whatever is cut or lost is cut or lost on the bridge, by rules in nftables' bridge family.
+//! Whatever is cut or lost is cut or lost on the bridges, by rules in nftables' bridge family.
 
 use std::{
     collections::BTreeSet,
@@ -16,12 +17,13 @@ use serde_json::Value;
 
 use super::{
     error::{Cause, Step},
-    layout::{HOST, LINK_PREFIX, Place, Spec, Subnet},
-    state::hand_on,
+    layout::{HOST, LINK_PREFIX, Place, Spec},
+    state::{State, hand_on},
 };
 
 /// Where named network namespaces are (`ip-netns(8)`).
 const NAMESPACES: &str = "/run/netns";
+/// The bridge that the host is on; each further network has the next number.
 const BRIDGE: &str = "lan0";
 const TABLE: &str = "bridge seawall_lab";
 
@@ -83,13 +85,22 @@ async fn nft(place: &Place, script: String) -> Step {
     inside(&place.lan(), move || run("nft", &["-f", "-"], &script).map(|_| ())).await
 }
 
-/// The table that cuts and loses: nothing, at first. Neighbours' addresses are still told across a cut that has only one
+/// The table that cuts and loses: nothing, at first. What is sent to a machine on another network goes through the router,
+/// where only its address tells to whom. Neighbours' addresses are still told across a cut that has only one
 /// direction: without them nothing would go in the other one either.
 fn rules() -> String {
     format!(
         "table {TABLE} {{
             set cut {{ type ifname . ifname; }}
+            set cut4 {{ type ifname . ipv4_addr; }}
+            set cut6 {{ type ifname . ipv6_addr; }}
             chain loss {{ }}
+            chain routed {{
+                type filter hook input priority 0;
+                iifname . ip daddr @cut4 drop
+                iifname . ip6 daddr @cut6 drop
+                jump loss
+            }}
             chain forward {{
                 type filter hook forward priority 0;
                 iifname . oifname @cut ether type != arp drop
@@ -111,24 +122,29 @@ async fn ip(args: &[&str]) -> Step<String> {
 }
 
 /// Makes the LAN and the host's cable into it.
-pub async fn create_lan(place: &Place, subnet: Subnet) -> Step {
-    let (lan, link) = (place.lan(), place.host_link());
+pub async fn create_lan(place: &Place, state: &State) -> Step {
+    let (lan, link, subnet) = (place.lan(), place.host_link(), state.subnet);
     ip(&["netns", "add", &lan]).await?;
-    let gateway = subnet.with_prefix(subnet.gateway());
-    batch(
-        &lan,
-        format!(
-            "link set lo up\n\
-             link add {BRIDGE} type bridge forward_delay 0 stp_state 0 mcast_snooping 0\n\
-             addr add {gateway} dev {BRIDGE}\n\
-             link set {BRIDGE} up\n"
-        ),
-    )
-    .await?;
-    inside(&lan, || {
-        let path = "/proc/sys/net/ipv4/ip_forward";
+    let mut lines = "link set lo up\n".to_owned();
+    for (number, net) in state.subnets().into_iter().enumerate() {
+        let gateway = net.gateway();
+        lines += &format!(
+            "link add lan{number} type bridge forward_delay 0 stp_state 0 mcast_snooping 0\n\
+             addr add {} dev lan{number}\n\
+             link set lan{number} up\n",
+            net.with_prefix(gateway)
+        );
+        if state.dual_stack {
+            lines += &format!("addr add {}/64 dev lan{number} nodad\n", net.six(gateway));
+        }
+    }
+    batch(&lan, lines).await?;
+    let dual_stack = state.dual_stack;
+    inside(&lan, move || {
         // A router without routes refuses at once what has nowhere to go, where a missing one would let it time out.
-        fs::write(path, "1").map_err(Cause::io(path))
+        let files = ["/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"];
+        let wanted = files.iter().take(if dual_stack { 2 } else { 1 });
+        wanted.into_iter().try_for_each(|path| fs::write(path, "1").map_err(Cause::io(*path)))
     })
     .await?;
     nft(place, rules()).await?;
@@ -136,13 +152,25 @@ pub async fn create_lan(place: &Place, subnet: Subnet) -> Step {
     batch(&lan, format!("link set {HOST} master {BRIDGE} up\n")).await?;
     ip(&["addr", "add", &subnet.with_prefix(subnet.host()), "dev", &link]).await?;
     ip(&["link", "set", &link, "up"]).await?;
+    if dual_stack {
+        ip(&["addr", "add", &format!("{}/64", subnet.six(subnet.host())), "dev", &link, "nodad"]).await?;
+    }
+    for net in &state.further {
+        ip(&["route", "add", &net.net().to_string(), "via", &subnet.gateway().to_string(), "dev", &link]).await?;
+        if dual_stack {
+            let gateway = subnet.six(subnet.gateway()).to_string();
+            ip(&["route", "add", &net.net6().to_string(), "via", &gateway, "dev", &link]).await?;
+        }
+    }
     Ok(())
 }
 
 /// Makes a machine's network namespace, plugged in.
-pub async fn plug(place: &Place, subnet: Subnet, machine: &Spec) -> Step {
+pub async fn plug(place: &Place, state: &State, machine: &Spec) -> Step {
     let (lan, name) = (place.lan(), &machine.name);
     let inner = place.of_machine(name);
+    let mut subnets = state.subnets().into_iter().enumerate();
+    let (number, subnet) = subnets.find(|(_, s)| s.net().contains(&machine.address)).unwrap_or((0, state.subnet));
     ip(&["netns", "add", &inner]).await?;
     // The other end of a cable cannot be named by a namespace's name from within another.
     ip(&[
@@ -162,16 +190,17 @@ pub async fn plug(place: &Place, subnet: Subnet, machine: &Spec) -> Step {
         &inner,
     ])
     .await?;
-    batch(
-        &inner,
-        format!(
-            "link set lo up\naddr add {} dev eth0\nlink set eth0 up\nroute add default via {}\n",
-            subnet.with_prefix(machine.address),
-            subnet.gateway()
-        ),
-    )
-    .await?;
-    batch(&lan, format!("link set {name} master {BRIDGE} up\n")).await
+    let mut lines = format!(
+        "link set lo up\naddr add {} dev eth0\nlink set eth0 up\nroute add default via {}\n",
+        subnet.with_prefix(machine.address),
+        subnet.gateway()
+    );
+    if let Some(address) = machine.address6 {
+        let gateway = subnet.six(subnet.gateway());
+        lines += &format!("addr add {address}/64 dev eth0 nodad\nroute add default via {gateway} dev eth0\n");
+    }
+    batch(&inner, lines).await?;
+    batch(&lan, format!("link set {name} master lan{number} up\n")).await
 }
 
 /// Takes the cable out on the LAN's side, so that nothing that the machine says from now on is heard.
@@ -191,7 +220,7 @@ pub async fn unplug(place: &Place, machine: &str) -> Step {
 }
 
 async fn ports(place: &Place) -> Step<BTreeSet<String>> {
-    let text = ip(&["-n", &place.lan(), "-j", "link", "show", "master", BRIDGE]).await?;
+    let text = ip(&["-n", &place.lan(), "-j", "link", "show", "type", "bridge_slave"]).await?;
     Ok(list(&text)?.iter().filter_map(|l| l["ifname"].as_str().map(str::to_owned)).collect())
 }
 
@@ -282,11 +311,30 @@ fn parse_cuts(value: &Value) -> BTreeSet<Cut> {
 }
 
 /// Replaces what is cut, in one transaction.
-pub async fn set_cuts(place: &Place, cuts: &BTreeSet<Cut>) -> Step {
-    let mut script = format!("flush set {TABLE} cut\n");
-    if !cuts.is_empty() {
-        let elements: Vec<String> = cuts.iter().map(|(from, to)| format!("\"{from}\" . \"{to}\"")).collect();
-        script += &format!("add element {TABLE} cut {{ {} }}\n", elements.join(", "));
+pub async fn set_cuts(place: &Place, state: &State, cuts: &BTreeSet<Cut>) -> Step {
+    let mut script = String::new();
+    let pair = |(from, to): &Cut| format!("\"{from}\" . \"{to}\"");
+    let to = |cut: &Cut| state.machines.iter().find(|m| m.name == cut.1).cloned();
+    let four = |cut: &Cut| match cut.1 == HOST {
+        true => Some(state.subnet.host()),
+        false => to(cut).map(|m| m.address),
+    };
+    let six = |cut: &Cut| match cut.1 == HOST {
+        true => state.dual_stack.then(|| state.subnet.six(state.subnet.host())),
+        false => to(cut)?.address6,
+    };
+    let routed4 = |cut: &Cut| four(cut).map(|ip| format!("\"{}\" . {ip}", cut.0));
+    let routed6 = |cut: &Cut| six(cut).map(|ip| format!("\"{}\" . {ip}", cut.0));
+    let elements: [(&str, Vec<String>); 3] = [
+        ("cut", cuts.iter().map(pair).collect()),
+        ("cut4", cuts.iter().filter_map(routed4).collect()),
+        ("cut6", cuts.iter().filter_map(routed6).collect()),
+    ];
+    for (set, elements) in elements {
+        script += &format!("flush set {TABLE} {set}\n");
+        if !elements.is_empty() {
+            script += &format!("add element {TABLE} {set} {{ {} }}\n", elements.join(", "));
+        }
     }
     nft(place, script).await
 }

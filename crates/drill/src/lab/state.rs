@@ -31,6 +31,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct State {
     /// Where the LAN is.
     pub subnet: Subnet,
+    /// Further networks, which a router joins to it.
+    #[serde(default)]
+    pub further: Vec<Subnet>,
+    /// Whether machines have addresses of IPv6 as well.
+    #[serde(default)]
+    pub dual_stack: bool,
     /// All machines.
     pub machines: Vec<Spec>,
     /// The program that they run.
@@ -61,6 +67,11 @@ pub struct Cluster {
 }
 
 impl State {
+    /// All networks.
+    pub fn subnets(&self) -> Vec<Subnet> {
+        std::iter::once(self.subnet).chain(self.further.iter().copied()).collect()
+    }
+
     /// Reads a lab's state; none if there is no lab.
     pub fn read(place: &Place) -> Result<Option<State>> {
         let path = place.state_file();

@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use tokio::time::Instant;
 
-use super::{Scenario, Step, Traffic, all, on_nodes, run as scenario};
+use super::{Scenario, Step, Traffic, all, dns, on_nodes, redis, run as scenario};
 use crate::{
     lab::{LABS, Lab},
     report::Report,
@@ -15,7 +15,7 @@ use crate::{
 /// Options of `seawall drill`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The scenario; `all` for all of them, `servers` or `nodes` for those, `list` to say what there is.
+    /// The scenario, or a group of them: `servers`, `nodes`, `dns` or `state`, `all` for the first two; `list` says what there is.
     scenario: String,
     /// The lab.
     #[arg(long, env = "SEAWALL_LAB", default_value = "seawall")]
@@ -54,13 +54,18 @@ enum Output {
 fn find(name: &str) -> anyhow::Result<Vec<&'static Scenario<'static>>> {
     let of = |traffic: Traffic| all().filter(|s| s.traffic == traffic).collect();
     match name {
-        "all" => return Ok(all().collect()),
+        // What keeps state needs more nodes than others, and a redis on the host; DNS has to be there.
+        "all" => return Ok(all().filter(|s| matches!(s.traffic, Traffic::Api | Traffic::Services)).collect()),
         "servers" => return Ok(of(Traffic::Api)),
         "nodes" => return Ok(of(Traffic::Services)),
+        "state" => return Ok(of(Traffic::Redis)),
+        "dns" => return Ok(of(Traffic::Dns)),
         _ => {}
     }
     let names: Vec<&str> = all().map(|s| s.name).collect();
-    let unknown = || format!("there is no scenario {name:?}: use all, servers, nodes, or one of {}", names.join(", "));
+    let unknown = || {
+        format!("there is no scenario {name:?}: use all, servers, nodes, dns, state, or one of {}", names.join(", "))
+    };
     Ok(vec![all().find(|s| s.name == name).with_context(unknown)?])
 }
 
@@ -122,6 +127,8 @@ async fn one(args: &Args, lab: &Lab, scenario: &Scenario<'_>, round: u32) -> any
     let done = match scenario.traffic {
         Traffic::Api => scenario::run(lab, &scenario, &say).await,
         Traffic::Services => on_nodes::run(lab, &scenario, &say).await,
+        Traffic::Dns => dns::run(lab, &scenario, &say).await,
+        Traffic::Redis => redis::run(lab, &scenario, &say).await,
     };
     let report = match done {
         Ok(report) => report,
@@ -207,12 +214,14 @@ mod tests {
 
     #[test]
     fn scenarios_by_name() {
-        assert_eq!(find("all").unwrap().len(), find("servers").unwrap().len() + find("nodes").unwrap().len());
+        let groups = ["servers", "nodes"].map(|group| find(group).unwrap().len());
+        assert_eq!(find("all").unwrap().len(), groups.iter().sum::<usize>());
         assert_eq!(find("blackout").unwrap()[0].name, "blackout");
+        assert_eq!(find("state").unwrap()[0].name, "redis-master-power-off");
         let said = find("blakout").unwrap_err().to_string();
         assert!(
             said.starts_with(
-                "there is no scenario \"blakout\": use all, servers, nodes, or one of power-off-etcd-leader,"
+                "there is no scenario \"blakout\": use all, servers, nodes, dns, state, or one of power-off-etcd-leader,"
             ),
             "{said}"
         );

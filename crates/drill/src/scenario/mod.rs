@@ -3,9 +3,11 @@
 //! A scenario is data: a list of steps. [`run`] carries them out on a lab's machines while clients are at work.
 
 mod cli;
+mod dns;
 mod image;
 mod nodes;
 mod on_nodes;
+mod redis;
 mod roles;
 mod run;
 mod services;
@@ -98,6 +100,10 @@ pub enum Traffic {
     Api,
     /// Clients of Services whose pods a fault touches.
     Services,
+    /// Clients of cluster DNS on nodes that stay.
+    Dns,
+    /// A client of a redis whose master a fault touches; that machine is the one that is meant from the start.
+    Redis,
 }
 
 use Step::*;
@@ -209,6 +215,42 @@ const OF_SERVERS: &[Scenario<'static>] = &[
     },
 ];
 
+/// Scenarios of what keeps state by itself.
+const OF_STATE: &[Scenario<'static>] = &[Scenario {
+    name: "redis-master-power-off",
+    about: "the machine of a redis' master loses its power while a client writes by the sentinels' word",
+    steps: &[PowerOff(Who::Same), Stay(15.0), PowerOn(Who::Same), Well],
+    targets: &[(redis::STOPPED, 5.0)],
+    traffic: Traffic::Redis,
+}];
+
+/// Scenarios of cluster DNS.
+const OF_DNS: &[Scenario<'static>] = &[
+    Scenario {
+        name: "dns-power-off",
+        about: "a node and then a server lose their power, each with a replica of DNS, maybe",
+        steps: &[
+            PowerOff(Who::Worker),
+            A_WHILE,
+            PowerOn(Who::Same),
+            Well,
+            PowerOff(Who::EtcdLeader),
+            A_WHILE,
+            PowerOn(Who::Same),
+            Well,
+        ],
+        targets: &[(dns::STOPPED, 0.5)],
+        traffic: Traffic::Dns,
+    },
+    Scenario {
+        name: "dns-blackout",
+        about: "names are looked up while all servers are without power",
+        steps: &[PowerOff(Who::AllServers), A_WHILE, PowerOn(Who::Same), Well],
+        targets: &[(dns::STOPPED, 0.5)],
+        traffic: Traffic::Dns,
+    },
+];
+
 impl Scenario<'_> {
     /// Whether somebody has meant everything that happens: then nobody who uses a Service is to notice.
     pub fn is_planned(&self) -> bool {
@@ -219,7 +261,7 @@ impl Scenario<'_> {
 
 /// All scenarios.
 pub fn all() -> impl Iterator<Item = &'static Scenario<'static>> {
-    OF_SERVERS.iter().chain(nodes::OF_NODES)
+    OF_SERVERS.iter().chain(nodes::OF_NODES).chain(OF_STATE).chain(OF_DNS)
 }
 
 #[cfg(test)]

@@ -40,6 +40,7 @@ pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Re
     let patient = Way { patience: PATIENT, ..outside.clone() };
     say("preparing the workload");
     services::image(lab, &lab.machines()).await?;
+    lab.settle_disk().await?;
     traffic::prepare(&patient).await?;
     let mut client = Client::new(targets.clone(), PATIENT);
     let services = services::deploy(lab, &mut client, near.name(), worker.name()).await?;

@@ -69,6 +69,7 @@ pub async fn run(lab: &Lab, scenario: &Scenario<'_>, say: Say<'_>) -> anyhow::Re
     ways.push(outside);
     say("preparing the workload");
     workload::image(lab).await?;
+    lab.settle_disk().await?;
     traffic::prepare(&patient).await?;
     let address = workload::deploy(lab, &mut Client::new(targets.clone(), PATIENT)).await?;
     let recorder = Recorder::default();
@@ -131,6 +132,11 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
+    /// Whom [`Who::Same`] means from now on.
+    pub(super) fn choose(&mut self, machine: Machine) {
+        self.same = vec![machine];
+    }
+
     async fn find(&mut self, who: Who) -> anyhow::Result<Vec<Machine>> {
         let machines = roles::find(who, self.lab, &self.targets, &self.same).await?;
         self.same = machines.clone();
@@ -139,8 +145,16 @@ impl<'a> Stage<'a> {
 
     fn harm(&mut self, machines: &[Machine]) {
         let from = self.recorder.now();
-        let victim = |m: &Machine| Victim { node: m.name().to_owned(), from, until: None };
+        let victim = |m: &Machine| Victim { node: m.name().to_owned(), from, gone: None, until: None };
         self.victims.extend(machines.iter().map(victim));
+    }
+
+    /// Whoever was harmed is out of reach now.
+    fn gone(&mut self) {
+        let now = self.recorder.now();
+        for victim in self.victims.iter_mut().filter(|v| v.until.is_none() && v.gone.is_none()) {
+            victim.gone = Some(now);
+        }
     }
 
     fn mark(&mut self, what: String) {
@@ -152,9 +166,12 @@ impl<'a> Stage<'a> {
         let lab = self.lab;
         match step {
             Step::PowerOff(who) | Step::Destroy(who) => {
+                lab.settle_disk().await?;
                 let (machines, wipe) = (self.find(who).await?, matches!(step, Step::Destroy(_)));
                 self.harm(&machines);
                 self.mark(format!("power off {}{}", names(&machines), if wipe { ", its disk is lost" } else { "" }));
+                lab.each(machines.clone(), |m| async move { m.pull_cable().await }).await?;
+                self.gone();
                 lab.each(machines, move |m| async move { m.power_off(wipe).await }).await?;
             }
             Step::PowerOn(who) => {
@@ -193,6 +210,7 @@ impl<'a> Stage<'a> {
                 self.mark(format!("cut {} off from everyone ({way:?})", names(&machines)));
                 let names: Vec<String> = machines.iter().map(|m| m.name().to_owned()).collect();
                 lab.partition(&names, &[], way).await?;
+                self.gone();
             }
             Step::CutFromServers(who) => {
                 let machines = self.find(who).await?;
@@ -231,6 +249,7 @@ impl<'a> Stage<'a> {
             }
             Step::RollingRestart(who) => {
                 for machine in self.find(who).await? {
+                    lab.settle_disk().await?;
                     self.harm(std::slice::from_ref(&machine));
                     self.mark(format!("reboot {}", machine.name()));
                     machine.reboot().await?;
@@ -239,6 +258,7 @@ impl<'a> Stage<'a> {
             }
             Step::RollingReboot(who) => {
                 for machine in self.find(who).await? {
+                    lab.settle_disk().await?;
                     self.harm(std::slice::from_ref(&machine));
                     self.mark(format!("reboot {}", machine.name()));
                     machine.reboot().await?;

@@ -66,7 +66,8 @@ impl Recorder {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn request(&self, client: &Arc<str>, class: Class, start: At, error: Option<String>) {
+    /// Writes down what became of a request, now.
+    pub fn request(&self, client: &Arc<str>, class: Class, start: At, error: Option<String>) {
         let end = self.now();
         self.history().requests.push(Request { client: client.clone(), class, start, end, error });
     }
