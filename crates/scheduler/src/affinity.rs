@@ -2,30 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use k8s_openapi::api::core::v1::{NodeSelectorRequirement, NodeSelectorTerm, Taint, Toleration};
+use k8s_openapi::api::core::v1::Taint;
+use seawall_api::node_selector::{term_matches, tolerates};
 
 use crate::{
     pod::{PodInfo, PodTerm},
     snapshot::{NodeFacts, Snapshot},
     topology::Tally,
 };
-
-/// Whether a toleration covers a taint
-/// (<https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/>).
-pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
-    let effect = toleration.effect.as_deref().unwrap_or_default();
-    let key = toleration.key.as_deref().unwrap_or_default();
-    if !effect.is_empty() && effect != taint.effect {
-        return false;
-    }
-    match toleration.operator.as_deref().unwrap_or("Equal") {
-        "Exists" => key.is_empty() || key == taint.key,
-        _ => {
-            key == taint.key
-                && toleration.value.as_deref().unwrap_or_default() == taint.value.as_deref().unwrap_or_default()
-        }
-    }
-}
 
 /// The first taint with one of `effects` that the pod does not tolerate.
 pub fn untolerated<'a>(pod: &PodInfo, node: &'a NodeFacts, effects: &[&str]) -> Option<&'a Taint> {
@@ -38,34 +22,11 @@ pub fn untolerated<'a>(pod: &PodInfo, node: &'a NodeFacts, effects: &[&str]) -> 
 pub fn node_matches(pod: &PodInfo, node: &NodeFacts) -> bool {
     let selected = pod.node_selector.iter().all(|(key, value)| node.labels.get(key) == Some(value));
     // Terms are alternatives; no terms match nothing.
-    selected && pod.node_terms.as_ref().is_none_or(|terms| terms.iter().any(|term| term_matches(term, node)))
-}
-
-/// Whether a node matches all conditions of a term. An empty term matches nothing.
-pub fn term_matches(term: &NodeSelectorTerm, node: &NodeFacts) -> bool {
-    let expressions = term.match_expressions.as_deref().unwrap_or_default();
-    let fields = term.match_fields.as_deref().unwrap_or_default();
-    if expressions.is_empty() && fields.is_empty() {
-        return false;
-    }
-    let label = |r: &NodeSelectorRequirement| requirement(r, node.labels.get(&r.key).map(String::as_str));
-    let field = |r: &NodeSelectorRequirement| requirement(r, (r.key == "metadata.name").then_some(&node.name));
-    expressions.iter().all(label) && fields.iter().all(field)
-}
-
-fn requirement(r: &NodeSelectorRequirement, value: Option<&str>) -> bool {
-    let values = r.values.as_deref().unwrap_or_default();
-    let listed = value.is_some_and(|v| values.iter().any(|w| w == v));
-    let numbers = || Some((value?.parse::<i64>().ok()?, values.first()?.parse::<i64>().ok()?));
-    match r.operator.as_str() {
-        "In" => listed,
-        "NotIn" => !listed,
-        "Exists" => value.is_some(),
-        "DoesNotExist" => value.is_none(),
-        "Gt" => numbers().is_some_and(|(a, b)| a > b),
-        "Lt" => numbers().is_some_and(|(a, b)| a < b),
-        _ => false,
-    }
+    selected
+        && pod
+            .node_terms
+            .as_ref()
+            .is_none_or(|terms| terms.iter().any(|term| term_matches(term, &node.name, &node.labels)))
 }
 
 impl PodTerm {

@@ -4,9 +4,10 @@ use std::{borrow::Cow, collections::BTreeMap, fmt, sync::Arc};
 
 use k8s_openapi::api::core::v1::Taint;
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use seawall_api::node_selector::tolerates;
 
 use crate::{
-    affinity::{Company, Unsocial, node_matches, tolerates, untolerated},
+    affinity::{Company, Unsocial, node_matches, untolerated},
     pod::{PodInfo, Resources},
     score::score,
     snapshot::{NodeInfo, Snapshot},

@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, fmt::Write as _, sync::Arc};
 
 use jiff::Timestamp;
 use k8s_openapi::{
-    api::core::v1::{Container, NodeSelectorTerm, Pod, PodAffinityTerm, ResourceRequirements, Toleration},
+    api::core::v1::{
+        Container, NodeSelectorTerm, Pod, PodAffinityTerm, PodSpec, PodStatus, ResourceRequirements, Toleration,
+    },
     apimachinery::pkg::{api::resource::Quantity as Text, apis::meta::v1::LabelSelector as Typed},
 };
 use kube::ResourceExt;
@@ -242,8 +244,8 @@ impl PodInfo {
             ended: phase == "Succeeded" || phase == "Failed",
             deleting,
             gated: spec.scheduling_gates.as_ref().is_some_and(|g| !g.is_empty()),
-            requests: requests(spec, |r| r),
-            assumed: requests(spec, |mut r| {
+            requests: requests(spec, status, |r| r),
+            assumed: requests(spec, status, |mut r| {
                 // What is asked for as nothing is nothing; what is not said at all is guessed.
                 r.cpu = if r.cpu == 0 { ASSUMED_CPU } else { r.cpu };
                 r.memory = if r.memory == 0 { ASSUMED_MEMORY } else { r.memory };
@@ -384,12 +386,26 @@ fn pod_term(term: &PodAffinityTerm, namespace: &str, own: &BTreeMap<String, Stri
 }
 
 /// What a pod needs at its peak: all containers and sidecars together, or an init container with the sidecars that
-/// were started before it (KEP-753), and the overhead.
-fn requests(spec: &k8s_openapi::api::core::v1::PodSpec, adjust: impl Fn(Resources) -> Resources) -> Resources {
-    let of = |r: Option<&ResourceRequirements>| {
-        adjust(r.and_then(|r| r.requests.as_ref()).map(Resources::new).unwrap_or_default())
+/// were started before it (KEP-753), and the overhead. While containers are being resized, each counts with the most of
+/// what it should have, has been given, and has; what the node cannot give does not count (KEP-1287).
+fn requests(spec: &PodSpec, status: Option<&PodStatus>, adjust: impl Fn(Resources) -> Resources) -> Resources {
+    let read = |list: Option<&BTreeMap<String, Text>>| list.map(Resources::new).unwrap_or_default();
+    let of = |r: Option<&ResourceRequirements>| read(r.and_then(|r| r.requests.as_ref()));
+    let mut conditions = status.iter().flat_map(|s| s.conditions.iter().flatten());
+    let infeasible = conditions.any(|c| c.type_ == "PodResizePending" && c.reason.as_deref() == Some("Infeasible"));
+    let of_container = |c: &Container| {
+        let statuses =
+            status.iter().flat_map(|s| s.container_statuses.iter().chain(&s.init_container_statuses).flatten());
+        let mut most = Resources::default();
+        for status in statuses.filter(|s| s.name == c.name) {
+            most.max(&of(status.resources.as_ref()));
+            most.max(&read(status.allocated_resources.as_ref()));
+        }
+        if !infeasible || most == Resources::default() {
+            most.max(&of(c.resources.as_ref()));
+        }
+        adjust(most)
     };
-    let of_container = |c: &Container| of(c.resources.as_ref());
     let mut running = Resources::default();
     for container in &spec.containers {
         running.add(&of_container(container));
@@ -409,4 +425,35 @@ fn requests(spec: &k8s_openapi::api::core::v1::PodSpec, adjust: impl Fn(Resource
         running.add(&Resources::new(overhead));
     }
     running
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_pod_that_is_being_resized_counts_with_the_most() {
+        let cpu = |reason: &str, status: serde_json::Value| {
+            let pod = json!({"metadata": {"name": "p"},
+                "spec": {"containers": [{"name": "a", "resources": {"requests": {"cpu": "4"}}}]},
+                "status": {"conditions": [{"type": "PodResizePending", "status": "True", "reason": reason}],
+                           "containerStatuses": [status]}});
+            let pod: Pod = serde_json::from_value(pod).unwrap();
+            PodInfo::new(&pod).requests.cpu
+        };
+        let status = |allocated: &str, actual: &str| {
+            json!({"name": "a", "image": "i", "imageID": "", "ready": true, "restartCount": 0,
+                "allocatedResources": {"cpu": allocated}, "resources": {"requests": {"cpu": actual}}})
+        };
+        for (reason, status, expect) in [
+            ("Deferred", status("1", "1"), 4000),
+            ("", status("5", "1"), 5000),
+            ("", status("4", "6"), 6000),
+            ("Infeasible", status("1", "2"), 2000),
+        ] {
+            assert_eq!(cpu(reason, status.clone()), expect, "{reason} {status}");
+        }
+    }
 }

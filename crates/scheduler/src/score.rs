@@ -1,7 +1,9 @@
 //! Which of several nodes is the best. Each score goes from 0 to 100; weights are upstream's defaults.
 
+use seawall_api::node_selector::{term_matches, tolerates};
+
 use crate::{
-    affinity::{Liking, term_matches, tolerates},
+    affinity::Liking,
     pod::PodInfo,
     snapshot::{NodeInfo, Snapshot},
     spread::Counts,
@@ -29,7 +31,11 @@ pub fn score(snapshot: &Snapshot, pod: &PodInfo, nodes: &[&NodeInfo]) -> Vec<i64
     );
     if !pod.node_preferred.is_empty() {
         let sum = |n: &NodeInfo| {
-            pod.node_preferred.iter().filter(|(_, t)| term_matches(t, &n.facts)).map(|(weight, _)| weight).sum()
+            pod.node_preferred
+                .iter()
+                .filter(|(_, t)| term_matches(t, &n.facts.name, &n.facts.labels))
+                .map(|(weight, _)| weight)
+                .sum()
         };
         add(NODE_AFFINITY, scaled(raw(&sum)));
     }
