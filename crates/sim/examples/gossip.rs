@@ -22,6 +22,9 @@ fn called(changes: &[Change], verdict: Verdict) -> BTreeSet<usize> {
     changes.iter().filter(|c| c.verdict == Some(verdict)).map(|c| c.about).collect()
 }
 
+/// How long it is waited until all know each other again, in seconds.
+const PATIENCE: u64 = 60;
+
 /// A cluster that goes from one bad day to the next.
 struct Run {
     members: usize,
@@ -81,16 +84,32 @@ impl Run {
                 at += pause + Duration::from_millis(2000 + self.world.random(10_000) as u64);
             }
         }
-        self.world.run(end);
-        let bytes = (self.world.traffic.1 - traffic.1) as f64 / self.members as f64 / self.length as f64;
-        self.world.lose(0);
-        self.world.run(end + secs(10));
-        let (suspect, dead) =
-            (called(&self.world.changes, Verdict::Suspect), called(&self.world.changes, Verdict::Dead));
+        let (mut suspect, mut dead, mut most) = (BTreeSet::new(), BTreeSet::new(), 0.0f64);
+        let before: Vec<u64> = (0..self.members).map(|n| self.world.sent(n)).collect();
+        let mut bytes = 0.0;
+        let mut whole = None;
+        for second in 0..self.length + PATIENCE {
+            if second > self.length && self.world.whole() {
+                whole = Some(second - self.length);
+                break;
+            }
+            if second == self.length {
+                self.world.lose(0);
+                let all = self.members as f64 * self.length as f64;
+                bytes = (self.world.traffic.1 - traffic.1) as f64 / all;
+                let sent = |n: usize| (self.world.sent(n) - before[n]) as f64 / self.length as f64;
+                most = (0..self.members).map(sent).fold(0.0, f64::max);
+            }
+            // What many think of many is too much to be kept for long.
+            self.world.run(start + secs(second + 1));
+            suspect.extend(called(&self.world.changes, Verdict::Suspect));
+            dead.extend(called(&self.world.changes, Verdict::Dead));
+            self.world.changes.clear();
+        }
         let of = |set: &BTreeSet<usize>, victims: bool| set.iter().filter(|n| (*n % 5 == 0) == victims).count();
         self.say(&format!(
             "a fifth {} for {} s, 1 % loss: of these {} {} called suspect, {} dead; of the others {} suspect, {} dead; all \
-             back after 10 s: {}; {:.2} kB per member and second",
+             back after {} s; {:.2} kB per member and second, {:.2} of the one that sent most",
             if starved { "starved (pauses up to 3 s)" } else { "frozen (1-30 s)" },
             self.length,
             victims.len(),
@@ -98,8 +117,9 @@ impl Run {
             of(&dead, true),
             of(&suspect, false),
             of(&dead, false),
-            self.world.whole(),
+            whole.map_or(format!("more than {PATIENCE}"), |seconds| seconds.to_string()),
             bytes / 1e3,
+            most / 1e3,
         ));
     }
 

@@ -216,6 +216,11 @@ fn starved(seeds: u64, length: u64) {
         for victim in &victims {
             world.plan(secs(3), Fault::Starve(*victim, ms(3000), secs(length)));
         }
+        world.run(secs(length));
+        // After that they are well, and may rightly accuse one whose last pause is not over.
+        if let Some(victim) = victims.iter().find(|victim| world.counters(**victim).accusations > 0) {
+            return Err(broken(format!("{victim} was starved and accused somebody"), &world));
+        }
         world.run(secs(length + 20));
         let dead = world.changes.iter().find(|change| change.verdict == Some(Verdict::Dead));
         if let Some(wrong) = dead {
@@ -225,15 +230,47 @@ fn starved(seeds: u64, length: u64) {
         if let Some(wrong) = world.changes.iter().find(wrong) {
             return Err(broken(format!("starved were {victims:?}: {wrong:?}"), &world));
         }
-        if let Some(victim) = victims.iter().find(|victim| world.counters(**victim).accusations > 0) {
-            return Err(broken(format!("{victim} was starved and accused somebody"), &world));
-        }
         let noticed = victims.iter().all(|victim| world.changes.iter().any(|change| change.about == *victim));
         match noticed && world.whole() {
             true => Ok(()),
             false => Err(broken(format!("nobody noticed anything ({noticed}), or not all are back"), &world)),
         }
     });
+}
+
+/// Many in trouble at once are no trouble for the others: what is said of them is bounded, and news of an objection that has
+/// not reached one of many does not kill who objected.
+#[test]
+fn many_in_trouble_neither_flood_the_others_nor_die() {
+    for (members, starve, limit) in [(100, true, 64), (150, false, 48)] {
+        let mut world = World::new(1, Setting { members, loss: 1, ..Setting::default() });
+        let victims: Vec<usize> = (0..members / 5).map(|n| n * 5).collect();
+        world.run(secs(3));
+        let before = world.traffic.1;
+        for victim in &victims {
+            let later = secs(3) + ms(world.random(3000) as u64);
+            let length = ms(1000 + world.random(11_000) as u64);
+            world.plan(
+                later,
+                match starve {
+                    true => Fault::Starve(*victim, secs(3), secs(18)),
+                    false => Fault::Freeze(*victim, length),
+                },
+            );
+        }
+        world.run(secs(18));
+        let each = (world.traffic.1 - before) / members as u64 / 15;
+        assert!(each < limit * 1000, "{each} bytes per member and second");
+        world.lose(0);
+        world.run(secs(28));
+        let wrong = |c: &&Change| match c.verdict {
+            Some(Verdict::Dead) => starve || !victims.contains(&c.about),
+            Some(Verdict::Suspect) => !victims.contains(&c.about),
+            _ => false,
+        };
+        assert_eq!(world.changes.iter().find(wrong), None);
+        assert!(world.whole());
+    }
 }
 
 /// Pauses during which the kernel goes on answering are nobody's death, unless they last.
