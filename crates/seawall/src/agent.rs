@@ -94,7 +94,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let serving = server_config(certificate.clone(), follower.callers.clone(), &["http/1.1"])?;
     parts.push(csr::keep_serving(
         &machine.name,
-        &[machine.ip],
+        &machine.ips,
         &files.agent_serving(),
         client.clone(),
         follower.ca.subscribe(),

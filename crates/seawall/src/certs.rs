@@ -59,7 +59,7 @@ struct Shared {
     clients: Arc<ClientAuthorities>,
     names: Names,
     node: String,
-    ip: IpAddr,
+    ips: Vec<IpAddr>,
     /// Where this server is reached on its own machine.
     url: String,
     data_dir: PathBuf,
@@ -99,10 +99,10 @@ fn issue(
     authority: &Authority,
     (names, addresses): &(Vec<String>, Vec<IpAddr>),
     node: &str,
-    ip: IpAddr,
+    ips: &[IpAddr],
 ) -> anyhow::Result<Issued> {
     let user = format!("system:node:{node}");
-    let of_node = [ip, Ipv4Addr::LOCALHOST.into()];
+    let of_node: Vec<IpAddr> = ips.iter().copied().chain([Ipv4Addr::LOCALHOST.into()]).collect();
     Ok(Issued {
         serving: authority.server("kube-apiserver", "", names, addresses)?,
         agent: authority.server(&user, NODES, &[node.to_owned()], &of_node)?,
@@ -147,12 +147,12 @@ impl ServerCertificates {
             .map(|n| (*n).to_owned())
             .chain([format!("kubernetes.default.svc.{domain}"), machine.name.clone()])
             .collect();
-        let mut addresses = vec![machine.ip, Ipv4Addr::LOCALHOST.into()];
-        addresses.extend(cluster.service_cidr.hosts().next());
+        let mut addresses = [&machine.ips[..], &[Ipv4Addr::LOCALHOST.into()]].concat();
+        addresses.extend(cluster.service_cidr.first().hosts().next());
         let names = Names { names, addresses };
         let (all, addresses) = names.with(tls_san.iter().map(String::as_str));
         let names = Names { names: all, addresses };
-        let issued = issue(&authorities.authority()?, &names.with([].into_iter()), &machine.name, machine.ip)?;
+        let issued = issue(&authorities.authority()?, &names.with([].into_iter()), &machine.name, &machine.ips)?;
         issued.keep_copies(files)?;
         let (bundle, signer) = (authorities.bundle(), authorities.signer());
         let clients = ClientAuthorities::new(&bundle)?;
@@ -171,7 +171,7 @@ impl ServerCertificates {
             bundle: watch::channel(bundle).0,
             names,
             node: machine.name.clone(),
-            ip: machine.ip,
+            ips: machine.ips.clone(),
             url,
             data_dir: machine.options.data_dir.clone(),
             files: files.clone(),
@@ -287,7 +287,7 @@ impl ServerCertificates {
     fn reissue(&self, server: &Server, authority: &Authority, entry: &[String]) -> anyhow::Result<()> {
         let this = &self.0;
         let names = this.names.with(entry.iter().map(String::as_str));
-        let issued = issue(authority, &names, &this.node, this.ip)?;
+        let issued = issue(authority, &names, &this.node, &this.ips)?;
         let bundle = this.bundle.borrow().clone();
         this.serving.replace(&issued.serving)?;
         this.agent.replace(&issued.agent)?;

@@ -44,6 +44,7 @@ impl Cluster {
             tolerations: Default::default(),
             inflight: Default::default(),
             goaway_chance: 0.0,
+            event_ttl: Duration::from_secs(3600),
             access: Default::default(),
         };
         let stop = CancellationToken::new();
@@ -78,10 +79,11 @@ impl Cluster {
         tokio::spawn(seawall_controllers::run(client, config, self.stop.clone()));
     }
 
-    async fn node(&self, name: &str, ip: &str) {
+    async fn node(&self, name: &str, ips: &[&str]) {
         let api: Api<k8s_openapi::api::core::v1::Node> =
             Api::all(self.client(&format!("system:node:{name}"), &[NODES]));
-        let addresses = json!([{"type": "Hostname", "address": name}, {"type": "InternalIP", "address": ip}]);
+        let mut addresses = vec![json!({"type": "Hostname", "address": name})];
+        addresses.extend(ips.iter().map(|ip| json!({"type": "InternalIP", "address": ip})));
         let node = json!({"metadata": {"name": name}, "status": {"addresses": addresses}});
         api.create(&PostParams::default(), &serde_json::from_value(node).unwrap()).await.unwrap();
     }
@@ -116,7 +118,7 @@ async fn a_newcomer_becomes_a_node_and_serves() {
     assert!(request(&client, &Wanted::client("a"), JOINING).await.is_ok());
     let path = cluster.dir.path().join("pki/serving.pem");
     let certificate = ServingCertificate::pending();
-    let addresses = ["192.168.0.1".parse().unwrap()];
+    let addresses = ["192.168.0.1".parse().unwrap(), "fd00::1".parse().unwrap()];
     let kept = keep_serving("a", &addresses, &path, client, nobody(), certificate.clone(), cluster.stop.clone());
     let requests: Api<CertificateSigningRequest> = Api::all(cluster.admin());
     until("a request for a serving certificate", async || {
@@ -125,12 +127,14 @@ async fn a_newcomer_becomes_a_node_and_serves() {
     })
     .await;
     assert!(!certificate.is_there());
-    cluster.node("a", "192.168.0.1").await;
+    cluster.node("a", &["192.168.0.1", "fd00::1"]).await;
     until("a serving certificate", async || certificate.is_there()).await;
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let stored = read(&path).unwrap().unwrap();
-    assert_eq!(seawall_server::tls::names(&stored.certificate).unwrap(), ["a", "192.168.0.1"]);
+    assert_eq!(seawall_server::tls::names(&stored.certificate).unwrap(), ["a", "192.168.0.1", "fd00::1"]);
     assert!(has_names(&stored, &Wanted::serving("a", &addresses)));
+    let other = [addresses[0], "fd00::2".parse().unwrap()];
+    assert!(!has_names(&stored, &Wanted::serving("a", &other)), "one of them is another");
     assert!(!has_names(&stored, &Wanted::serving("a", &["192.168.0.2".parse().unwrap()])), "it has moved");
     kept.abort();
 }

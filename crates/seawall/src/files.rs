@@ -87,6 +87,11 @@ impl Files {
         self.root.join("store")
     }
 
+    /// Snapshots of all objects.
+    pub fn snapshots(&self) -> PathBuf {
+        self.root.join("snapshots")
+    }
+
     /// The agent's part.
     pub fn agent(&self) -> PathBuf {
         self.root.join("agent")

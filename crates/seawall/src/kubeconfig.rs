@@ -73,8 +73,11 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The servers by name, this machine's first.
-async fn others(data_dir: &Path) -> anyhow::Result<Vec<(String, String)>> {
+/// The servers by name, with their URLs, this machine's first.
+///
+/// # Errors
+/// If the server of this machine does not answer.
+pub async fn others(data_dir: &Path) -> anyhow::Result<Vec<(String, String)>> {
     let admin = admin(data_dir).await?;
     let leases = kube::Api::<Lease>::namespaced(admin.client, "kube-system");
     let of_servers = kube::api::ListParams::default().labels("apiserver.kubernetes.io/identity=kube-apiserver");
@@ -104,10 +107,12 @@ struct Parts {
 }
 
 fn read(data_dir: &Path) -> anyhow::Result<Parts> {
-    let path = path(data_dir);
-    let text = std::fs::read_to_string(&path).with_context(|| {
-        format!("{}: no server has been started with --data-dir {}", path.display(), data_dir.display())
-    })?;
+    read_file(&path(data_dir))
+        .with_context(|| format!("no server has been started with --data-dir {}", data_dir.display()))
+}
+
+fn read_file(path: &Path) -> anyhow::Result<Parts> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let config: Value = serde_yaml_ng::from_str(&text).with_context(|| path.display().to_string())?;
     let decode = |value: &Value| -> Option<String> {
         String::from_utf8(base64::engine::general_purpose::STANDARD.decode(value.as_str()?).ok()?).ok()
@@ -138,7 +143,19 @@ pub struct Admin {
 /// # Errors
 /// If no server has left one, or it has been changed into something that we did not write.
 pub async fn admin(data_dir: &Path) -> anyhow::Result<Admin> {
-    let Parts { ca, certificate, key, server } = read(data_dir)?;
+    connect(read(data_dir)?).await
+}
+
+/// A client of whom such a file names.
+///
+/// # Errors
+/// If it is none that we wrote, or its server has no address.
+pub async fn client(path: &Path) -> anyhow::Result<kube::Client> {
+    Ok(connect(read_file(path)?).await?.client)
+}
+
+async fn connect(parts: Parts) -> anyhow::Result<Admin> {
+    let Parts { ca, certificate, key, server } = parts;
     let credentials =
         seawall_client::tls::Credentials { ca_pem: ca.clone(), certificate: Some((certificate, key)), token: None };
     let address = crate::join::address_of(&server).await?;

@@ -75,6 +75,9 @@ pub struct Clean {
     /// Where the logs of pods are.
     #[arg(long, default_value = "/var/log/pods")]
     pod_log_dir: PathBuf,
+    /// The directory of device plugins.
+    #[arg(long, default_value = seawall_node::devices::DIRECTORY)]
+    device_plugin_dir: PathBuf,
     /// Take away the cluster's data too, for good.
     #[arg(long)]
     data: bool,
@@ -136,6 +139,7 @@ pub async fn clean(args: Clean) -> anyhow::Result<()> {
     config.data_dir = args.data_dir.join("agent");
     config.run_dir = args.run_dir.clone();
     config.log_dir = args.pod_log_dir.clone();
+    config.device_plugins = args.device_plugin_dir.clone();
     // A server without a node agent has no lock but its store's.
     let store = args.data_dir.join("store/lock");
     if let Some(server) = lock::user(&store).with_context(|| store.display().to_string())? {
@@ -144,6 +148,9 @@ pub async fn clean(args: Clean) -> anyhow::Result<()> {
     let traces = Traces::read(&config);
     seawall_node::remove_all(&config).await?;
     seawall_network::proxy::remove().await?;
+    seawall_network::policy::remove().await?;
+    seawall_network::announce::remove().await?;
+    seawall_dns::here::remove().await?;
     seawall_network::relay::kernel::remove().await?;
     seawall_network::routes::remove().await?;
     if args.data {

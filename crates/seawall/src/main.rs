@@ -5,7 +5,9 @@ mod agent;
 mod authorities;
 mod certs;
 mod csr;
+mod dns;
 mod encryption;
+mod entry;
 mod etcd;
 mod files;
 mod gossip;
@@ -14,12 +16,14 @@ mod join;
 mod kubeconfig;
 mod leave;
 mod machine;
+mod memory;
 mod metrics;
 mod migrate;
 mod node;
 mod options;
 mod paths;
 mod server;
+mod snapshot;
 mod supervise;
 mod token;
 
@@ -35,6 +39,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// The version of the Kubernetes API that is served, and ours.
 pub const VERSION: &str = concat!("v1.37.0+seawall", env!("CARGO_PKG_VERSION"));
+
+/// The exit code of `seawall check` when it found something; 1 is for whoever could not look.
+const FOUND: u8 = 3;
 
 /// A highly available, Kubernetes-compatible cluster in one binary.
 #[derive(Parser)]
@@ -53,6 +60,8 @@ enum Command {
     Server(Box<server::Args>),
     /// Run a node: pods, Services, and the way to the servers.
     Agent(Box<agent::Args>),
+    /// Run the cluster's DNS alone, as its replicas do.
+    Dns(Box<dns::Args>),
     /// Tokens with which machines join.
     #[command(subcommand)]
     Token(token::Command),
@@ -67,10 +76,20 @@ enum Command {
     Certs(certs::Command),
     /// Take the objects of a server that stands alone to an etcd, so that others can join it.
     Migrate(migrate::Args),
+    /// All objects of the cluster in a file, and back.
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
     /// Write a systemd unit, so that this machine is a server or an agent after every boot.
     Install(install::Args),
     /// Print a kubeconfig for a running server.
     Kubeconfig(kubeconfig::Args),
+    /// What stands in front of the servers and is not ours.
+    #[command(subcommand)]
+    Entry(entry::Command),
+    /// Say where the loss of one machine would be felt in a cluster, why, and what to do about it.
+    Check(seawall_drill::lint::Args),
+    /// Say what there is of a cluster, who leads, how it is, and where the loss of one machine would be felt.
+    Status(seawall_drill::lint::status::Args),
     /// Build container images from files of this machine and import them, without a registry.
     #[command(subcommand)]
     Image(machine::Image),
@@ -131,24 +150,37 @@ fn main() -> ExitCode {
             }
         };
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().on_thread_park(memory::idle).build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("seawall: no threads could be started: {error}");
             return ExitCode::FAILURE;
         }
     };
+    let mut code = ExitCode::SUCCESS;
     let result = runtime.block_on(async {
         match cli.command {
             Command::Server(args) => server::run(*args).await,
-            Command::Agent(args) => agent::run(*args).await,
+            Command::Agent(args) => {
+                memory::be_thrifty();
+                agent::run(*args).await
+            }
+            Command::Dns(args) => dns::run(*args).await,
             Command::Token(command) => token::run(command).await,
             Command::Member(command) => etcd::members::run(command).await,
             Command::Gossip(command) => gossip::run(command).await,
             Command::Certs(command) => certs::run(command).await,
             Command::Migrate(args) => migrate::run(args).await,
+            Command::Snapshot(command) => snapshot::run(command).await,
             Command::Install(args) => install::run(&args),
             Command::Kubeconfig(args) => kubeconfig::run(&args).await,
+            Command::Entry(command) => entry::run(command).await,
+            Command::Check(args) => seawall_drill::lint::run(args).await.map(|good| {
+                if !good {
+                    code = ExitCode::from(FOUND);
+                }
+            }),
+            Command::Status(args) => seawall_drill::lint::status::run(args).await,
             Command::Image(args) => machine::image(args).await,
             Command::Clean(args) => machine::clean(args).await,
             Command::FenceWatchdog { .. } => Ok(()),
@@ -161,7 +193,7 @@ fn main() -> ExitCode {
     // What still runs in the background is not waited for.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => code,
         Err(error) => {
             eprintln!("seawall: {error:#}");
             ExitCode::FAILURE

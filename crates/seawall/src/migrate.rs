@@ -1,18 +1,18 @@
 //! `seawall migrate`: a server that stood alone becomes one that others can join.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use seawall_quorum::timing::Timing;
 use seawall_store::{
     embedded::{Embedded, Options},
     etcd::Etcd,
-    migrate::migrate,
+    migrate::{Report, migrate},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    etcd::{members, process},
+    etcd::{Local, members, process},
     files::{Files, ServerState, StoreKind},
     options::{Machine, MachineOptions},
 };
@@ -67,7 +67,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     })?;
     let machine = Machine::new(MachineOptions {
         node_name: args.node_name.clone(),
-        node_ip: args.node_ip,
+        node_ip: args.node_ip.into_iter().collect(),
         ..MachineOptions::of(&args.data_dir, &args.run_dir)
     })?;
     process::check_program()?;
@@ -79,31 +79,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         std::fs::remove_dir_all(files.etcd_data()).context("an earlier attempt cannot be taken away")?;
     }
     let timing = Timing::of(cluster.timing);
-    let certificates = members::certificates(&files, &local)?;
-    let settings = process::Settings::new(&files, &args.run_dir, &local, &certificates, &timing);
-    let stop = CancellationToken::new();
-    let (running, ending) = (stop.clone(), stop.clone());
-    let etcd = tokio::spawn(async move { process::run(&settings, running).await });
-    let copied = async {
-        let mut options = members::options(&local, certificates.client, &timing);
-        options.migrating = true;
-        let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
-        let to = loop {
-            match Etcd::connect(options.clone()).await {
-                Ok(to) => break to,
-                Err(error) if tokio::time::Instant::now() > deadline => {
-                    return Err(error)
-                        .context(format!("etcd does not answer; {} says why", files.etcd_log().display()));
-                }
-                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
-            }
-        };
-        anyhow::Ok(migrate(&from, &to).await?)
-    };
-    let copied = copied.await;
-    ending.cancel();
-    etcd.await??;
-    let report = copied?;
+    let report = into_first_member(&files, &args.run_dir, &local, &timing, &from).await?;
     files.write_server(&ServerState { cluster, store: StoreKind::Stacked(local) })?;
     drop(from);
     let kept = args.data_dir.join("store.migrated");
@@ -119,4 +95,42 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         kept.display()
     );
     Ok(())
+}
+
+/// Starts the first member of an etcd, copies everything into it, and stops it again.
+///
+/// # Errors
+/// If it does not start, or is not complete afterwards.
+pub async fn into_first_member(
+    files: &Files,
+    run_dir: &Path,
+    local: &Local,
+    timing: &Timing,
+    from: &Embedded,
+) -> anyhow::Result<Report> {
+    let certificates = members::certificates(files, local)?;
+    let settings = process::Settings::new(files, run_dir, local, &certificates, timing);
+    let stop = CancellationToken::new();
+    let (running, ending) = (stop.clone(), stop.clone());
+    let etcd = tokio::spawn(async move { process::run(&settings, running).await });
+    let copied = async {
+        let mut options = members::options(local, certificates.client, timing);
+        options.migrating = true;
+        let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
+        let to = loop {
+            match Etcd::connect(options.clone()).await {
+                Ok(to) => break to,
+                Err(error) if tokio::time::Instant::now() > deadline => {
+                    return Err(error)
+                        .context(format!("etcd does not answer; {} says why", files.etcd_log().display()));
+                }
+                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+            }
+        };
+        anyhow::Ok(migrate(from, &to).await?)
+    };
+    let copied = copied.await;
+    ending.cancel();
+    etcd.await??;
+    copied
 }

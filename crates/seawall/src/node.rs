@@ -8,16 +8,17 @@ use std::{
 use kube::Client;
 use rustls::ServerConfig;
 use seawall_network::{
-    proxy,
+    announce, policy, proxy,
     relay::{self, Relay},
     routes, verdict,
 };
-use seawall_node::{Counted, fence, shutdown::Handle};
+use seawall_node::{Counted, Gate, fence, shutdown::Handle};
 use seawall_quorum::timing::Timing;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    VERSION, dns,
     files::Files,
     leave,
     options::{Cluster, Component, Machine},
@@ -47,6 +48,15 @@ pub fn components(
     if machine.runs(Component::Agent) {
         let mut config = agent_config(machine, cluster, timing, identity);
         config.shutdown = leaving.clone();
+        if machine.runs(Component::Policy) {
+            let handle = policy::Handle::new(client.clone());
+            config.gate = Some(gate(&handle));
+            let (client, config) =
+                (client.clone(), policy::Config { node_name: machine.name.clone(), ..Default::default() });
+            parts.push(component("policy", stop.clone(), move |stop| {
+                policy::run(client.clone(), config.clone(), handle.clone(), stop)
+            }));
+        }
         let client = client.clone();
         parts.push(component("agent", stop.clone(), move |stop| {
             seawall_node::run(client.clone(), config.clone(), stop)
@@ -60,8 +70,8 @@ pub fn components(
             relay: for_proxy,
             relearn: timing.verdict_memory,
             node_name: machine.name.clone(),
-            node_ips: vec![machine.ip],
-            cluster_cidrs: vec![cluster.cluster_cidr],
+            node_ips: machine.ips.clone(),
+            cluster_cidrs: cluster.cluster_cidr.iter().collect(),
             file: Some(Files::new(&machine.options.data_dir).agent().join("proxy.json")),
             ..Default::default()
         };
@@ -88,12 +98,42 @@ pub fn components(
             }));
         }
     }
+    if machine.runs(Component::LoadBalancer) && machine.runs(Component::Proxy) && machine.runs(Component::Agent) {
+        let config = announce::Config {
+            node_name: machine.name.clone(),
+            node_ip: machine.ip,
+            file: Some(Files::new(&machine.options.data_dir).agent().join("announce.json")),
+            ..Default::default()
+        };
+        let (client, told) = (client.clone(), verdicts.clone());
+        parts.push(component("load balancer", stop.clone(), move |stop| {
+            announce::run(client.clone(), config.clone(), told.clone(), stop)
+        }));
+    }
+    parts.extend(dns::on_node(machine, cluster, client, verdicts, stop));
     if machine.runs(Component::Routes) && machine.runs(Component::Agent) {
-        let (client, config) =
-            (client.clone(), routes::Config { node_name: machine.name.clone(), ..Default::default() });
+        let config = routes::Config {
+            node_name: machine.name.clone(),
+            tunnel: machine.options.tunnel.into(),
+            tunnel_port: machine.options.tunnel_port,
+            ..Default::default()
+        };
+        let client = client.clone();
         parts.push(component("routes", stop.clone(), move |stop| routes::run(client.clone(), config.clone(), stop)));
     }
     parts
+}
+
+/// The agent starts no container before the rules for its pod are in force.
+fn gate(handle: &policy::Handle) -> Gate {
+    let (admits, leaves) = (handle.clone(), handle.clone());
+    Gate {
+        admit: Arc::new(move |pod, ips| {
+            let handle = admits.clone();
+            Box::pin(async move { handle.admit(&pod, &ips).await })
+        }),
+        left: Arc::new(move |uid| leaves.left(uid)),
+    }
 }
 
 fn agent_config(
@@ -107,13 +147,21 @@ fn agent_config(
     config.data_dir = Files::new(&options.data_dir).agent();
     config.run_dir = options.run_dir.clone();
     config.log_dir = options.pod_log_dir.clone();
+    let manifests = options.pod_manifest_path.clone();
+    config.manifests = Some(manifests.unwrap_or_else(|| options.data_dir.join("manifests")));
+    config.device_plugins = options.device_plugin_dir.clone();
     config.runtime = match &options.container_runtime_endpoint {
         Some(endpoint) => seawall_node::Runtime::External { endpoint: endpoint.clone() },
         None => seawall_node::Runtime::Supervised {},
     };
     config.cluster_dns = cluster.dns.clone();
+    config.own_image = Some(seawall_node::own::name(VERSION));
     config.cluster_domain = cluster.domain.clone();
+    config.node_ips = machine.ips.clone();
+    config.cluster_cidrs = cluster.cluster_cidr.iter().collect();
     config.cni_conf_dir = options.cni_conf_dir.clone();
+    config.pod_mtu = options.pod_mtu;
+    config.rules_number = Some(|| seawall_network::nft::generation(&["nft".to_owned()]));
     config.tls = Some(identity.tls.clone());
     let sources = machine.metrics.clone();
     config.metrics = Some(Counted(Arc::new(move || sources.render())));
@@ -121,7 +169,12 @@ fn agent_config(
     config.port = options.agent_port;
     config.node_labels = machine.labels.clone();
     config.taints = machine.taints.clone();
-    config.eviction_hard = options.eviction_hard.clone();
+    config.eviction = options.pressure.eviction();
+    config.images = options.pressure.images();
+    config.reserved = options.pressure.reserved();
+    config.cpu_policy = options.pressure.cpu_manager_policy;
+    config.topology = options.pressure.topology();
+    config.max_pods = options.pressure.max_pods;
     config.lease = timing.node_lease;
     config.lease_request = timing.node_lease_request;
     config.fence = fence::Config {

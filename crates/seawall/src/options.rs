@@ -9,13 +9,20 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use k8s_openapi::api::core::v1::Taint;
+use seawall_api::ranges::{NodeMasks, Ranges};
 use seawall_quorum::timing::Profile;
 use serde::{Deserialize, Serialize};
 
 use crate::metrics::Sources;
 
+mod file;
+mod inflight;
+mod pressure;
 mod timing;
 
+pub use file::with_config_file;
+pub use inflight::InflightOptions;
+pub use pressure::PressureOptions;
 pub use timing::{EvictionOptions, TimingOptions, duration};
 
 /// Parts that can be left out.
@@ -35,8 +42,14 @@ pub enum Component {
     Balancer,
     /// The routes to other nodes' pods.
     Routes,
+    /// The rules of NetworkPolicies.
+    Policy,
+    /// Answering for the addresses of Services of type LoadBalancer.
+    LoadBalancer,
     /// The gossip, by which machines find out which of them live.
     Gossip,
+    /// The cluster's DNS: on a node its own, on a server also the replicas.
+    Dns,
 }
 
 /// Options of a machine.
@@ -51,9 +64,10 @@ pub struct MachineOptions {
     /// The name of this machine's Node [default: the host name].
     #[arg(long)]
     pub node_name: Option<String>,
-    /// The address under which other machines reach this one [default: that of the default route].
-    #[arg(long)]
-    pub node_ip: Option<IpAddr>,
+    /// The address under which other machines reach this one, or one of each family, as ADDRESS,ADDRESS: the first is what
+    /// servers and the gossip are reached by [default: that of the default route].
+    #[arg(long, value_delimiter = ',', value_name = "ADDRESS")]
+    pub node_ip: Vec<IpAddr>,
     /// A label for the Node, as KEY=VALUE. May be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub node_label: Vec<String>,
@@ -76,16 +90,33 @@ pub struct MachineOptions {
     /// Where the logs of pods go.
     #[arg(long, default_value = "/var/log/pods")]
     pub pod_log_dir: PathBuf,
-    /// When the Node says that it is short of memory, disk or process numbers, so that no pods are placed on it:
-    /// SIGNAL<AMOUNT or SIGNAL<PERCENT%, separated by commas. A signal that is not named has no threshold.
-    #[arg(long, default_value = seawall_node::pressure::DEFAULT, value_name = "SIGNAL<AMOUNT,...", overrides_with = "eviction_hard")]
-    pub eviction_hard: seawall_node::pressure::Thresholds,
+    /// The directory of static pods: each file in it is the manifest of a pod that runs on this machine, with or without the
+    /// API [default: manifests in the data directory].
+    #[arg(long, value_name = "DIRECTORY")]
+    pub pod_manifest_path: Option<PathBuf>,
+    /// The directory of device plugins: where they look for the agent's socket (kubelet.sock) and put their own.
+    #[arg(long, default_value = seawall_node::devices::DIRECTORY, value_name = "DIRECTORY")]
+    pub device_plugin_dir: PathBuf,
+    /// When pods are looked after, and how much of the machine is theirs.
+    #[command(flatten)]
+    pub pressure: PressureOptions,
     /// The port of this machine's balancer, on 127.0.0.1.
     #[arg(long, default_value_t = 6444)]
     pub balancer_port: u16,
     /// The port of the gossip (UDP), the same on all machines.
     #[arg(long, default_value_t = seawall_network::gossip::PORT)]
     pub gossip_port: u16,
+    /// When pods of other nodes are reached by a tunnel from node to node (VXLAN): with auto where a node is on no network
+    /// of this machine, with never not at all, with always also on one network, for networks that let nothing pass that has
+    /// pods' addresses.
+    #[arg(long, value_enum, default_value_t)]
+    pub tunnel: Tunnel,
+    /// The port of the tunnel (UDP), the same on all machines.
+    #[arg(long, default_value_t = seawall_network::routes::PORT)]
+    pub tunnel_port: u16,
+    /// The size of the largest packet of pods, in bytes [default: that of the interface with --node-ip].
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1280..=65535))]
+    pub pod_mtu: Option<u32>,
     /// The port of this machine's relay, on 127.0.0.1.
     #[arg(long, default_value_t = 6445)]
     pub relay_port: u16,
@@ -119,6 +150,28 @@ pub enum OnSigterm {
     Never,
 }
 
+/// When there is a tunnel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Tunnel {
+    /// Where it is needed.
+    #[default]
+    Auto,
+    /// Nowhere.
+    Never,
+    /// Everywhere.
+    Always,
+}
+
+impl From<Tunnel> for seawall_network::routes::Tunnel {
+    fn from(tunnel: Tunnel) -> Self {
+        match tunnel {
+            Tunnel::Auto => Self::Auto,
+            Tunnel::Never => Self::Never,
+            Tunnel::Always => Self::Always,
+        }
+    }
+}
+
 impl MachineOptions {
     /// The defaults, with these directories.
     pub fn of(data_dir: &Path, run_dir: &Path) -> MachineOptions {
@@ -126,7 +179,7 @@ impl MachineOptions {
             data_dir: data_dir.to_owned(),
             run_dir: run_dir.to_owned(),
             node_name: None,
-            node_ip: None,
+            node_ip: Vec::new(),
             node_label: Vec::new(),
             node_taint: Vec::new(),
             agent_port: 10250,
@@ -134,9 +187,14 @@ impl MachineOptions {
             cni_conf_dir: None,
             hardware_watchdog: None,
             pod_log_dir: "/var/log/pods".into(),
-            eviction_hard: Default::default(),
+            pod_manifest_path: None,
+            device_plugin_dir: seawall_node::devices::DIRECTORY.into(),
+            pressure: PressureOptions::default(),
             balancer_port: 6444,
             gossip_port: seawall_network::gossip::PORT,
+            tunnel: Tunnel::Auto,
+            tunnel_port: seawall_network::routes::PORT,
+            pod_mtu: None,
             relay_port: 6445,
             relay_default: false,
             shutdown_grace_period_by_pod_priority: None,
@@ -151,9 +209,12 @@ impl MachineOptions {
 #[serde(rename_all = "camelCase")]
 pub struct Cluster {
     /// The addresses of pods.
-    pub cluster_cidr: ipnet::IpNet,
+    pub cluster_cidr: Ranges,
+    /// The size of each node's part of them.
+    #[serde(default)]
+    pub node_masks: NodeMasks,
     /// The addresses of Services.
-    pub service_cidr: ipnet::IpNet,
+    pub service_cidr: Ranges,
     /// The ports of Services on nodes: first and last.
     pub node_ports: (u16, u16),
     /// The domain of the cluster.
@@ -166,62 +227,36 @@ pub struct Cluster {
     pub timing: Profile,
 }
 
-/// How many requests a server carries out at a time, by upstream's names
-/// (<https://kubernetes.io/docs/concepts/cluster-administration/flow-control/>).
-#[derive(clap::Args)]
-pub struct InflightOptions {
-    /// How many requests that change nothing are carried out at a time. With those that change something, the seats that are
-    /// shared out by priority. 0 for as many as come.
-    #[arg(long, default_value_t = 400, value_name = "COUNT")]
-    max_requests_inflight: u32,
-    /// How many requests that change something are carried out at a time.
-    #[arg(long, default_value_t = 200, value_name = "COUNT")]
-    max_mutating_requests_inflight: u32,
-    /// Whether requests wait for their turn by priority and fairness; without, what is too much is refused.
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "true|false")]
-    enable_priority_and_fairness: bool,
-    /// With which probability, at most 0.02, a request tells its HTTP/2 client to come again on another connection, which
-    /// spreads clients over several servers behind one entry.
-    #[arg(long, default_value_t = 0.0, value_name = "PROBABILITY")]
-    goaway_chance: f64,
-}
-
-impl InflightOptions {
-    /// Reads and checks it.
-    ///
-    /// # Errors
-    /// If it is no such probability.
-    pub fn goaway_chance(&self) -> anyhow::Result<f64> {
-        let chance = self.goaway_chance;
-        if !(0.0..=0.02).contains(&chance) {
-            bail!("--goaway-chance {chance}: must be between 0 and 0.02, or clients would do nothing but connect");
-        }
-        Ok(chance)
-    }
-
-    /// What the API server is told.
-    pub fn get(&self) -> seawall_server::Inflight {
-        let most = self.max_requests_inflight.saturating_add(self.max_mutating_requests_inflight).min(1_000_000);
-        seawall_server::Inflight { most, fair: self.enable_priority_and_fairness }
-    }
-}
-
 /// Options of the server that begins a cluster.
 #[derive(clap::Args)]
 pub struct ClusterOptions {
-    /// The addresses of pods.
-    #[arg(long, default_value = "10.244.0.0/16")]
-    cluster_cidr: ipnet::IpNet,
-    /// The addresses of Services.
-    #[arg(long, default_value = "10.96.0.0/16")]
-    service_cidr: ipnet::IpNet,
+    /// The addresses of pods: a range, or one of each family, as RANGE,RANGE. The first is that of the addresses that come
+    /// first.
+    #[arg(long, default_value = "10.244.0.0/16", value_name = "RANGE")]
+    cluster_cidr: Ranges,
+    /// How long the prefix of each node's part of --cluster-cidr is, where that is one range [default: 24 for IPv4, 64 for IPv6,
+    /// or 8 bits more than the range if that is longer than a /56].
+    #[arg(long, value_name = "BITS")]
+    node_cidr_mask_size: Option<u8>,
+    /// The same for the range of IPv4.
+    #[arg(long, value_name = "BITS")]
+    node_cidr_mask_size_ipv4: Option<u8>,
+    /// The same for the range of IPv6, at most 16 bits more than the range.
+    #[arg(long, value_name = "BITS")]
+    node_cidr_mask_size_ipv6: Option<u8>,
+    /// The addresses of Services: a range, or one of each family, as RANGE,RANGE. A Service has one of the first unless it
+    /// says otherwise.
+    #[arg(long, default_value = "10.96.0.0/16", value_name = "RANGE")]
+    service_cidr: Ranges,
     /// The ports of Services on nodes.
     #[arg(long, default_value = "30000-32767", value_name = "FIRST-LAST")]
     service_node_port_range: String,
     /// The domain of the cluster.
     #[arg(long, default_value = "cluster.local")]
     cluster_domain: String,
-    /// The address of the cluster's DNS. May be repeated [default: pods use the node's].
+    /// The address of the cluster's DNS, which pods ask. May be repeated [default: the tenth of --service-cidr; with
+    /// --disable dns none, and pods ask whom the node asks]. One that is not of --service-cidr is somebody else's DNS: none
+    /// is run then.
     #[arg(long, value_name = "ADDRESS")]
     cluster_dns: Vec<IpAddr>,
 }
@@ -231,18 +266,33 @@ impl ClusterOptions {
     ///
     /// # Errors
     /// Those that are malformed or contradict one another.
-    pub fn resolve(&self, timing: Profile) -> anyhow::Result<Cluster> {
+    pub fn resolve(&self, timing: Profile, with_dns: bool) -> anyhow::Result<Cluster> {
         let ports = parse_range(&self.service_node_port_range)?;
         let (pods, services) = (self.cluster_cidr, self.service_cidr);
-        if pods.contains(&services.network()) || services.contains(&pods.network()) {
-            bail!("--cluster-cidr {pods} and --service-cidr {services} overlap: choose two ranges apart");
+        for (pods, services) in pods.iter().flat_map(|p| services.iter().map(move |s| (p, s))) {
+            if pods.contains(&services.network()) || services.contains(&pods.network()) {
+                bail!("--cluster-cidr {pods} and --service-cidr {services} overlap: choose two ranges apart");
+            }
+        }
+        if let Some(family) = services.families().into_iter().find(|family| !pods.families().contains(family)) {
+            bail!(
+                "--service-cidr {services} has {family}, and --cluster-cidr {pods} has not: no pod could be behind it"
+            );
+        }
+        let [any, ipv4, ipv6] =
+            [self.node_cidr_mask_size, self.node_cidr_mask_size_ipv4, self.node_cidr_mask_size_ipv6];
+        let node_masks = NodeMasks::of_flags(pods, any, ipv4, ipv6).map_err(anyhow::Error::msg)?;
+        let mut dns = self.cluster_dns.clone();
+        if dns.is_empty() && with_dns {
+            dns.extend(tenth(&services.first()));
         }
         Ok(Cluster {
             cluster_cidr: pods,
+            node_masks,
             service_cidr: services,
             node_ports: (*ports.start(), *ports.end()),
             domain: self.cluster_domain.clone(),
-            dns: self.cluster_dns.clone(),
+            dns,
             timing,
         })
     }
@@ -254,8 +304,10 @@ pub struct Machine {
     pub options: MachineOptions,
     /// The Node's name.
     pub name: String,
-    /// The address.
+    /// The address under which other machines reach it.
     pub ip: IpAddr,
+    /// All its addresses: the same, and one of the other family if it has one.
+    pub ips: Vec<IpAddr>,
     /// The labels.
     pub labels: BTreeMap<String, String>,
     /// The taints that the Node is registered with.
@@ -277,9 +329,11 @@ impl Machine {
             }
         };
         seawall_api::names::dns_subdomain(&name).map_err(|e| anyhow::anyhow!("--node-name {name:?}: {e}"))?;
-        let ip = match options.node_ip {
-            Some(ip) => ip,
-            None => default_address().context("no address of this machine was found: give --node-ip")?,
+        let ips = match options.node_ip[..] {
+            [] => vec![default_address().context("no address of this machine was found: give --node-ip")?],
+            [one] => vec![one],
+            [one, other] if one.is_ipv4() != other.is_ipv4() => vec![one, other],
+            _ => bail!("--node-ip {}: give one address, or one of IPv4 and one of IPv6", listed(&options.node_ip)),
         };
         let mut labels = BTreeMap::new();
         for label in &options.node_label {
@@ -289,8 +343,9 @@ impl Machine {
             seawall_api::names::label_value(value).map_err(|e| anyhow::anyhow!("--node-label {label:?}: {e}"))?;
             labels.insert(key.to_owned(), value.to_owned());
         }
+        options.pressure.check()?;
         let taints = options.node_taint.iter().map(|text| taint(text)).collect::<anyhow::Result<_>>()?;
-        Ok(Machine { options, name, ip, labels, taints, metrics: Sources::default() })
+        Ok(Machine { options, name, ip: ips[0], ips, labels, taints, metrics: Sources::default() })
     }
 
     /// Whether a part is run.
@@ -303,8 +358,8 @@ impl Machine {
     /// # Errors
     /// If its address lies in one of the cluster's ranges.
     pub fn fits(&self, cluster: &Cluster) -> anyhow::Result<()> {
-        let (ip, pods, services) = (self.ip, cluster.cluster_cidr, cluster.service_cidr);
-        if pods.contains(&ip) || services.contains(&ip) {
+        let (pods, services) = (cluster.cluster_cidr, cluster.service_cidr);
+        if let Some(ip) = self.ips.iter().find(|ip| pods.contains(**ip) || services.contains(**ip)) {
             bail!(
                 "the address {ip} of this machine lies in --cluster-cidr {pods} or --service-cidr {services}: \
                  choose others"
@@ -325,6 +380,10 @@ impl Machine {
     }
 }
 
+fn listed(ips: &[IpAddr]) -> String {
+    ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
 /// Reads a taint as kubectl writes it (<https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/>).
 fn taint(text: &str) -> anyhow::Result<Taint> {
     let way_out = || format!("--node-taint {text:?}: write KEY=VALUE:EFFECT or KEY:EFFECT");
@@ -337,6 +396,15 @@ fn taint(text: &str) -> anyhow::Result<Taint> {
     seawall_api::names::label_value(value).map_err(|e| anyhow::anyhow!("--node-taint {text:?}: {e}"))?;
     let value = (!value.is_empty()).then(|| value.to_owned());
     Ok(Taint { key: key.to_owned(), value, effect: effect.to_owned(), time_added: None })
+}
+
+/// The address of a range where clusters have their DNS; `None` if the range is too small.
+fn tenth(range: &ipnet::IpNet) -> Option<IpAddr> {
+    let ip: IpAddr = match range.network() {
+        IpAddr::V4(ip) => Ipv4Addr::from(u32::from(ip).checked_add(10)?).into(),
+        IpAddr::V6(ip) => std::net::Ipv6Addr::from(u128::from(ip).checked_add(10)?).into(),
+    };
+    (range.contains(&ip) && ip != range.broadcast()).then_some(ip)
 }
 
 fn parse_range(text: &str) -> anyhow::Result<RangeInclusive<u16>> {
@@ -365,63 +433,6 @@ fn default_address() -> Option<IpAddr> {
     found.find(|ip| !ip.is_loopback())
 }
 
-/// The arguments of a configuration file (`--config FILE`): YAML with the same words as the flags. What is given on the
-/// command line comes later and wins.
-///
-/// # Errors
-/// A file that cannot be read, or has something else than words and values.
-pub fn with_config_file(arguments: Vec<String>) -> anyhow::Result<Vec<String>> {
-    let mut out = Vec::new();
-    let mut rest = Vec::new();
-    let mut arguments = arguments.into_iter().peekable();
-    // The program and the command come before what the file says.
-    out.extend(arguments.next());
-    if let Some(command) = arguments.next_if(|a| !a.starts_with('-')) {
-        out.push(command);
-    }
-    while let Some(argument) = arguments.next() {
-        let file = match argument.strip_prefix("--config=") {
-            Some(file) => file.to_owned(),
-            None if argument == "--config" => arguments.next().context("--config: a file is missing")?,
-            None => {
-                rest.push(argument);
-                continue;
-            }
-        };
-        let text = std::fs::read_to_string(&file).with_context(|| format!("--config {file}"))?;
-        let entries: BTreeMap<String, serde_json::Value> = serde_yaml_ng::from_str(&text)
-            .with_context(|| format!("--config {file}: write one `flag: value` a line"))?;
-        for (key, value) in entries {
-            out.extend(flag(&key, &value).with_context(|| format!("--config {file}: {key}"))?);
-        }
-    }
-    out.extend(rest);
-    Ok(out)
-}
-
-fn flag(key: &str, value: &serde_json::Value) -> anyhow::Result<Vec<String>> {
-    use serde_json::Value;
-    Ok(match value {
-        Value::Bool(true) => vec![format!("--{key}")],
-        Value::Bool(false) | Value::Null => Vec::new(),
-        Value::Number(n) => vec![format!("--{key}={n}")],
-        Value::String(text) => vec![format!("--{key}={text}")],
-        Value::Array(items) => {
-            let mut all = Vec::new();
-            for item in items {
-                all.extend(flag(key, item)?);
-            }
-            all
-        }
-        Value::Object(entries) if entries.values().all(Value::is_string) => {
-            // As labels are written in YAML.
-            let pair = |(k, v): (&String, &Value)| format!("--{key}={k}={}", v.as_str().unwrap_or_default());
-            entries.iter().map(pair).collect()
-        }
-        Value::Object(_) => bail!("a value, a list of values or a map of texts is expected"),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -448,32 +459,13 @@ mod tests {
     }
 
     #[test]
-    fn the_file_says_what_the_flags_say() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("config.yaml");
-        std::fs::write(
-            &file,
-            "cluster-init: true\nport: 7443\ntls-san: [a.example, b.example]\nnode-label: {tier: web}\ndisable: null\n",
-        )
-        .unwrap();
-        let arguments = |list: &[&str]| list.iter().map(|a| (*a).to_owned()).collect::<Vec<_>>();
-        let config = file.display().to_string();
-        let all = with_config_file(arguments(&["seawall", "server", "--config", &config, "--port=8443"])).unwrap();
-        let expect = [
-            "seawall",
-            "server",
-            "--cluster-init",
-            "--node-label=tier=web",
-            "--port=7443",
-            "--tls-san=a.example",
-            "--tls-san=b.example",
-            "--port=8443",
-        ];
-        assert_eq!(all, expect);
-        std::fs::write(&file, "cluster-init: {a: [1]}\n").unwrap();
-        let error = with_config_file(arguments(&["seawall", "server", "--config", &config])).unwrap_err();
-        assert!(format!("{error:#}").contains("cluster-init: a value, a list of values"), "{error:#}");
-        let error = with_config_file(arguments(&["seawall", "server", "--config", "/nowhere"])).unwrap_err();
-        assert!(format!("{error:#}").contains("--config /nowhere: No such file"), "{error:#}");
+    fn the_address_of_dns() {
+        let check = |range: &str, expect: Option<&str>| {
+            assert_eq!(tenth(&range.parse().unwrap()), expect.map(|e| e.parse().unwrap()), "{range}");
+        };
+        check("10.96.0.0/16", Some("10.96.0.10"));
+        check("10.96.1.0/28", Some("10.96.1.10"));
+        check("10.96.1.0/29", None);
+        check("fd00:96::/112", Some("fd00:96::a"));
     }
 }

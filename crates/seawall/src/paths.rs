@@ -1,4 +1,4 @@
-//! How machines join: what a server answers.
+//! Paths of ours: how machines join, what a server answers about its snapshots.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
@@ -13,6 +13,7 @@ use crate::{
     files::{Files, StoreKind},
     join::{ClusterAnswer, ServerAnswer, ServerAsk},
     options::Cluster,
+    snapshot::keeper::{self, Keeper},
 };
 
 /// What every machine may know.
@@ -31,7 +32,7 @@ pub fn is_shared(name: &str) -> bool {
     SHARED.contains(&name) || AUTHORITY.contains(&name)
 }
 
-/// Answers those who join.
+/// Answers those who join, and administrators.
 pub struct Joining {
     /// Our files.
     pub files: Files,
@@ -45,6 +46,8 @@ pub struct Joining {
     pub store: StoreKind,
     /// The members of a stacked etcd.
     pub members: Option<Arc<Members>>,
+    /// The snapshots of this server.
+    pub snapshots: Arc<Keeper>,
 }
 
 #[async_trait]
@@ -70,6 +73,9 @@ impl Paths for Joining {
                 let answer = self.join(&asked).await?;
                 tracing::info!(name = asked.name, ip = %asked.ip, user = ask.user.username, "a server joins");
                 serde_json::to_value(answer).map_err(|e| internal(&e))
+            }
+            (_, path) if path == keeper::PATH || path.starts_with(&format!("{}/", keeper::PATH)) => {
+                self.snapshots.answer(&ask).await
             }
             _ => Err(Refusal(StatusCode::NOT_FOUND, "NotFound", format!("there is nothing at {}", ask.path))),
         }

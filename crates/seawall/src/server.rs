@@ -1,13 +1,14 @@
 //! `seawall server`: the API server, the scheduler, the controllers and the node agent in one process, and etcd beside it.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     sync::{Arc, OnceLock, Weak},
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
 use kube::{
     Api, Client,
@@ -17,6 +18,7 @@ use seawall_client::{
     election::{Election, lead},
     tls,
 };
+use seawall_controllers::load_balancer::pool::{Pool, Range};
 use seawall_network::{balancer, gossip::Gossip};
 use seawall_node::shutdown::Handle;
 use seawall_quorum::timing::Timing;
@@ -37,14 +39,15 @@ use crate::{
     VERSION,
     access::AccessOptions,
     certs::ServerCertificates,
-    encryption,
-    etcd::{members, process},
+    dns, encryption,
+    etcd::{self, members, process},
     files::{Files, ServerState, StoreKind},
     gossip, join, leave, node,
     options::{
         Cluster, ClusterOptions, Component, EvictionOptions, InflightOptions, Machine, MachineOptions, TimingOptions,
     },
     paths::Joining,
+    snapshot::keeper::{Keeper, SnapshotOptions},
     supervise::component,
 };
 
@@ -71,19 +74,10 @@ pub struct Args {
     /// file on all of them.
     #[arg(long, value_name = "FILE")]
     encryption_provider_config: Option<PathBuf>,
-    /// Keep the objects in this etcd, e.g. https://192.0.2.9:2379. May be repeated.
-    #[arg(long, value_name = "URL", value_delimiter = ',')]
-    etcd_servers: Vec<String>,
-    /// The certificate authority of that etcd.
-    #[arg(long, value_name = "FILE", requires_all = ["etcd_certfile", "etcd_keyfile"])]
-    etcd_cafile: Option<PathBuf>,
-    /// The certificate to show it.
-    #[arg(long, value_name = "FILE", requires = "etcd_cafile")]
-    etcd_certfile: Option<PathBuf>,
-    /// Its key.
-    #[arg(long, value_name = "FILE", requires = "etcd_cafile")]
-    etcd_keyfile: Option<PathBuf>,
-    /// The address to listen on.
+    /// The etcd that others run.
+    #[command(flatten)]
+    etcd: etcd::ExternalOptions,
+    /// The address to listen on; 0.0.0.0 are all of the machine's, also those of IPv6.
     #[arg(long, default_value = "0.0.0.0")]
     bind_address: IpAddr,
     /// The port of the API.
@@ -92,6 +86,11 @@ pub struct Args {
     /// A further name or address for the API's certificate. May be repeated.
     #[arg(long, value_name = "NAME")]
     tls_san: Vec<String>,
+    /// Addresses of the local network for Services of type LoadBalancer, e.g. 192.0.2.16/28 or 192.0.2.10-192.0.2.20, that
+    /// nobody else uses; one of the machines answers for each. May be repeated; the same on all servers. Without it such
+    /// Services wait for somebody else to give them an address.
+    #[arg(long, value_name = "RANGE", value_delimiter = ',')]
+    load_balancer_pool: Vec<Range>,
     #[command(flatten)]
     machine: MachineOptions,
     #[command(flatten)]
@@ -104,6 +103,20 @@ pub struct Args {
     inflight: InflightOptions,
     #[command(flatten)]
     access: AccessOptions,
+    #[command(flatten)]
+    snapshots: SnapshotOptions,
+}
+
+/// Listens on an address. All addresses of IPv4 are also those of IPv6, if the machine has some, as upstream.
+async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    if address.ip() == Ipv4Addr::UNSPECIFIED {
+        match TcpListener::bind((Ipv6Addr::UNSPECIFIED, address.port())).await {
+            // Without IPv6.
+            Err(error) if error.kind() != std::io::ErrorKind::AddrInUse => {}
+            result => return result,
+        }
+    }
+    TcpListener::bind(address).await
 }
 
 impl Args {
@@ -116,15 +129,19 @@ impl Args {
         format!("https://{}", SocketAddr::new(host, self.port))
     }
 
-    fn external(&self) -> Option<StoreKind> {
-        if self.etcd_servers.is_empty() {
-            return None;
+    /// The addresses of load balancers.
+    fn pool(&self, state: &ServerState) -> anyhow::Result<Pool> {
+        let (pods, services) = (state.cluster.cluster_cidr, state.cluster.service_cidr);
+        for range in &self.load_balancer_pool {
+            for (nets, flag) in [(pods, "--cluster-cidr"), (services, "--service-cidr")] {
+                if let Some(net) = nets.iter().find(|net| range.overlaps(net)) {
+                    bail!(
+                        "--load-balancer-pool {range} overlaps with {flag} {net}: choose addresses of the machines' network"
+                    );
+                }
+            }
         }
-        let files = match (&self.etcd_cafile, &self.etcd_certfile, &self.etcd_keyfile) {
-            (Some(ca), Some(certificate), Some(key)) => Some([ca.clone(), certificate.clone(), key.clone()]),
-            _ => None,
-        };
-        Some(StoreKind::External { servers: self.etcd_servers.clone(), files })
+        Ok(Pool(self.load_balancer_pool.clone()))
     }
 }
 
@@ -137,7 +154,7 @@ async fn decide(args: &Args, machine: &Machine, files: &Files) -> anyhow::Result
             );
         }
         // Where an external etcd is may change; that it is external does not.
-        if let (StoreKind::External { .. }, Some(external)) = (&state.store, args.external()) {
+        if let (StoreKind::External { .. }, Some(external)) = (&state.store, args.etcd.get()) {
             state.store = external;
             files.write_server(&state)?;
         }
@@ -158,7 +175,7 @@ async fn decide(args: &Args, machine: &Machine, files: &Files) -> anyhow::Result
     let state = match (&args.join, &args.token) {
         (Some(url), Some(token)) => join::server(url, token, machine, files).await?,
         _ => {
-            let store = match args.external() {
+            let store = match args.etcd.get() {
                 Some(external) => external,
                 None if args.cluster_init && files.store().exists() => bail!(
                     "--cluster-init: {} has the objects of a server that stood alone: take them along with `seawall \
@@ -168,7 +185,7 @@ async fn decide(args: &Args, machine: &Machine, files: &Files) -> anyhow::Result
                 None if args.cluster_init => StoreKind::Stacked(members::first(&machine.name, machine.ip)),
                 None => StoreKind::Embedded,
             };
-            ServerState { cluster: args.cluster.resolve(profile)?, store }
+            ServerState { cluster: args.cluster.resolve(profile, machine.runs(Component::Dns))?, store }
         }
     };
     machine.fits(&state.cluster)?;
@@ -199,8 +216,8 @@ async fn open_store(
         StoreKind::Embedded => {
             let dir = files.store();
             std::fs::create_dir_all(&dir).with_context(|| format!("--data-dir: {} cannot be made", dir.display()))?;
-            // Watchers resume from minutes ago; older history is of no use to a lone server and costs memory.
-            let options = Options { history_bytes: 48 << 20, ..Default::default() };
+            // Watchers of this life are served by the cache's log; this is for those who come back after a restart.
+            let options = Options { history_bytes: 8 << 20, ..Default::default() };
             let store: Arc<dyn Store> = Arc::new(Embedded::open(&dir, options)?);
             let compacting = tokio::spawn(compact(store.clone(), stop.clone()));
             Ok(Opened { store, etcd: None, members: None, parts: vec![compacting] })
@@ -220,29 +237,7 @@ async fn open_store(
             Ok(Opened { store: etcd.clone(), etcd: Some(etcd), members: Some(members), parts: vec![part] })
         }
         StoreKind::External { servers, files } => {
-            let tls = match files {
-                Some([ca, certificate, key]) => {
-                    let read =
-                        |path: &PathBuf| std::fs::read_to_string(path).with_context(|| path.display().to_string());
-                    Some(seawall_store::etcd::Tls {
-                        ca_pem: read(ca)?,
-                        cert_pem: read(certificate)?,
-                        key_pem: read(key)?,
-                    })
-                }
-                None => None,
-            };
-            let endpoint = |url: &String| seawall_store::etcd::Endpoint { url: url.clone(), local: false };
-            let options = seawall_store::etcd::Options {
-                endpoints: servers.iter().map(endpoint).collect(),
-                tls,
-                budget: timing.store_budget,
-                attempt: timing.store_request,
-                probe: timing.store_request / 2,
-                // etcd closes connections that ask more often than it was told to expect.
-                keepalive: Duration::from_secs(5),
-                ..Default::default()
-            };
+            let options = etcd::external_options(servers, files.as_ref(), timing)?;
             let etcd = Arc::new(connect(options).await?);
             let compacting = tokio::spawn(compact(etcd.clone(), stop.clone()));
             Ok(Opened { store: etcd.clone(), etcd: Some(etcd), members: None, parts: vec![compacting] })
@@ -286,6 +281,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     machine.fits(&state.cluster)?;
     let access = args.access.resolve(&issuer(&state.cluster))?;
     let timing = args.timing.resolve(state.cluster.timing)?;
+    args.pool(&state)?;
+    let snapshots = args.snapshots.resolve(files.snapshots())?;
     let leaving = leave::handle(&machine, &timing)?;
     // Leaders end first, then the API, then etcd.
     let (leading, stop, last) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
@@ -316,14 +313,19 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         }
     }
     let address = SocketAddr::new(args.bind_address, args.port);
-    let listener = TcpListener::bind(address)
+    let listener = listen(address)
         .await
         .with_context(|| format!("cannot listen on {address} (--bind-address, --port): is another server running?"))?;
     let this: Arc<OnceLock<Weak<Server>>> = Arc::default();
+    // As it is stored: what is encrypted stays so.
+    let snapshots = Keeper::new(opened.store.clone(), snapshots, &machine.name, cluster_id(&this), Timestamp::now);
+    let snapshots = Arc::new(snapshots);
+    let counted = snapshots.clone();
+    machine.metrics.add("snapshots", move || counted.render());
     let (store, sealed) = encryption::wrap(&opened.store, rules);
     let config = Config {
         access: access.clone(),
-        ..server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this)?
+        ..server_config(&args, &machine, &state, &timing, &certificates, &opened, &files, &this, &snapshots)?
     };
     let server = tokio::select! {
         server = start(config, &store, &stop) => server?,
@@ -337,6 +339,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     server.show_metrics(move || sources.render());
     // What changed while this server was away counts before the first request.
     certificates.catch_up(&server)?;
+    server.note(presence::TIMES, serde_json::to_string(&timing)?);
     certificates.write_kubeconfig()?;
     let serving = tokio::spawn(serve::serve(server.clone(), listener, certificates.tls()?, stop.clone()));
     tracing::info!(%address, "the API is served");
@@ -374,6 +377,14 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         leaders.push(component("members", leading.clone(), move |stop| members.clone().look_after(etcd.clone(), stop)));
     }
     leaders.push(certificates.keep(&server, &leading));
+    let client = in_process(&server, "system:seawall", &[]);
+    leaders.push(component("snapshots", leading.clone(), move |stop| snapshots.clone().run(client.clone(), stop)));
+    if machine.runs(Component::Dns) && dns::ours(&state.cluster) {
+        let (client, cluster) = (in_process(&server, "system:seawall", &[]), state.cluster.clone());
+        leaders.push(component("dns objects", leading.clone(), move |stop| {
+            dns::objects::keep(client.clone(), cluster.clone(), seawall_node::own::name(VERSION), stop)
+        }));
+    }
     let (options, own) = (args.access.clone(), issuer(&state.cluster));
     leaders.push(component("authentication config", leading.clone(), move |stop| {
         options.clone().keep(own.clone(), access.clone(), stop)
@@ -440,6 +451,7 @@ fn server_config(
     opened: &Opened,
     files: &Files,
     this: &Arc<OnceLock<Weak<Server>>>,
+    snapshots: &Arc<Keeper>,
 ) -> anyhow::Result<Config> {
     let cluster = &state.cluster;
     let (now, server) = (certificates.clone(), this.clone());
@@ -452,6 +464,7 @@ fn server_config(
         }),
         store: state.store.clone(),
         members: opened.members.clone(),
+        snapshots: snapshots.clone(),
     };
     let kubelet_client = certificates.kubelet_client();
     Ok(Config {
@@ -473,8 +486,18 @@ fn server_config(
         },
         inflight: args.inflight.get(),
         goaway_chance: args.inflight.goaway_chance()?,
+        event_ttl: args.inflight.event_ttl()?,
         access: Default::default(),
     })
+}
+
+/// The cluster's name for itself: the uid of its namespace `kube-system`, as others take it.
+fn cluster_id(this: &Arc<OnceLock<Weak<Server>>>) -> impl Fn() -> Option<String> + Send + Sync + 'static {
+    let this = this.clone();
+    move || {
+        let namespace = this.get()?.upgrade()?.peek("", "namespaces", "", "kube-system")?;
+        Some(namespace["metadata"]["uid"].as_str()?.to_owned())
+    }
 }
 
 /// Who makes the tokens of service accounts.
@@ -530,9 +553,12 @@ fn leaders(
         let client = in_process(server, "system:kube-controller-manager", &[]);
         let config = seawall_controllers::Config {
             cluster_cidr: state.cluster.cluster_cidr,
+            node_masks: state.cluster.node_masks,
             service_cidr: Some(state.cluster.service_cidr),
             node_lifecycle: args.eviction.settings(timing),
             evidence: gossip.map(|gossip| gossip::evidence(gossip, stop)),
+            load_balancer_pool: args.pool(state)?,
+            legacy_token_period: args.inflight.legacy_token_period()?,
             ..certificates.controllers()
         };
         let election = Election {

@@ -132,9 +132,13 @@ impl Members {
         }
     }
 
-    /// Hands on the leadership, if this machine's member has it.
+    /// Before this machine's member stops: hands on the leadership, if it has it. Who else is there is written down: who only
+    /// just joined may not be yet, and a snapshot is not restored while another member runs.
     pub async fn step_down(&self) {
         let Ok(members) = self.list().await else { return };
+        if let Err(error) = self.remember(&members) {
+            tracing::warn!("etcd's members were not written down: {error:#}");
+        }
         let own = members.iter().find(|(m, _)| m.name == self.name);
         let Some((own, Some(status))) = own else { return };
         if status.leader != Some(own.id) {
@@ -207,19 +211,28 @@ impl Members {
 
     /// The store and the next start use the members that there are now.
     fn follow(&self, store: &Etcd, members: &[(admin::Member, Option<admin::Status>)]) -> anyhow::Result<()> {
+        match self.remember(members)? {
+            Some(local) => Ok(store.set_endpoints(local.endpoints())?),
+            None => Ok(()),
+        }
+    }
+
+    /// The next start uses the members that there are now. Gives what changed.
+    fn remember(&self, members: &[(admin::Member, Option<admin::Status>)]) -> anyhow::Result<Option<Local>> {
         let mut others: Vec<String> =
             members.iter().filter(|(m, _)| m.name != self.name).flat_map(|(m, _)| m.client_urls.clone()).collect();
         others.sort();
-        let Some(mut state) = self.files.read_server()? else { return Ok(()) };
-        let StoreKind::Stacked(local) = &mut state.store else { return Ok(()) };
+        let Some(mut state) = self.files.read_server()? else { return Ok(None) };
+        let StoreKind::Stacked(local) = &mut state.store else { return Ok(None) };
         // An answer without any other would leave us alone after the next start.
         if local.others == others || (others.is_empty() && members.len() != 1) {
-            return Ok(());
+            return Ok(None);
         }
         tracing::info!(?others, "etcd's other members");
         local.others = others;
-        store.set_endpoints(local.endpoints())?;
-        self.files.write_server(&state)
+        let local = local.clone();
+        self.files.write_server(&state)?;
+        Ok(Some(local))
     }
 
     async fn judge_learners(

@@ -4,12 +4,17 @@ mod cut;
 pub mod members;
 pub mod process;
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
-use seawall_store::etcd::{Endpoint, Tls};
+use anyhow::Context as _;
+use seawall_quorum::timing::Timing;
+use seawall_store::etcd::{Endpoint, Options, Tls};
 use serde::{Deserialize, Serialize};
 
-use crate::{files::Files, pki::Authority};
+use crate::{
+    files::{Files, StoreKind},
+    pki::Authority,
+};
 
 /// The port on which members are clients' servers.
 pub const CLIENT_PORT: u16 = 2379;
@@ -50,6 +55,61 @@ fn peer_address(url: &str) -> Option<std::net::SocketAddr> {
 /// The address of a member for clients.
 pub fn client_url(ip: IpAddr) -> String {
     format!("https://{}", std::net::SocketAddr::new(ip, CLIENT_PORT))
+}
+
+/// Options that name an etcd that others run.
+#[derive(clap::Args)]
+pub struct ExternalOptions {
+    /// The objects are kept in this etcd, e.g. https://192.0.2.9:2379. May be repeated.
+    #[arg(long, value_name = "URL", value_delimiter = ',')]
+    etcd_servers: Vec<String>,
+    /// The certificate authority of that etcd.
+    #[arg(long, value_name = "FILE", requires_all = ["etcd_certfile", "etcd_keyfile"])]
+    etcd_cafile: Option<PathBuf>,
+    /// The certificate to show it.
+    #[arg(long, value_name = "FILE", requires = "etcd_cafile")]
+    etcd_certfile: Option<PathBuf>,
+    /// Its key.
+    #[arg(long, value_name = "FILE", requires = "etcd_cafile")]
+    etcd_keyfile: Option<PathBuf>,
+}
+
+impl ExternalOptions {
+    /// Which it is, if they name one.
+    pub fn get(&self) -> Option<StoreKind> {
+        if self.etcd_servers.is_empty() {
+            return None;
+        }
+        let files = match [&self.etcd_cafile, &self.etcd_certfile, &self.etcd_keyfile] {
+            [Some(ca), Some(certificate), Some(key)] => Some([ca.clone(), certificate.clone(), key.clone()]),
+            _ => None,
+        };
+        Some(StoreKind::External { servers: self.etcd_servers.clone(), files })
+    }
+}
+
+/// How an etcd that others run is reached.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn external_options(servers: &[String], files: Option<&[PathBuf; 3]>, timing: &Timing) -> anyhow::Result<Options> {
+    let tls = match files {
+        Some([ca, certificate, key]) => {
+            let read = |path: &PathBuf| std::fs::read_to_string(path).with_context(|| path.display().to_string());
+            Some(Tls { ca_pem: read(ca)?, cert_pem: read(certificate)?, key_pem: read(key)? })
+        }
+        None => None,
+    };
+    Ok(Options {
+        endpoints: servers.iter().map(|url| Endpoint { url: url.clone(), local: false }).collect(),
+        tls,
+        budget: timing.store_budget,
+        attempt: timing.store_request,
+        probe: timing.store_request / 2,
+        // etcd closes connections that ask more often than it was told to expect.
+        keepalive: Duration::from_secs(5),
+        ..Default::default()
+    })
 }
 
 impl Local {
