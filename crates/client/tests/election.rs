@@ -39,6 +39,7 @@ async fn server(dir: &std::path::Path) -> Client {
         tolerations: Default::default(),
         inflight: Default::default(),
         goaway_chance: 0.0,
+        event_ttl: Duration::from_secs(3600),
         access: Default::default(),
     };
     let server = Server::start(config, store, CancellationToken::new()).await.unwrap();

@@ -45,7 +45,7 @@ impl fmt::Display for Profile {
 }
 
 /// The times of a cluster. Each has the flag of its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Timing {
     /// `--leader-elect-lease-duration`: how long a leader that is not heard of is still believed in.
     pub lease_duration: Duration,
