@@ -27,12 +27,35 @@ pub struct Cluster {
     dir: TempDir,
 }
 
+/// What machines are joined by.
+#[derive(Clone, Copy, Debug)]
+pub struct Lan {
+    /// How many networks, with a router between them.
+    pub networks: u8,
+    /// Whether machines have addresses of IPv6 as well.
+    pub dual_stack: bool,
+}
+
+impl Default for Lan {
+    fn default() -> Lan {
+        Lan { networks: 1, dual_stack: false }
+    }
+}
+
 impl Cluster {
     /// Boots the machines, and brings up a cluster on them if there are settings for one.
     ///
     /// # Panics
     /// Without root, or if it does not come up.
     pub async fn up(name: &str, servers: u8, agents: u8, cluster: Option<Settings>) -> Cluster {
+        Cluster::up_on(Lan::default(), name, servers, agents, cluster).await
+    }
+
+    /// The same on other networks than one of IPv4.
+    ///
+    /// # Panics
+    /// Without root, or if it does not come up.
+    pub async fn up_on(lan: Lan, name: &str, servers: u8, agents: u8, cluster: Option<Settings>) -> Cluster {
         assert!(nix::unistd::geteuid().is_root(), "this test makes machines: run it as root");
         failure::listen();
         let dir = tempfile::Builder::new().prefix("seawall-cluster-test-").tempdir_in("/var/lib").unwrap();
@@ -42,6 +65,8 @@ impl Cluster {
             servers,
             agents,
             subnet: None,
+            networks: lan.networks,
+            dual_stack: lan.dual_stack,
             cpus: None,
             binary: seawall(),
             cluster,
@@ -50,8 +75,14 @@ impl Cluster {
         Cluster { lab, dir }
     }
 
-    /// The settings of a cluster as users get it.
+    /// The settings of a cluster as users get it, but for the cluster's DNS: its pods are of no use to most tests.
     pub fn fast() -> Option<Settings> {
+        let without = vec!["--disable=dns".to_owned()];
+        Some(Settings { server_args: without.clone(), agent_args: without, ..Cluster::with_dns()? })
+    }
+
+    /// The settings of a cluster as users get it.
+    pub fn with_dns() -> Option<Settings> {
         Some(Settings { timing: "fast".into(), log: "info".into(), ..Settings::default() })
     }
 

@@ -84,6 +84,12 @@ impl Api {
         Ok(Api { address, host, tls })
     }
 
+    /// The same user at another server of the cluster.
+    pub fn at(&self, address: &str) -> Api {
+        let host = address.rsplit_once(':').map_or(address, |(host, _)| host).to_owned();
+        Api { address: address.to_owned(), host, tls: self.tls.clone() }
+    }
+
     /// A connection after its TLS handshake.
     ///
     /// # Errors

@@ -6,8 +6,10 @@
 pub mod cluster;
 pub mod failure;
 pub mod http;
+pub mod inside;
 pub mod kubectl;
 pub mod machine;
+pub mod pods;
 pub mod server;
 pub mod traffic;
 pub mod workload;

@@ -124,12 +124,16 @@ impl Server {
             None => Command::new(crate::seawall()),
         };
         command.arg("server").arg("--data-dir").arg(at("data")).arg("--run-dir").arg(at("run"));
-        command.arg("--pod-log-dir").arg(at("pods")).args(["--port", &self.port.to_string()]);
+        command.arg("--pod-log-dir").arg(at("pods")).arg("--device-plugin-dir").arg(at("device-plugins"));
+        command.args(["--port", &self.port.to_string()]);
         if self.options.machine.is_none() {
             command.args(["--bind-address", "127.0.0.1", "--disable", "agent,proxy"]);
         }
+        // Its pods are of no use to these tests.
+        command.args(["--disable", "dns"]);
         // Tests run where they are built, and what that leaves of the disk says nothing about the pods of a test.
         command.arg("--eviction-hard=memory.available<100Mi,nodefs.available<256Mi");
+        command.arg("--image-gc-high-threshold=100");
         command.args(&self.options.args);
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log()).unwrap();
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).kill_on_drop(true);
@@ -261,8 +265,9 @@ impl Server {
     /// If it cannot be started.
     pub async fn clean(&self) -> Output {
         let at = |name: &str| self.directory().join(name).display().to_string();
-        let (data, run, pods) = (at("data"), at("run"), at("pods"));
-        self.seawall(&["clean", "--data", "--data-dir", &data, "--run-dir", &run, "--pod-log-dir", &pods]).await
+        let (data, run, pods, plugins) = (at("data"), at("run"), at("pods"), at("device-plugins"));
+        let clean = ["clean", "--data", "--data-dir", &data, "--run-dir", &run, "--pod-log-dir", &pods];
+        self.seawall(&[&clean[..], &["--device-plugin-dir", &plugins]].concat()).await
     }
 
     /// Makes an image of busybox's web server that answers with `page` and stops as soon as it is told to.

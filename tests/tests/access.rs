@@ -1,5 +1,4 @@
 //! Who may do what, as people set it up: with kubectl.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use seawall_tests::{Options, Server, kubectl::has};
 

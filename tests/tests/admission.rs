@@ -1,5 +1,4 @@
 //! Admission as people use it: policies, limits, quotas and levels, with kubectl.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use seawall_tests::{Options, Server, kubectl::has};
 
@@ -19,6 +18,19 @@ apiVersion: admissionregistration.k8s.io/v1
 kind: ValidatingAdmissionPolicyBinding
 metadata: {name: few}
 spec: {policyName: few, validationActions: [Deny]}
+";
+
+/// One that does not fit what it is about.
+const ODD: &str = "
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {name: odd}
+spec:
+  matchConstraints:
+    resourceRules:
+    - {apiGroups: [apps], apiVersions: [v1], operations: [CREATE], resources: [deployments]}
+  validations:
+  - expression: object.spec.replicsa <= 2
 ";
 
 const LIMITS: &str = "
@@ -51,6 +63,16 @@ async fn kubectl_is_told_what_is_not_allowed() {
     let k = &server.kubectl;
     k.reaches("namespace/default", "{.metadata.name}", "default").await;
     k.apply(POLICY).await;
+    k.apply(ODD).await;
+    let (few, odd) = ("validatingadmissionpolicy/few", "validatingadmissionpolicy/odd");
+    k.reaches(few, "{.status.observedGeneration}:{.status.typeChecking}", "1:{}").await;
+    k.reaches(odd, "{.status.observedGeneration}", "1").await;
+    let warning = "{.status.typeChecking.expressionWarnings[*]";
+    assert_eq!(k.path(odd, &format!("{warning}.fieldRef}}")).await, "spec.validations[0].expression");
+    has(
+        k.path(odd, &format!("{warning}.warning}}")).await,
+        &["apps/v1, Kind=Deployment: ERROR: <input>:1:12: undefined field 'replicsa'"],
+    );
     has(k.run("get validatingadmissionpolicies").await.ok(), &["NAME", "VALIDATIONS", "few"]);
     let refused = k.run("create deployment web --image=web:1 --replicas=3").await.fails();
     has(

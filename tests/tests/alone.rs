@@ -1,5 +1,4 @@
 //! One agent per machine: a second one fails before it touches anything, and nobody cleans up under a running server.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{process::Stdio, time::Duration};
 

@@ -1,5 +1,4 @@
 //! What is written down of requests, and users of an issuer outside of the cluster: with kubectl.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{
     path::Path,
@@ -18,10 +17,7 @@ use seawall_tests::{
 };
 use serde_json::{Value, json};
 
-#[path = "../../crates/server/tests/common/site.rs"]
-mod site;
-
-use site::{Asked, Site};
+use crate::site::{Asked, Site};
 
 const POLICY: &str = "
 apiVersion: audit.k8s.io/v1

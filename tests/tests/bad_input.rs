@@ -1,5 +1,4 @@
 //! What clients should not do: each time a clear error or a bounded cost, and a server that goes on serving.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::time::Duration;
 

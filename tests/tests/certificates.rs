@@ -1,5 +1,4 @@
 //! Certificates as an administrator gives them out, by the real kubectl and openssl; and tokens by the real command.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{path::Path, process::Stdio};
 

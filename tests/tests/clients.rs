@@ -1,5 +1,4 @@
 //! The clients that others wrote, as their users use them: Python's, JavaScript's, and an operator made with kopf.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{ffi::OsStr, process::Stdio};
 

@@ -1,6 +1,5 @@
 //! Several servers: joining, what a wrong token says, members that are lost and replaced, names of an entry, and the way
 //! from one server to three.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{
     fs,

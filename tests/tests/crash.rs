@@ -1,6 +1,5 @@
 //! The server is killed in the middle of its work: what it acknowledged is there when it is back, soon, and the
 //! workload has noticed nothing.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

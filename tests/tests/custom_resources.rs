@@ -1,5 +1,4 @@
 //! Custom resources as people use them: with kubectl.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use seawall_tests::{Options, Server, kubectl::has};
 

@@ -1,5 +1,4 @@
 //! Objects that are encrypted in the store, while keys come and go.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::path::Path;
 

@@ -1,6 +1,5 @@
 //! Nodes that are lost in different ways, and a stateful pod on each: it is made anew elsewhere by itself, and never is there
 //! more than one of it. Each instance writes who it is, and when, into a directory that all machines share.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 

@@ -1,5 +1,4 @@
 //! An operator as users of kube-rs write it: a kind that is derived from a type, `Controller`, `finalizer`, `Recorder`.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{
     sync::{Arc, Mutex},

@@ -1,5 +1,4 @@
 //! Every kubectl command that a user of a cluster knows, by the real kubectl.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::time::Duration;
 
@@ -73,9 +72,10 @@ async fn discovery(k: &Kubectl) {
     has(k.run("cluster-info").await.ok(), &["Kubernetes control plane", "is running at"]);
     has(k.run("auth whoami").await.ok(), &["Username", "admin", "system:masters"]);
     assert_eq!(k.run("auth can-i create pods").await.ok().trim(), "yes");
-    // No metrics server: that is said, in upstream's words.
-    has(k.run("top pods").await.fails(), &["Metrics API not available"]);
-    has(k.run("top nodes").await.fails(), &["Metrics API not available"]);
+    has(k.run("explain nodemetrics.usage").await.ok(), &["GROUP:      metrics.k8s.io", "What the node uses"]);
+    let measured = async || k.run("top nodes").await.stdout.contains("CPU(cores)").then_some(());
+    until("the node is measured", measured).await;
+    k.run("top pods").await.ok();
     assert_eq!(k.run("get --raw /readyz").await.ok(), "ok");
     has(k.run("get --raw /readyz?verbose").await.ok(), &["readyz check passed"]);
 }

@@ -1,5 +1,4 @@
 //! The lab: machines that boot, lose their power, hang, are cut off and come back; and nothing of it stays behind.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{
     fs::{self, File},
@@ -39,6 +38,8 @@ fn options(name: &str, dir: &Path, servers: u8, agents: u8) -> Options {
         servers,
         agents,
         subnet: None,
+        networks: 1,
+        dual_stack: false,
         cpus: None,
         binary: seawall(),
         cluster: None,

@@ -1,5 +1,4 @@
 //! The important ones get room: pods that fit nowhere, on a real node that is full.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use seawall_tests::{
     Options, Server,

@@ -1,5 +1,4 @@
 //! gRPC and HTTPS probes, against real servers in pods.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use seawall_tests::{Server, kubectl::has, on_a_machine, until};
 use serde_json::{Value, json};

@@ -1,5 +1,4 @@
 //! The whole machine loses its power and comes back: processes, network and rules are gone, disks are not.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use seawall_tests::{Options, Server, kubectl::has, on_a_machine};
 

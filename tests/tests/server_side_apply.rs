@@ -1,5 +1,4 @@
 //! Server-side apply as people use it: with kubectl.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use seawall_tests::{Options, Server, kubectl::has};
 

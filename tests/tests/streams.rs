@@ -1,5 +1,4 @@
 //! attach and exec with standard input and terminals: `kubectl` connected with processes in containers.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use seawall_tests::{
     Server,

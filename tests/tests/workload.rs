@@ -1,6 +1,5 @@
 //! A workload from end to end: a Deployment serves through Services from real containers, is scaled, updated, broken
 //! and healed, and goes without a trace.
-#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
