@@ -34,8 +34,9 @@ packages=(
     protobuf-compiler=protoc
     python3-venv=/usr/lib/python3.11/ensurepip/__init__.py
 )
-# What only the tests need: etcd's own tool, which has to read the snapshots that Seawall takes, and what runs clients.
-[ $tests = no ] || packages=(etcd-client=etcdctl nodejs=node npm=npm "${packages[@]}")
+# What only the tests need: etcd's own tool, which has to read the snapshots that Seawall takes, what runs clients, a balancer
+# to stand in front of servers, and a redis to lose its master (redis-tools has the server as well, and starts none).
+[ $tests = no ] || packages=(etcd-client=etcdctl haproxy=haproxy nodejs=node npm=npm redis-tools=redis-cli "${packages[@]}")
 rust_needed="$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)"
 
 there() {

@@ -20,14 +20,15 @@ if [ $# -eq 0 ]; then
     cargo clippy --workspace --all-targets --locked -- -D warnings
 fi
 
-# One build of everything: the end-to-end tests run the very binary that is built here.
+# One build of all that is run: the end-to-end tests run the very binary that is built here. Examples were looked at above.
+targets=(--workspace --lib --bins --tests --locked)
 title "Build"
-cargo build --workspace --all-targets --locked
+cargo build "${targets[@]}"
 export SEAWALL_BIN="${target:-$PWD/target}/debug/seawall"
 
 title "Tests"
 if cargo nextest --version >/dev/null 2>&1; then
-    exec cargo nextest run --workspace --locked --no-fail-fast "$@"
+    exec cargo nextest run "${targets[@]}" --no-fail-fast "$@"
 else
-    exec cargo test --workspace --locked --no-fail-fast "$@"
+    exec cargo test "${targets[@]}" --no-fail-fast "$@"
 fi

@@ -2,12 +2,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use seawall_api::cel::{PER_EXPRESSION, Program, Session};
+use seawall_api::cel::{PER_EXPRESSION, Program, Session, untyped};
 
 fuzz_target!(init: only_own_panics(), |data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let (text, object) = text.split_once('\n').unwrap_or((text, "null"));
-    let Ok(program) = Program::compile(text, &["self", "oldSelf"]) else { return };
+    let Ok(program) = Program::compile(text, &untyped(&["self", "oldSelf"])) else { return };
     let object = serde_json::from_str(object).unwrap_or_default();
     let run = || {
         let session = Session::new(vec![("self", &object), ("oldSelf", &object)]);
