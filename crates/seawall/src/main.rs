@@ -161,10 +161,7 @@ fn main() -> ExitCode {
     let result = runtime.block_on(async {
         match cli.command {
             Command::Server(args) => server::run(*args).await,
-            Command::Agent(args) => {
-                memory::be_thrifty();
-                agent::run(*args).await
-            }
+            Command::Agent(args) => agent::run(*args).await,
             Command::Dns(args) => dns::run(*args).await,
             Command::Token(command) => token::run(command).await,
             Command::Member(command) => etcd::members::run(command).await,

@@ -1,36 +1,22 @@
 //! Memory that is free goes back to the machine.
 //!
 //! Each thread keeps what it freed for itself, and what others freed of its own until it next has to do with it. After many pods
-//! came at once, an agent held a quarter of its memory that way, for good. So threads look at what they have when they have
-//! nothing to do.
+//! came at once, an agent held a quarter of its memory that way, for good, and a server most of what objects had been in that
+//! are long gone. So threads look at what they have when they have nothing to do.
 
-use std::{
-    cell::Cell,
-    sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
-};
+use std::{cell::Cell, time::Duration};
 
 use tokio::time::Instant;
 
 /// How often a thread looks.
 const EVERY: Duration = Duration::from_secs(20);
 
-static THRIFTY: AtomicBool = AtomicBool::new(false);
-
 thread_local! {
     static LOOKED: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// From now on this process keeps little. It is for one that shares its machine with others' work, and seldom has much to do.
-pub fn be_thrifty() {
-    THRIFTY.store(true, Ordering::Relaxed);
-}
-
 /// A thread has nothing to do.
 pub fn idle() {
-    if !THRIFTY.load(Ordering::Relaxed) {
-        return;
-    }
     let now = Instant::now();
     if LOOKED.get().is_some_and(|looked| now.duration_since(looked) < EVERY) {
         return;
@@ -50,10 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_looks_once_in_a_while_if_it_is_to() {
-        idle();
-        assert_eq!(LOOKED.get(), None, "nobody asked for it");
-        be_thrifty();
+    fn a_thread_looks_once_in_a_while() {
         idle();
         let looked = LOOKED.get();
         assert!(looked.is_some());

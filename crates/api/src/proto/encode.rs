@@ -2,10 +2,16 @@
 //!
 //! What is not set is not written: a reader in Go takes it for the zero value that it would have been sent as.
 
-use base64::Engine as _;
-use serde_json::{Map, Value};
+use std::{collections::HashMap, fmt};
 
-use super::{Field, MAGIC, SCHEMA, TABLE, Union};
+use base64::Engine as _;
+use serde::{
+    Deserialize,
+    de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+use serde_json::{Value, value::RawValue};
+
+use super::{MAGIC, PLACES, Place, SCHEMA, TABLE, Union};
 use crate::schema::{Schemas, Shape, TypeId};
 
 /// Whether messages of this type can be written.
@@ -13,13 +19,25 @@ pub fn is_known(schemas: &Schemas, ty: TypeId) -> bool {
     TABLE.contains_key(&*schemas.get(ty).name)
 }
 
-/// An object of type `ty` as a message, without the envelope. What does not fit its type is left out.
+/// An object of type `ty` as a message, without the envelope. What does not fit its type is left out; nothing is written of
+/// what is no object.
 pub fn message(schemas: &Schemas, ty: TypeId, object: &Value) -> Vec<u8> {
     let mut out = Vec::with_capacity(512);
-    if let Value::Object(object) = object {
-        fields(schemas, ty, &schemas.get(ty).name, object, &mut out);
-    }
+    // Reading a value that is there fails only if it is no object.
+    let _ = Root(Writer { schemas, ty, number: 0, out: &mut out }).deserialize(object);
     out
+}
+
+/// The same from an object's JSON, which is read as it is written: nothing is made in between.
+///
+/// # Errors
+/// If it is not an object in JSON.
+pub fn message_of_json(schemas: &Schemas, ty: TypeId, json: &[u8]) -> serde_json::Result<Vec<u8>> {
+    let mut out = Vec::with_capacity(json.len());
+    let mut reader = serde_json::Deserializer::from_slice(json);
+    Root(Writer { schemas, ty, number: 0, out: &mut out }).deserialize(&mut reader)?;
+    reader.end()?;
+    Ok(out)
 }
 
 /// A message in its envelope: the magic bytes, what it is, and the message (upstream's `runtime.Unknown`).
@@ -117,6 +135,11 @@ fn number(field: u32, value: u64, out: &mut Vec<u8>) {
     varint(value, out);
 }
 
+fn double(field: u32, value: f64, out: &mut Vec<u8>) {
+    tag(field, 1, out);
+    out.extend(value.to_bits().to_le_bytes());
+}
+
 fn bytes(field: u32, content: &[u8], out: &mut Vec<u8>) {
     tag(field, 2, out);
     varint(content.len() as u64, out);
@@ -124,115 +147,302 @@ fn bytes(field: u32, content: &[u8], out: &mut Vec<u8>) {
 }
 
 fn nested(field: u32, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
-    let mut inner = Vec::new();
-    write(&mut inner);
-    bytes(field, &inner, out);
+    let start = begin(field, out);
+    write(out);
+    end(start, out);
 }
 
-/// The fields of the message `name`, from an object of type `ty`.
-fn fields(schemas: &Schemas, ty: TypeId, name: &str, object: &Map<String, Value>, out: &mut Vec<u8>) {
-    let (Some(known), Shape::Object(shapes)) = (TABLE.get(name), &schemas.get(ty).shape) else { return };
-    for (number, field) in known {
-        match field {
-            Field::Embedded(embedded) => {
-                let mut inner = Vec::new();
-                fields(schemas, ty, embedded, object, &mut inner);
-                if !inner.is_empty() {
-                    bytes(*number, &inner, out);
-                }
-            }
-            Field::Named { name, .. } => {
-                if let (Some(value), Some(shape)) = (object.get(*name), shapes.get(*name)) {
-                    field_of(schemas, shape.ty, *number, value, out);
-                }
-            }
+/// The beginning of a field that holds a message: what is written from here on, up to its [`end`].
+fn begin(field: u32, out: &mut Vec<u8>) -> usize {
+    tag(field, 2, out);
+    out.push(0);
+    out.len()
+}
+
+/// Puts the length of what was written since before it: one byte is there for it, which mostly is enough.
+fn end(start: usize, out: &mut Vec<u8>) {
+    let length = out.len() - start;
+    match u8::try_from(length) {
+        Ok(short @ ..0x80) => out[start - 1] = short,
+        _ => {
+            let mut before = Vec::with_capacity(5);
+            varint(length as u64, &mut before);
+            out.splice(start - 1..start, before);
         }
     }
 }
 
-fn field_of(schemas: &Schemas, ty: TypeId, field: u32, value: &Value, out: &mut Vec<u8>) {
-    match (&schemas.get(ty).shape, value) {
-        (_, Value::Null) => {}
-        (Shape::Array(item), Value::Array(items)) => {
-            items.iter().for_each(|value| single(schemas, *item, field, value, out));
-        }
-        (Shape::Map(item), Value::Object(entries)) => {
-            for (key, value) in entries {
-                nested(field, out, |out| {
-                    bytes(1, key.as_bytes(), out);
-                    match &schemas.get(*item).shape {
-                        // A list as the value of a map is wrapped in a message of its own.
-                        Shape::Array(_) => nested(2, out, |out| field_of(schemas, *item, 1, value, out)),
-                        _ => single(schemas, *item, 2, value, out),
-                    }
-                });
+/// Reads a value of a type and writes it as a field of a message. Nothing is written of what does not fit the type.
+struct Writer<'a> {
+    schemas: &'a Schemas,
+    ty: TypeId,
+    number: u32,
+    out: &'a mut Vec<u8>,
+}
+
+impl Writer<'_> {
+    /// A writer of something else into the same message.
+    fn of(&mut self, ty: TypeId, number: u32) -> Writer<'_> {
+        Writer { schemas: self.schemas, ty, number, out: self.out }
+    }
+
+    fn shape(&self) -> &Shape {
+        &self.schemas.get(self.ty).shape
+    }
+
+    /// A part of a schema that is a schema or something else.
+    fn union(self, union: Union, value: &Value) {
+        let Some(schema) = self.schemas.by_name(SCHEMA) else { return };
+        let one = |number, value: &Value, out: &mut Vec<u8>| {
+            // Reading a value that is there cannot fail.
+            let _ = Writer { schemas: self.schemas, ty: schema, number, out }.deserialize(value);
+        };
+        nested(self.number, self.out, |out| match (union, value) {
+            (Union::Flag, Value::Bool(flag)) => number(1, u64::from(*flag), out),
+            (Union::Flag, schema) => {
+                number(1, 1, out);
+                one(2, schema, out);
             }
+            (Union::Array, Value::Array(all)) => all.iter().for_each(|schema| one(2, schema, out)),
+            (Union::Names, Value::Array(all)) => {
+                all.iter().filter_map(Value::as_str).for_each(|name| bytes(2, name.as_bytes(), out));
+            }
+            (_, schema) => one(1, schema, out),
+        });
+    }
+
+    /// The fields of an object, without what precedes a message.
+    fn fields<'de, A: MapAccess<'de>>(&mut self, object: &mut A) -> Result<(), A::Error> {
+        let ty = self.schemas.get(self.ty);
+        let places = PLACES.get(&*ty.name);
+        let mut embedded = Embedded::default();
+        while let Some(found) = object.next_key_seed(Key { shape: &ty.shape, places })? {
+            let Some((field, place)) = found else {
+                object.next_value::<IgnoredAny>()?;
+                continue;
+            };
+            let out = match place.inside.is_empty() {
+                true => &mut *self.out,
+                false => embedded.at(&place.inside),
+            };
+            object.next_value_seed(Writer { schemas: self.schemas, ty: field, number: place.number, out })?;
         }
-        _ => single(schemas, ty, field, value, out),
+        embedded.write(self.out);
+        Ok(())
     }
 }
 
-fn single(schemas: &Schemas, ty: TypeId, field: u32, value: &Value, out: &mut Vec<u8>) {
-    let ty_ref = schemas.get(ty);
-    match (&ty_ref.shape, value) {
-        (Shape::String, Value::String(text)) => bytes(field, text.as_bytes(), out),
-        (Shape::Bytes, Value::String(text)) => {
-            if let Ok(decoded) = base64::engine::general_purpose::STANDARD.decode(text) {
-                bytes(field, &decoded, out);
-            }
+/// The name of a field of an object: its type and where it stands in the message; `None` if it is not written.
+struct Key<'a> {
+    shape: &'a Shape,
+    places: Option<&'a HashMap<&'static str, Place>>,
+}
+
+impl<'de, 'a> DeserializeSeed<'de> for Key<'a> {
+    type Value = Option<(TypeId, &'a Place)>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl<'a> Visitor<'_> for Key<'a> {
+    type Value = Option<(TypeId, &'a Place)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name of a field")
+    }
+
+    fn visit_str<E>(self, name: &str) -> Result<Self::Value, E> {
+        let Shape::Object(fields) = self.shape else { return Ok(None) };
+        Ok(fields
+            .get(name)
+            .zip(self.places.and_then(|places| places.get(name)))
+            .map(|(field, place)| (field.ty, place)))
+    }
+}
+
+/// The contents of embedded messages, which are complete when their object is: fields may stand in any order.
+#[derive(Default)]
+struct Embedded {
+    own: Vec<u8>,
+    inner: Vec<(u32, Embedded)>,
+}
+
+impl Embedded {
+    fn at(&mut self, inside: &[u32]) -> &mut Vec<u8> {
+        let Some((first, rest)) = inside.split_first() else { return &mut self.own };
+        let known = self.inner.iter().position(|(number, _)| number == first).unwrap_or_else(|| {
+            self.inner.push((*first, Embedded::default()));
+            self.inner.len() - 1
+        });
+        self.inner[known].1.at(rest)
+    }
+
+    fn write(self, out: &mut Vec<u8>) {
+        out.extend(self.own);
+        for (number, embedded) in self.inner {
+            nested(number, out, |out| embedded.write(out));
         }
-        (Shape::Int32 | Shape::Int64, Value::Number(n)) => {
-            if let Some(n) = n.as_i64() {
-                number(field, n as u64, out);
-            }
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Writer<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        if !matches!(self.shape(), Shape::Any) {
+            return deserializer.deserialize_any(self);
         }
-        (Shape::Boolean, Value::Bool(flag)) => number(field, u64::from(*flag), out),
-        (Shape::Number, Value::Number(n)) => {
-            if let Some(n) = n.as_f64() {
-                tag(field, 1, out);
-                out.extend(n.to_bits().to_le_bytes());
+        if let Some(union) = Union::of(self.schemas.get(self.ty).short_name()) {
+            let value = Value::deserialize(deserializer)?;
+            if !value.is_null() {
+                self.union(union, &value);
             }
+            return Ok(());
         }
-        (Shape::Time, Value::String(text)) => {
-            if let Ok(time) = text.parse::<jiff::Timestamp>() {
-                nested(field, out, |out| {
-                    number(1, time.as_second() as u64, out);
-                    number(2, time.subsec_nanosecond() as u64, out);
-                });
-            }
+        // A raw extension holds JSON.
+        let raw = Box::<RawValue>::deserialize(deserializer)?;
+        if raw.get() != "null" {
+            nested(self.number, self.out, |out| bytes(1, raw.get().as_bytes(), out));
         }
-        (Shape::Quantity, Value::String(text)) => nested(field, out, |out| bytes(1, text.as_bytes(), out)),
-        (Shape::Quantity, Value::Number(n)) => nested(field, out, |out| bytes(1, n.to_string().as_bytes(), out)),
-        (Shape::IntOrString, Value::Number(n)) => nested(field, out, |out| {
-            number(1, 0, out);
-            number(2, n.as_i64().unwrap_or_default() as u64, out);
-        }),
-        (Shape::IntOrString, Value::String(text)) => nested(field, out, |out| {
-            number(1, 1, out);
-            bytes(3, text.as_bytes(), out);
-        }),
-        (Shape::Any, value) => match (Union::of(ty_ref.short_name()), schemas.by_name(SCHEMA)) {
-            (Some(union), Some(schema)) => nested(field, out, |out| match (union, value) {
-                (Union::Flag, Value::Bool(flag)) => number(1, u64::from(*flag), out),
-                (Union::Flag, schema_value) => {
-                    number(1, 1, out);
-                    single(schemas, schema, 2, schema_value, out);
-                }
-                (Union::Array, Value::Array(all)) => {
-                    all.iter().for_each(|one| single(schemas, schema, 2, one, out));
-                }
-                (Union::Names, Value::Array(all)) => {
-                    all.iter().filter_map(Value::as_str).for_each(|name| bytes(2, name.as_bytes(), out));
-                }
-                (_, schema_value) => single(schemas, schema, 1, schema_value, out),
+        Ok(())
+    }
+}
+
+impl<'de> Visitor<'de> for Writer<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_bool<E>(self, flag: bool) -> Result<(), E> {
+        if matches!(self.shape(), Shape::Boolean) {
+            number(self.number, u64::from(flag), self.out);
+        }
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, n: i64) -> Result<(), E> {
+        match self.shape() {
+            Shape::Int32 | Shape::Int64 => number(self.number, n as u64, self.out),
+            Shape::Number => double(self.number, n as f64, self.out),
+            Shape::Quantity => nested(self.number, self.out, |out| bytes(1, n.to_string().as_bytes(), out)),
+            Shape::IntOrString => nested(self.number, self.out, |out| {
+                number(1, 0, out);
+                number(2, n as u64, out);
             }),
-            // A raw extension holds JSON.
-            _ => nested(field, out, |out| bytes(1, value.to_string().as_bytes(), out)),
-        },
-        (Shape::Object(_), Value::Object(object)) => {
-            nested(field, out, |out| fields(schemas, ty, &ty_ref.name, object, out));
+            _ => {}
         }
-        _ => {}
+        Ok(())
+    }
+
+    fn visit_u64<E: de::Error>(self, n: u64) -> Result<(), E> {
+        match i64::try_from(n) {
+            Ok(n) => self.visit_i64(n),
+            Err(_) => self.visit_f64(n as f64),
+        }
+    }
+
+    fn visit_f64<E>(self, n: f64) -> Result<(), E> {
+        match self.shape() {
+            Shape::Number => double(self.number, n, self.out),
+            Shape::Quantity => nested(self.number, self.out, |out| bytes(1, n.to_string().as_bytes(), out)),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<(), E> {
+        match self.shape() {
+            Shape::String => bytes(self.number, text.as_bytes(), self.out),
+            Shape::Bytes => {
+                if let Ok(decoded) = base64::engine::general_purpose::STANDARD.decode(text) {
+                    bytes(self.number, &decoded, self.out);
+                }
+            }
+            Shape::Time => {
+                if let Ok(time) = text.parse::<jiff::Timestamp>() {
+                    nested(self.number, self.out, |out| {
+                        number(1, time.as_second() as u64, out);
+                        number(2, time.subsec_nanosecond() as u64, out);
+                    });
+                }
+            }
+            Shape::Quantity => nested(self.number, self.out, |out| bytes(1, text.as_bytes(), out)),
+            Shape::IntOrString => nested(self.number, self.out, |out| {
+                number(1, 1, out);
+                bytes(3, text.as_bytes(), out);
+            }),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut items: A) -> Result<(), A::Error> {
+        let Shape::Array(item) = *self.shape() else {
+            while items.next_element::<IgnoredAny>()?.is_some() {}
+            return Ok(());
+        };
+        let number = self.number;
+        while items.next_element_seed(self.of(item, number))?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut object: A) -> Result<(), A::Error> {
+        match *self.shape() {
+            Shape::Object(_) => {
+                let start = begin(self.number, self.out);
+                self.fields(&mut object)?;
+                end(start, self.out);
+            }
+            Shape::Map(item) => {
+                while let Some(key) = object.next_key::<String>()? {
+                    let entry = begin(self.number, self.out);
+                    bytes(1, key.as_bytes(), self.out);
+                    match self.schemas.get(item).shape {
+                        // A list as the value of a map is wrapped in a message of its own.
+                        Shape::Array(_) => {
+                            let list = begin(2, self.out);
+                            object.next_value_seed(self.of(item, 1))?;
+                            end(list, self.out);
+                        }
+                        _ => object.next_value_seed(self.of(item, 2))?,
+                    }
+                    end(entry, self.out);
+                }
+            }
+            _ => while object.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {},
+        }
+        Ok(())
+    }
+}
+
+/// An object at the top, whose message nothing precedes.
+struct Root<'a>(Writer<'a>);
+
+impl<'de> DeserializeSeed<'de> for Root<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Root<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut object: A) -> Result<(), A::Error> {
+        self.0.fields(&mut object)
     }
 }
 
@@ -240,7 +450,10 @@ fn single(schemas: &Schemas, ty: TypeId, field: u32, value: &Value, out: &mut Ve
 mod tests {
     use serde_json::json;
 
-    use super::{super::decode, *};
+    use super::{
+        super::{Field, decode},
+        *,
+    };
     use crate::resources;
 
     fn schemas() -> Schemas {
@@ -254,6 +467,8 @@ mod tests {
         let (version, kind) = (object["apiVersion"].as_str().unwrap(), object["kind"].as_str().unwrap());
         let body = envelope(version, kind, &message(schemas, ty, &object));
         assert_eq!(decode(schemas, ty, &body).unwrap(), object);
+        let message = message_of_json(schemas, ty, object.to_string().as_bytes()).unwrap();
+        assert_eq!(envelope(version, kind, &message), body);
     }
 
     #[test]
@@ -300,6 +515,33 @@ mod tests {
                         "m": {"type": "object", "additionalProperties": {"type": "string"}},
                         "n": {"type": "object", "additionalProperties": false}}}}}]}}),
         );
+    }
+
+    /// A message is embedded in one that is embedded, and fields of all three stand in any order.
+    #[test]
+    fn embedded_messages_in_embedded_ones() {
+        check(
+            &schemas(),
+            "io.k8s.api.admissionregistration.v1.ValidatingAdmissionPolicy",
+            json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicy",
+                "metadata": {"name": "p"}, "spec": {"matchConstraints": {"resourceRules": [{"apiGroups": [""],
+                    "apiVersions": ["v1"], "operations": ["CREATE"], "resourceNames": ["x"], "resources": ["pods"]}]}}}),
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_its_type_is_left_out() {
+        let schemas = schemas();
+        let ty = schemas.by_name("io.k8s.api.core.v1.Pod").unwrap();
+        let odd = json!({"metadata": {"name": 7, "labels": ["a"], "generation": "3", "creationTimestamp": "soon"},
+            "spec": {"nodeName": "n", "containers": {"a": 1}, "hostNetwork": "yes", "unknown": [{"x": null}],
+                "terminationGracePeriodSeconds": 1.5, "priority": null}, "status": true});
+        let fits = json!({"metadata": {}, "spec": {"nodeName": "n"}});
+        assert_eq!(message(&schemas, ty, &odd), message(&schemas, ty, &fits));
+        assert!(message(&schemas, ty, &json!([1])).is_empty());
+        for broken in ["[1]", "{\"metadata\":{}", "{}{}"] {
+            assert!(message_of_json(&schemas, ty, broken.as_bytes()).is_err(), "{broken}");
+        }
     }
 
     /// Fields of every built-in kind have a number here, or would be lost to clients that speak protobuf.

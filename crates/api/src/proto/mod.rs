@@ -42,7 +42,7 @@ enum Field<'a> {
     Embedded(&'a str),
 }
 
-/// The fields of messages by their numbers, in order: that is how they are written.
+/// The fields of messages by their numbers.
 type Table = HashMap<&'static str, BTreeMap<u32, Field<'static>>>;
 
 static TABLE: LazyLock<Table> = LazyLock::new(|| {
@@ -62,6 +62,34 @@ static TABLE: LazyLock<Table> = LazyLock::new(|| {
         table.insert(ty, words.filter_map(field).collect());
     }
     table
+});
+
+/// Where a field of an object stands in its message.
+struct Place {
+    /// Its number, in the innermost message.
+    number: u32,
+    /// The embedded messages in which it is, from the outermost on.
+    inside: Vec<u32>,
+}
+
+/// The fields of objects by the names of their messages and their own.
+static PLACES: LazyLock<HashMap<&'static str, HashMap<&'static str, Place>>> = LazyLock::new(|| {
+    fn add(places: &mut HashMap<&'static str, Place>, message: &str, inside: &[u32]) {
+        for (number, field) in TABLE.get(message).into_iter().flatten() {
+            match field {
+                Field::Named { name, .. } => {
+                    places.insert(name, Place { number: *number, inside: inside.into() });
+                }
+                Field::Embedded(embedded) => add(places, embedded, &[inside, &[*number]].concat()),
+            }
+        }
+    }
+    let of = |message: &&'static str| {
+        let mut places = HashMap::new();
+        add(&mut places, message, &[]);
+        (*message, places)
+    };
+    TABLE.keys().map(of).collect()
 });
 
 /// The full name of the JSON schemas of custom resources.

@@ -65,8 +65,7 @@ impl Encoder<'_> {
                 let meta = ty.map(|ty| proto::message(self.schemas, ty, &object["metadata"])).unwrap_or_default();
                 proto::field(1, &meta).into()
             }
-            // Not the buffer itself: it has room to spare, and the message may be kept.
-            _ => Bytes::copy_from_slice(&proto::message(self.schemas, self.ty(), &self.convert(object))),
+            _ => proto::message(self.schemas, self.ty(), &self.convert(object)).into(),
         }
     }
 
@@ -77,7 +76,14 @@ impl Encoder<'_> {
 
     fn message_of(&self, object: &Object) -> Bytes {
         match self.is_shared() {
-            true => object.message(|| self.message(object.value())),
+            true => object.message(|| {
+                let mut json = BytesMut::with_capacity(object.bytes.len() + 40);
+                object.write(object.revision, &mut json);
+                // It was read when it came from the store.
+                let message = proto::message_of_json(self.schemas, self.ty(), &json).unwrap_or_default();
+                // Not the buffer itself: it has room to spare, and the message may be kept.
+                Bytes::copy_from_slice(&message)
+            }),
             false => self.message(object.value()),
         }
     }
