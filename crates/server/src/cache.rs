@@ -24,7 +24,7 @@ use parking_lot::Mutex;
 use seawall_api::Row;
 use seawall_store::{Entry, Event, ListOptions, Revision, Store};
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -135,8 +135,8 @@ impl Cache {
         });
         let writer = cache.clone();
         tokio::spawn(async move {
-            let follow = writer.follow(store);
-            tokio::select! { () = follow => {}, () = stop.cancelled() => {} }
+            let (follow, aging) = (writer.follow(store), writer.age());
+            tokio::select! { () = follow => {}, () = aging => {}, () = stop.cancelled() => {} }
             writer.wake_all();
         });
         cache.at_least(newest).await?;
@@ -182,6 +182,22 @@ impl Cache {
             logs.resize_with(count, || Arc::new(Log::new(revision)));
             logs
         });
+    }
+
+    async fn age(&self) {
+        loop {
+            tokio::time::sleep(log::FRESH / 5).await;
+            self.lose_old();
+        }
+    }
+
+    /// Drops changes that are too old for anybody to go on from there, so that memory does not stay what it was in a burst.
+    fn lose_old(&self) {
+        let (now, pods) = (Instant::now(), self.snapshot.load().pods);
+        for (number, log) in self.logs.load().iter().enumerate() {
+            let row = pods.filter(|pods| pods.0 == number).and_then(|pods| self.registry.row(pods));
+            log.lose_old(now, row.as_deref());
+        }
     }
 
     /// The oldest revision from which a watch of this resource is complete.

@@ -67,7 +67,7 @@ impl Server {
         // Several at a time, since each waits for the disk: one after the other, ten thousand take longer than a request may.
         futures::stream::iter(picked.iter().cloned().map(Ok)).try_for_each_concurrent(AT_ONCE, remove).await?;
         let picked = self.in_version(row, picked).await?;
-        Ok(context.encoder()?.list(picked, json!({"resourceVersion": revision.to_string()})))
+        Ok(context.encoder()?.list(picked, json!({"resourceVersion": revision.to_string()})).await)
     }
 
     fn delete_options(&self, context: &Context<'_>) -> Result<DeleteOptions> {

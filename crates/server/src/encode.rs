@@ -216,9 +216,9 @@ impl Encoder<'_> {
     }
 
     /// A list. Large ones are streamed from the cache's bytes in slices.
-    pub fn list(&self, objects: Vec<Arc<Object>>, meta: Value) -> Response<Body> {
+    pub async fn list(&self, objects: Vec<Arc<Object>>, meta: Value) -> Response<Body> {
         if self.form.media == Media::Protobuf {
-            return self.protobuf_list(objects, &meta);
+            return self.protobuf_list(objects, &meta).await;
         }
         match self.form.shape {
             Shape::Full if self.form.media == Media::Json && self.served.alias.is_none() => self.stream(objects, &meta),

@@ -6,11 +6,9 @@
 
 mod texts;
 
-use std::{
-    borrow::Cow,
-    sync::{Arc, OnceLock},
-};
+use std::{borrow::Cow, sync::Arc};
 
+use arc_swap::ArcSwapOption;
 use bytes::{BufMut, Bytes, BytesMut};
 use seawall_api::{
     Row,
@@ -41,8 +39,8 @@ pub struct Object {
     tail: u32,
     /// Fields in the order of the row's selectable ones, and labels.
     texts: Texts,
-    /// The object in protobuf with its resource version, once somebody has asked for that.
-    message: OnceLock<Box<Bytes>>,
+    /// The object in protobuf with its resource version, for a while after somebody has listed it so.
+    message: ArcSwapOption<Bytes>,
 }
 
 /// Bytes in the store that are not an object: they were written by something else.
@@ -127,7 +125,7 @@ impl Object {
             tail: lean::end_of_object(&bytes, head) as u32,
             bytes,
             texts: Texts::new(fields.iter().map(|text| &**text), labels),
-            message: OnceLock::new(),
+            message: ArcSwapOption::empty(),
         })
     }
 
@@ -198,9 +196,14 @@ impl Object {
         lean::read(&self.bytes, row.seen).unwrap_or_default()
     }
 
-    /// The object in protobuf, made by whoever needs it first. All have to make the same.
-    pub fn message(&self, make: impl FnOnce() -> Bytes) -> Bytes {
-        Bytes::clone(self.message.get_or_init(|| Box::new(make())))
+    /// The object in protobuf, if somebody has just kept that.
+    pub fn message(&self) -> Option<Bytes> {
+        self.message.load().as_deref().cloned()
+    }
+
+    /// Keeps the object in protobuf, which all have to make in the same way, or forgets it.
+    pub fn keep_message(&self, message: Option<Bytes>) {
+        self.message.store(message.map(Arc::new));
     }
 
     /// The object with its resource version, parsed.

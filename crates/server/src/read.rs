@@ -207,7 +207,7 @@ impl Server {
             self.pages.done(context.served.id, revision);
         }
         let found = self.in_version(row, found).await?;
-        Ok(context.encoder()?.list(found, meta))
+        Ok(context.encoder()?.list(found, meta).await)
     }
 
     /// All objects of a resource exactly at `revision`: from a page's snapshot, or from the store's history.

@@ -40,7 +40,7 @@ const QUEUE: usize = 4096;
 /// What can be chosen about an [`Embedded`] store.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// History in memory is cut at about this many bytes, even if nobody calls [`Store::compact`].
+    /// History is cut when about this many bytes are in memory for its sake alone, even if nobody calls [`Store::compact`].
     pub history_bytes: usize,
     /// A new log file is begun when the current one has this many bytes.
     pub segment_bytes: u64,

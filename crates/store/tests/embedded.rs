@@ -104,6 +104,27 @@ async fn memory_for_history_is_bounded() {
     assert_eq!(recent.events.len(), 50);
 }
 
+/// What has been deleted is history, and counts as such; what is there is not.
+#[tokio::test]
+async fn what_is_gone_does_not_stay_in_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path(), Options { history_bytes: 100_000, ..Options::default() }).unwrap();
+    let start = store.revision().await.unwrap();
+    let value = Bytes::from(vec![b'x'; 10_000]);
+    for index in 0..50 {
+        store.put(&format!("/{index}"), value.clone(), Expect::Any, None).await.unwrap();
+    }
+    let full = store.revision().await.unwrap();
+    let at = |at| ListOptions { at: Some(at), ..ListOptions::default() };
+    assert!(store.list("/", at(start)).await.unwrap().entries.is_empty(), "nothing was replaced");
+    for index in 0..50 {
+        store.delete(&format!("/{index}"), Expect::Any, None).await.unwrap();
+    }
+    let Err(Error::Compacted { oldest, .. }) = store.list("/", at(full)).await else { panic!("all of it is there") };
+    let left = store.list("/", at(oldest)).await.unwrap().entries.len();
+    assert!((1..=10).contains(&left), "{left} of 10,000 bytes each");
+}
+
 /// Whatever was cut off from the end of the log, what remains is a prefix of the history.
 #[tokio::test]
 async fn a_torn_end_is_cut_off() {

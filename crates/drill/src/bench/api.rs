@@ -52,6 +52,9 @@ fn config_map(name: &str) -> Bytes {
         .into()
 }
 
+/// How long a server has nothing to do before its memory is looked at again.
+const REST: Duration = Duration::from_secs(100);
+
 /// The node on which one pod in a hundred is. Nobody runs it.
 const NODE: &str = "bench-node";
 
@@ -115,13 +118,17 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let mut report = Report::new(args.common.json);
     let maps = format!("/api/v1/namespaces/{ns}/configmaps");
     let pods = format!("/api/v1/namespaces/{ns}/pods");
-    let memory = |report: &mut Report, what: &str| -> anyhow::Result<()> {
+    let memory = async |report: &mut Report, what: &str| -> anyhow::Result<()> {
         if !pids.is_empty() {
             report.add(format!("memory, {what}"), usage(pids)?.rss, "MiB");
+            tokio::time::sleep(REST).await;
+            report.add(format!("memory, {what}, {} s later", REST.as_secs()), usage(pids)?.rss, "MiB");
         }
-        Ok(())
+        anyhow::Ok(())
     };
-    memory(&mut report, "before")?;
+    if !pids.is_empty() {
+        report.add("memory, before", usage(pids)?.rss, "MiB");
+    }
     for clients in &args.clients {
         let (before, started) = (usage(pids)?, Instant::now());
         let until = started + Duration::from_secs_f64(args.seconds);
@@ -146,14 +153,14 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let share = |clients: usize, objects: usize| {
         move |client: usize| objects / clients + usize::from(client < objects % clients)
     };
-    let config_maps = args.config_maps.unwrap_or(args.objects);
-    create(&target, &maps, 16, config_map, "fill", share(16, config_maps), None).await?;
-    memory(&mut report, &format!("{config_maps} ConfigMaps"))?;
     connection = target.connect().await?;
     let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}).to_string();
     connection.expect(Method::POST, "/api/v1/nodes", node).await?;
     create(&target, &pods, 16, pod, "fill", share(16, args.objects), None).await?;
-    memory(&mut report, &format!("{config_maps} ConfigMaps and {} Pods", args.objects))?;
+    memory(&mut report, &format!("{} Pods", args.objects)).await?;
+    let config_maps = args.config_maps.unwrap_or(args.objects);
+    create(&target, &maps, 16, config_map, "fill", share(16, config_maps), None).await?;
+    memory(&mut report, &format!("{} Pods and {config_maps} ConfigMaps", args.objects)).await?;
     connection = target.connect().await?;
     for (what, path, accept, times) in [
         ("list of all pods", pods.clone(), JSON, 10),
@@ -166,7 +173,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     ] {
         list(&mut connection, &mut report, pids, what, &path, accept, times).await?;
     }
-    memory(&mut report, "after lists")?;
+    memory(&mut report, "after lists").await?;
+    connection = target.connect().await?;
     get(&target, &mut report, pids, &format!("{pods}/fill-0-1"), 16, args.seconds).await?;
     for watchers in &args.watchers {
         watch(&target, &mut connection, &mut report, pids, &maps, *watchers, args.rate).await?;
@@ -177,7 +185,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     connection.expect(Method::DELETE, &pods, Bytes::new()).await?;
     connection.expect(Method::DELETE, &format!("/api/v1/nodes/{NODE}"), Bytes::new()).await?;
     connection.expect(Method::DELETE, &maps, Bytes::new()).await?;
-    memory(&mut report, "after everything was deleted")?;
+    memory(&mut report, "after everything was deleted").await?;
     report.finish();
     Ok(())
 }

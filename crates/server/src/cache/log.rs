@@ -7,6 +7,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -14,6 +15,7 @@ use futures::task::AtomicWaker;
 use parking_lot::{Mutex, RwLock};
 use seawall_api::Row;
 use seawall_store::Revision;
+use tokio::time::Instant;
 
 use super::{Cache, by_node};
 use crate::{
@@ -25,6 +27,11 @@ use crate::{
 const LOG_EVENTS: usize = 8192;
 /// How many bytes of objects the log of a resource may keep alive, at most.
 const LOG_BYTES: usize = 8 << 20;
+/// How long changes are kept for watchers at least, if there is room, and then [`FEW`] of them: bookmarks come more often, so
+/// that whoever comes back knows of something newer. As upstream's watch cache, which has its size from that.
+pub const FRESH: Duration = Duration::from_secs(75);
+/// So many changes are kept however old they are.
+const FEW: usize = 100;
 /// How many of the latest changes stay encoded for those who follow.
 const WARM: usize = 256;
 
@@ -36,6 +43,8 @@ pub struct Change {
     pub old: Option<Arc<Object>>,
     /// The object after, `None` if it was deleted.
     pub new: Option<Arc<Object>>,
+    /// When it was seen here.
+    at: Instant,
     /// The encoded events, made by the first watcher that needs one. Most changes are never asked for.
     encoded: RwLock<Option<Box<Encoded>>>,
     /// Those who follow have passed it by: whoever comes late encodes it for themselves.
@@ -69,7 +78,7 @@ impl EventType {
 
 impl Change {
     pub(super) fn new(revision: Revision, old: Option<Arc<Object>>, new: Option<Arc<Object>>) -> Change {
-        Change { revision, old, new, encoded: RwLock::default(), cold: AtomicBool::new(false) }
+        Change { revision, old, new, at: Instant::now(), encoded: RwLock::default(), cold: AtomicBool::new(false) }
     }
 
     /// The object that an event of this type carries: the last state of what was deleted.
@@ -264,11 +273,28 @@ impl Log {
             changes.ring[passed].cool();
         }
         while changes.ring.len() > LOG_EVENTS || changes.bytes > LOG_BYTES {
-            let Some(gone) = changes.ring.pop_front() else { break };
-            changes.bytes -= gone.size();
-            for topic in topics.concerned(&gone, by_node).chain([&self.everything]) {
-                topic.lost.store(gone.revision.0, Ordering::Relaxed);
-            }
+            self.lose_first(&topics, &mut changes, by_node);
+        }
+    }
+
+    /// Drops changes that are not [`FRESH`] any more, but for a [`FEW`]. `by_node` as for [`Log::add`].
+    pub(super) fn lose_old(&self, now: Instant, by_node: Option<&Row>) {
+        let topics = self.topics.lock();
+        let mut changes = self.changes.write();
+        while changes.ring.len() > FEW && changes.ring.front().is_some_and(|first| now - first.at > FRESH) {
+            self.lose_first(&topics, &mut changes, by_node);
+        }
+        // What was there for a burst is not kept for the next one.
+        if changes.ring.capacity() > 4 * changes.ring.len().max(FEW) {
+            changes.ring.shrink_to_fit();
+        }
+    }
+
+    fn lose_first(&self, topics: &Topics, changes: &mut Changes, by_node: Option<&Row>) {
+        let Some(gone) = changes.ring.pop_front() else { return };
+        changes.bytes -= gone.size();
+        for topic in topics.concerned(&gone, by_node).chain([&self.everything]) {
+            topic.lost.store(gone.revision.0, Ordering::Relaxed);
         }
     }
 

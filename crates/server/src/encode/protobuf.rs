@@ -1,9 +1,10 @@
 //! Objects, lists and events of built-in kinds in protobuf, which client-go asks for by default
 //! (<https://kubernetes.io/docs/reference/using-api/api-concepts/#protobuf-encoding>).
 //!
-//! An object's message is made when it is first asked for, and kept beside its JSON.
+//! Messages are made from the JSON that is there. Those of a list are kept for a while: when a server is new, everybody lists
+//! everything at once.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{Response, StatusCode, header};
@@ -27,6 +28,11 @@ pub const STREAM: &str = "application/vnd.kubernetes.protobuf;stream=watch";
 
 const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta";
 const STATUS: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.Status";
+/// How long what was made for a list is kept for others.
+const KEPT: Duration = Duration::from_secs(10);
+/// After how many messages of a list others get a turn.
+const TURN: usize = 64;
+
 /// The group and version of metadata alone.
 const META_VERSION: &str = "meta.k8s.io/v1";
 
@@ -40,6 +46,15 @@ fn of_kind(status: StatusCode, body: Body) -> Response<Body> {
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(MEDIA));
     response
+}
+
+fn forget_in_time(kept: Vec<Arc<Object>>) {
+    if !kept.is_empty() {
+        tokio::spawn(async move {
+            tokio::time::sleep(KEPT).await;
+            kept.iter().for_each(|object| object.keep_message(None));
+        });
+    }
 }
 
 impl Encoder<'_> {
@@ -76,16 +91,45 @@ impl Encoder<'_> {
 
     fn message_of(&self, object: &Object) -> Bytes {
         match self.is_shared() {
-            true => object.message(|| {
-                let mut json = BytesMut::with_capacity(object.bytes.len() + 40);
-                object.write(object.revision, &mut json);
-                // It was read when it came from the store.
-                let message = proto::message_of_json(self.schemas, self.ty(), &json).unwrap_or_default();
-                // Not the buffer itself: it has room to spare, and the message may be kept.
-                Bytes::copy_from_slice(&message)
-            }),
+            true => object.message().unwrap_or_else(|| self.made_of(object)),
             false => self.message(object.value()),
         }
+    }
+
+    /// The message of an object as it is stored, from its JSON.
+    fn made_of(&self, object: &Object) -> Bytes {
+        let mut json = BytesMut::with_capacity(object.bytes.len() + 40);
+        object.write(object.revision, &mut json);
+        // It was read when it came from the store.
+        proto::message_of_json(self.schemas, self.ty(), &json).unwrap_or_default().into()
+    }
+
+    /// The messages of all these. Whoever lists them next finds what was made for this list.
+    async fn messages(&self, objects: &[Arc<Object>]) -> Vec<Bytes> {
+        let mut messages = Vec::with_capacity(objects.len());
+        let mut kept = Vec::new();
+        for object in objects {
+            if !self.is_shared() {
+                messages.push(self.message(object.value()));
+                continue;
+            }
+            messages.push(match object.message() {
+                Some(message) => message,
+                None => {
+                    // Not the buffer itself: it has room to spare.
+                    let message = Bytes::copy_from_slice(&self.made_of(object));
+                    object.keep_message(Some(message.clone()));
+                    kept.push(object.clone());
+                    if kept.len() == TURN {
+                        forget_in_time(std::mem::take(&mut kept));
+                        tokio::task::yield_now().await;
+                    }
+                    message
+                }
+            });
+        }
+        forget_in_time(kept);
+        messages
     }
 
     /// A value in its envelope.
@@ -99,8 +143,8 @@ impl Encoder<'_> {
         answer(status, proto::envelope(&version, &kind, &self.message_of(object)).into())
     }
 
-    pub(super) fn protobuf_list(&self, objects: Vec<Arc<Object>>, meta: &Value) -> Response<Body> {
-        let items: Vec<Bytes> = objects.iter().map(|object| self.message_of(object)).collect();
+    pub(super) async fn protobuf_list(&self, objects: Vec<Arc<Object>>, meta: &Value) -> Response<Body> {
+        let items = self.messages(&objects).await;
         let length = items.iter().map(|item| proto::item_length(item.len())).sum();
         let (version, kind) = self.what(true);
         let (head, tail) = proto::list(&version, &kind, meta, length);
@@ -150,5 +194,58 @@ impl Encoder<'_> {
             None => Vec::new(),
         };
         proto::event("ERROR", &proto::envelope("v1", "Status", &status)).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+    use seawall_store::Entry;
+
+    use super::{
+        super::{Form, Include, Media},
+        *,
+    };
+    use crate::registry::Registry;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_made_for_a_list_is_kept_for_a_while() {
+        let registry = Registry::new().unwrap();
+        let served = registry.find("", "v1", "configmaps").unwrap();
+        let encoder = Encoder {
+            row: &served.row,
+            served: &served,
+            schemas: &registry.schemas,
+            form: Form { shape: Shape::Full, media: Media::Protobuf },
+            include: Include::Metadata,
+            now: jiff::Timestamp::UNIX_EPOCH,
+        };
+        // Others get their turn twice while the list is made.
+        let objects: Vec<Arc<Object>> = (0..TURN * 2 + 3)
+            .map(|number| {
+                let object =
+                    json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": format!("m{number}")}});
+                let (key, value) = (format!("/registry/configmaps/a/m{number}").into(), crate::object::encode(&object));
+                let entry = Entry { key, value, revision: Revision(7), created: Revision(7) };
+                Arc::new(Object::read(&served.row, &entry).unwrap())
+            })
+            .collect();
+        let list = async || {
+            let list = encoder.list(objects.clone(), json!({})).await;
+            list.into_body().collect().await.unwrap().to_bytes()
+        };
+        let kept = || objects.iter().filter(|object| object.message().is_some()).count();
+        let first = list().await;
+        assert_eq!(kept(), objects.len());
+        tokio::time::sleep(KEPT / 2).await;
+        assert_eq!(list().await, first);
+        assert_eq!(kept(), objects.len());
+        tokio::time::sleep(KEPT / 2 + Duration::from_millis(10)).await;
+        assert_eq!(kept(), 0);
+        assert_eq!(list().await, first);
+        // An event is for its watchers: nothing stays of it.
+        let alone = Object::read(&served.row, &objects[0].entry()).unwrap();
+        assert!(!encoder.protobuf_event(EventType::Added, &alone, alone.revision).is_empty());
+        assert!(alone.message().is_none());
     }
 }

@@ -21,6 +21,10 @@ pub(super) const EMPTY: u64 = 1;
 /// what has changed since the one before, which soon is the whole map.
 const CHECKPOINT_EVERY: u64 = 4096;
 
+/// About how many bytes an event occupies besides its key and what it took the place of: itself, and its share of the maps
+/// that are kept.
+const OVERHEAD: usize = 400;
+
 /// A step of a watch looks at no more events than this, so that it holds the lock only briefly.
 const STEP: usize = 2048;
 
@@ -32,11 +36,18 @@ pub(super) struct State {
     oldest: u64,
     /// `history[i]` is the event of revision `base + 1 + i`.
     base: u64,
-    history: VecDeque<Event>,
+    history: VecDeque<Past>,
     history_bytes: usize,
     history_limit: usize,
     /// Maps as they were at some revisions, ascending. The first is at `base`.
     checkpoints: VecDeque<(u64, Map)>,
+}
+
+/// An event of the history.
+struct Past {
+    event: Event,
+    /// About how many bytes are in memory because of it.
+    weight: usize,
 }
 
 impl State {
@@ -78,10 +89,10 @@ impl State {
         self.map.get(key)
     }
 
-    /// Takes the events of a batch, in order, and the map that they lead to.
-    pub(super) fn publish(&mut self, events: Vec<Event>, map: Map) {
-        for event in events {
-            self.remember(event);
+    /// Takes the events of a batch, in order and each with what [`apply`] said, and the map that they lead to.
+    pub(super) fn publish(&mut self, events: Vec<(Event, usize)>, map: Map) {
+        for (event, replaced) in events {
+            self.remember(event, replaced);
         }
         self.map = map;
         self.checkpoint();
@@ -89,16 +100,17 @@ impl State {
 
     /// Takes one event, as when the log is read.
     pub(super) fn replay(&mut self, event: Event) {
-        apply(&mut self.map, &event);
-        self.remember(event);
+        let replaced = apply(&mut self.map, &event);
+        self.remember(event, replaced);
         self.checkpoint();
     }
 
-    fn remember(&mut self, event: Event) {
+    fn remember(&mut self, event: Event, replaced: usize) {
         assert_eq!(event.revision().0, self.revision + 1, "every write takes the next revision");
         self.revision += 1;
-        self.history_bytes += weight(&event);
-        self.history.push_back(event);
+        let weight = OVERHEAD + event.key().len() + replaced;
+        self.history_bytes += weight;
+        self.history.push_back(Past { event, weight });
     }
 
     fn checkpoint(&mut self) {
@@ -108,11 +120,11 @@ impl State {
         if self.history_bytes > self.history_limit {
             // A quarter at a time: cutting costs the rebuilding of a map.
             let (mut bytes, mut at) = (self.history_bytes, self.base);
-            for event in &self.history {
+            for past in &self.history {
                 if bytes <= self.history_limit / 4 * 3 {
                     break;
                 }
-                bytes -= weight(event);
+                bytes -= past.weight;
                 at += 1;
             }
             self.compact(at);
@@ -133,8 +145,8 @@ impl State {
             self.checkpoints.pop_front();
         }
         self.checkpoints.push_front((at, map));
-        for event in self.history.drain(..(at - self.base) as usize) {
-            self.history_bytes -= weight(&event);
+        for past in self.history.drain(..(at - self.base) as usize) {
+            self.history_bytes -= past.weight;
         }
         self.base = at;
     }
@@ -159,7 +171,8 @@ impl State {
         match next.checked_sub(1).and_then(|index| self.checkpoints.get(index)) {
             Some((revision, map)) => {
                 let skip = (revision - self.base) as usize;
-                let replay = self.history.range(skip..(at - self.base) as usize).cloned().collect();
+                let replay =
+                    self.history.range(skip..(at - self.base) as usize).map(|past| past.event.clone()).collect();
                 View { map: map.clone(), replay, revision: at }
             }
             // Before the first checkpoint, and not compacted: the empty store that everything began with.
@@ -185,7 +198,8 @@ impl State {
         }
         let from = (cursor - self.base) as usize;
         let to = self.history.len().min(from + STEP);
-        let events = self.history.range(from..to).filter(|event| event.key().starts_with(prefix)).cloned().collect();
+        let events = self.history.range(from..to).map(|past| &past.event);
+        let events = events.filter(|event| event.key().starts_with(prefix)).cloned().collect();
         Ok(Progress { events, revision: Revision(self.base + to as u64) })
     }
 }
@@ -221,24 +235,11 @@ impl View {
     }
 }
 
-/// What an event does to the current entries.
-pub(super) fn apply(map: &mut Map, event: &Event) {
-    match event {
-        Event::Put(entry) => {
-            map.insert(entry.key.clone(), entry.clone());
-        }
-        Event::Delete { key, .. } => {
-            map.remove(key.as_ref());
-        }
-    }
-}
-
-/// About how many bytes an event occupies.
-fn weight(event: &Event) -> usize {
-    const OVERHEAD: usize = 160;
-    OVERHEAD
-        + match event {
-            Event::Put(entry) => entry.key.len() + entry.value.len(),
-            Event::Delete { key, .. } => key.len(),
-        }
+/// What an event does to the current entries. Returns how many bytes it took the place of, which only history needs now.
+pub(super) fn apply(map: &mut Map, event: &Event) -> usize {
+    let old = match event {
+        Event::Put(entry) => map.insert(entry.key.clone(), entry.clone()),
+        Event::Delete { key, .. } => map.remove(key.as_ref()),
+    };
+    old.map_or(0, |old| old.value.len())
 }

@@ -86,9 +86,9 @@ impl Writer {
                     let result = match decide(&map, newest, key, change, expect, fence.as_ref()) {
                         Ok(Some(event)) => {
                             let revision = event.revision();
-                            state::apply(&mut map, &event);
+                            let replaced = state::apply(&mut map, &event);
                             records.push(Record::Event(event.clone()));
-                            events.push(event);
+                            events.push((event, replaced));
                             Ok(revision)
                         }
                         Ok(None) => Ok(Revision(newest)),

@@ -133,6 +133,30 @@ fn what_others_do_makes_nobody_list_again() {
     assert_eq!(seen(&mut late), None);
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_is_old_is_lost_but_for_a_few() {
+    let mut pods = Pods::new();
+    let mut before = pods.follow(Interest::Everything);
+    for _ in 0..FEW + 50 {
+        pods.put("a/x", "one");
+    }
+    let mut late = pods.follow(Interest::Everything);
+    let kept = |pods: &Pods| pods.cache.log_of(pods.id).changes.read().ring.len();
+    tokio::time::advance(FRESH).await;
+    pods.cache.lose_old();
+    assert_eq!(kept(&pods), FEW + 50);
+    tokio::time::advance(Duration::from_secs(1)).await;
+    pods.put("b/x", "two");
+    pods.cache.lose_old();
+    assert_eq!(kept(&pods), FEW);
+    assert_eq!(seen(&mut late).unwrap(), ["b/x"]);
+    assert_eq!(seen(&mut before), None);
+    // A new one that begins where the log does.
+    let oldest = pods.cache.oldest(pods.id);
+    let mut again = pods.cache.subscribe(pods.id, oldest, Interest::Key(A.to_owned()));
+    assert_eq!(again.take(1000).unwrap().len(), FEW);
+}
+
 #[test]
 fn what_nobody_follows_any_more_is_forgotten() {
     let mut pods = Pods::new();
