@@ -1,13 +1,7 @@
 //! Two machines and a client on one network: who answers for an address, and how it moves.
-#![allow(clippy::unwrap_used, missing_docs)]
-
-mod api;
-mod common;
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
-use api::Cluster;
-use common::{Lan, enter, sh, until};
 use k8s_openapi::api::core::v1::{Node, Service};
 use kube::{
     Api, Client,
@@ -20,6 +14,11 @@ use seawall_network::{
 use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api::Cluster,
+    common::{Lan, enter, sh, until},
+};
 
 const CLIENT: u8 = 3;
 const IPS: [&str; 3] = ["10.9.0.100", "10.9.0.101", "fd09::100"];

@@ -1,5 +1,4 @@
 //! Servers with real TLS, to be balanced, killed and silenced.
-#![allow(dead_code, missing_docs, reason = "not every test uses all of it")]
 
 use std::{
     convert::Infallible,
@@ -175,7 +174,7 @@ pub fn sh(script: &str) {
     let output = Command::new("sh").args(["-ec", script]).output().expect("sh runs");
     assert!(
         output.status.success(),
-        "{script}: {} (root and iproute2 are needed)",
+        "{script}: {} (root, iproute2 and nftables are needed)",
         String::from_utf8_lossy(&output.stderr)
     );
 }

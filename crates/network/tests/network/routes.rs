@@ -1,7 +1,4 @@
 //! Routes between three nodes, in namespaces.
-#![allow(clippy::unwrap_used, missing_docs)]
-
-mod common;
 
 use std::{
     io::{Read as _, Write as _},
@@ -10,8 +7,9 @@ use std::{
     time::Duration,
 };
 
-use common::{Lan, enter, sh};
 use seawall_network::routes::{Config, Kernel, NodeRoutes, Tunnel, apply};
+
+use crate::common::{Lan, enter, sh};
 
 fn node(n: u8) -> NodeRoutes {
     NodeRoutes {

@@ -1,8 +1,4 @@
 //! The balancer and the routes of a node with a real API server.
-#![allow(clippy::unwrap_used, missing_docs)]
-
-mod api;
-mod common;
 
 use std::{
     sync::{
@@ -12,8 +8,6 @@ use std::{
     time::Duration,
 };
 
-use api::Cluster;
-use common::{Lan, until};
 use futures::TryStreamExt;
 use k8s_openapi::api::{
     core::v1::{ConfigMap, Node},
@@ -31,6 +25,11 @@ use seawall_network::{
 };
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api::Cluster,
+    common::{Lan, enter, sh, until},
+};
 
 fn slice(name: &str, addresses: &[&str]) -> EndpointSlice {
     let endpoints: Vec<_> =
@@ -151,7 +150,7 @@ async fn the_balancer_follows_the_cluster() {
 fn routes_follow_the_nodes() {
     assert!(nix::unistd::geteuid().is_root(), "this test makes network namespaces: run it as root");
     let lan = Lan::new(1);
-    common::enter(&lan.namespace(1));
+    enter(&lan.namespace(1));
     let shown = || {
         let output = std::process::Command::new("ip").args(["route", "show", "proto", "83"]).output().unwrap();
         String::from_utf8(output.stdout).unwrap()
@@ -174,7 +173,7 @@ fn routes_follow_the_nodes() {
         put("me", "10.9.0.1", "10.244.1.0/24").await;
         put("a", "10.9.0.2", "10.244.2.0/24").await;
         // Something of ours from an earlier life.
-        common::sh("ip route add 10.244.9.0/24 via 10.9.0.9 proto 83");
+        sh("ip route add 10.244.9.0/24 via 10.9.0.9 proto 83");
         let stop = CancellationToken::new();
         let config =
             routes::Config { node_name: "me".into(), resync: Duration::from_millis(300), ..Default::default() };
@@ -191,7 +190,7 @@ fn routes_follow_the_nodes() {
         nodes.delete("b", &DeleteParams::default()).await.unwrap();
         until("a node left", async || !shown().contains("10.244.3.0/24")).await;
         // A link that was down has lost its routes.
-        common::sh("ip link set eth0 down; ip link set eth0 up");
+        sh("ip link set eth0 down; ip link set eth0 up");
         until("they are back", async || shown().contains("10.244.2.0/24 via 10.9.0.2")).await;
         stop.cancel();
         running.await.unwrap().unwrap();

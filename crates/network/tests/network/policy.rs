@@ -1,12 +1,7 @@
 //! Policies in a real kernel: a client, a node and two pods in network namespaces of their own.
 
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test stops at what it did not expect")]
-
-mod net;
-
 use std::net::UdpSocket;
 
-use net::{Net, answer, echoes};
 use seawall_network::{
     nft,
     policy::{
@@ -16,6 +11,8 @@ use seawall_network::{
     },
 };
 use serde_json::{Value, json};
+
+use crate::net::{Net, answer, echoes};
 
 /// `pod1` and `pod2` of the namespace `n` on this node, and some policies.
 fn state(policies: &[Value]) -> State {

@@ -1,17 +1,15 @@
 //! The balancer between real TLS clients and servers.
-#![allow(clippy::unwrap_used, missing_docs)]
-
-mod common;
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
-use common::{Authority, Client, Lan, Running, Server, ask, until};
 use seawall_network::balancer::{Config, choice::Health};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::{Instant, timeout},
 };
+
+use crate::common::{Authority, Client, Lan, Running, Server, ask, enter, until};
 
 async fn three(authority: &Authority) -> [Server; 3] {
     [
@@ -106,7 +104,7 @@ fn silence() {
     let authority = Authority::new();
     let servers =
         [1, 2, 3].map(|n| Server::start_in(&authority, &n.to_string(), &lan.namespace(n), &format!("10.9.0.{n}:6443")));
-    common::enter(&lan.namespace(4));
+    enter(&lan.namespace(4));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let mut gaps = Vec::new();
     runtime.block_on(async {

@@ -1,5 +1,4 @@
 //! A real API server, in this process.
-#![allow(dead_code, missing_docs, reason = "not every test uses all of it")]
 
 use std::{net::SocketAddr, sync::Arc};
 

@@ -1,9 +1,4 @@
 //! What the service proxy does when machines die, in a real kernel and with a real API server.
-#![allow(clippy::unwrap_used, missing_docs)]
-
-mod api;
-mod common;
-mod net;
 
 use std::{
     collections::BTreeMap,
@@ -13,8 +8,6 @@ use std::{
     time::Duration,
 };
 
-use api::Cluster;
-use common::{enter, until};
 use k8s_openapi::api::{
     core::v1::{Node, Service},
     discovery::v1::EndpointSlice,
@@ -23,7 +16,6 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},
 };
-use net::{Net, answer, echoes};
 use seawall_network::{
     proxy::{self, ProxyConfig},
     verdict::{Verdict, Verdicts},
@@ -31,6 +23,12 @@ use seawall_network::{
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api::Cluster,
+    common::{enter, until},
+    net::{Net, answer, echoes, inside},
+};
 
 const SERVICE: &str = "10.96.0.9:80";
 const SERVICE6: &str = "[fd00:96::9]:80";
@@ -338,7 +336,7 @@ fn a_port_whose_connection_was_reset_is_good_again() {
             let from = stream.local_addr().unwrap();
             breaks(stream, false).await.unwrap();
             let again = || {
-                net::inside(&net.namespace(host), move || {
+                inside(&net.namespace(host), move || {
                     let to: std::net::SocketAddr = to.parse().unwrap();
                     let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
                     socket.bind(&from.into())?;

@@ -1,18 +1,15 @@
 //! The rules in a real kernel: a client, a node and two pods in network namespaces of their own.
 
-#![allow(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
-
-mod net;
-
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
-use net::Net;
 use seawall_network::{
     nft::generation,
     proxy::{ProxyConfig, State, dead::Target, elements, intact, nft, plan::plan, rules::Ruleset, state},
 };
 use serde_json::{Value, json};
+
+use crate::net::Net;
 
 /// The Service `s` with a slice of each family.
 fn state(service: Value, endpoints: &[&str]) -> State {

@@ -1,5 +1,4 @@
 //! A client, a node and two pods in network namespaces of their own.
-#![allow(dead_code, missing_docs, reason = "not every test uses all of it")]
 
 use std::{
     io::{Read as _, Write as _},
@@ -14,6 +13,8 @@ use std::{
 
 use seawall_network::proxy::ProxyConfig;
 
+use crate::common::sh;
+
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// Namespaces `<prefix>-node`, `-client`, `-pod1`, `-pod2`: the node routes between the others.
@@ -21,15 +22,6 @@ pub struct Net {
     pub prefix: String,
     servers: Vec<Child>,
     pages: tempfile::TempDir,
-}
-
-pub fn sh(script: &str) {
-    let output = Command::new("sh").args(["-ec", script]).output().expect("sh runs");
-    assert!(
-        output.status.success(),
-        "{script}: {} (root, iproute2 and nftables are needed)",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 impl Net {

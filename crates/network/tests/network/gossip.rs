@@ -1,5 +1,4 @@
 //! Members of the gossip on real sockets of the loopback: each has an address of 127.0.0.0/8 of its own.
-#![allow(clippy::unwrap_used)]
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},

@@ -1,8 +1,4 @@
 //! The relay in a real kernel: clients in a pod, outside, and on the node itself.
-#![allow(clippy::unwrap_used, missing_docs)]
-
-mod common;
-mod net;
 
 use std::{
     collections::BTreeMap,
@@ -11,12 +7,10 @@ use std::{
     time::Duration,
 };
 
-use common::{enter, until};
 use k8s_openapi::api::{
     core::v1::{Node, Service},
     discovery::v1::EndpointSlice,
 };
-use net::{Net, echoes, inside};
 use seawall_network::{
     proxy::{self, ProxyConfig, Relays, plan::plan, rules::Ruleset, state},
     relay::{self, ForProxy, Relay},
@@ -25,6 +19,11 @@ use seawall_network::{
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
+
+use crate::{
+    common::{enter, sh, until},
+    net::{Net, echoes, inside},
+};
 
 const SERVICE: &str = "10.96.0.9:80";
 const SERVICE6: &str = "[fd00:96::9]:80";
@@ -167,7 +166,7 @@ fn connections_are_taken_and_find_an_endpoint_that_answers() {
 
         // One that refuses, one that is not there at all: nobody notices.
         let bad = ["10.244.1.9", "10.244.2.2", "10.244.2.9", "fd00:1::9", "fd00:2::2", "fd00:2::9"];
-        net::sh(&format!(
+        sh(&format!(
             "ip -n {0} addr add 10.244.2.9/32 dev eth0; ip -n {0} addr add fd00:2::9/128 dev eth0 nodad; \
             ip netns exec {0} nft add table inet filter; \
             ip netns exec {0} nft 'add chain inet filter i {{ type filter hook input priority 0; }}'; \
