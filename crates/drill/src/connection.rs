@@ -7,13 +7,16 @@ use base64::Engine as _;
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full};
-use hyper::{body::Incoming, client::conn::http1::SendRequest};
-use hyper_util::rt::TokioIo;
+use hyper::{
+    body::Incoming,
+    client::conn::{http1::SendRequest, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
 use serde_json::Value;
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 /// Where a server is and who we are.
 #[derive(Clone)]
@@ -110,19 +113,49 @@ impl Target {
         Target { host: host.to_owned(), port, tls: self.tls.clone(), identity: self.identity.clone() }
     }
 
+    async fn stream(&self) -> anyhow::Result<TokioIo<TlsStream<TcpStream>>> {
+        let stream = TcpStream::connect((self.host.as_str(), self.port)).await.with_context(|| self.address())?;
+        stream.set_nodelay(true)?;
+        Ok(TokioIo::new(self.tls.connect(ServerName::try_from(self.host.clone())?, stream).await?))
+    }
+
+    /// Connects for many requests at a time (HTTP/2), as client-go and what is like it do.
+    pub async fn connect_shared(&self) -> anyhow::Result<Shared> {
+        // It is told by what is sent first.
+        let mut http = http2::Builder::new(TokioExecutor::new());
+        http.initial_connection_window_size(1 << 20);
+        let (sender, connection) = http.handshake(self.stream().await?).await?;
+        tokio::spawn(async move {
+            // Requests on it report what went wrong.
+            let _ = connection.await;
+        });
+        Ok(Shared { sender, address: self.address() })
+    }
+
     /// Connects.
     pub async fn connect(&self) -> anyhow::Result<Connection> {
-        let stream = TcpStream::connect((self.host.as_str(), self.port))
-            .await
-            .with_context(|| format!("{}:{}", self.host, self.port))?;
-        stream.set_nodelay(true)?;
-        let stream = self.tls.connect(ServerName::try_from(self.host.clone())?, stream).await?;
-        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let (sender, connection) = hyper::client::conn::http1::handshake(self.stream().await?).await?;
         tokio::spawn(async move {
             // Requests on it report what went wrong.
             let _ = connection.await;
         });
         Ok(Connection { sender, host: format!("{}:{}", self.host, self.port) })
+    }
+}
+
+/// One connection, many requests at a time.
+#[derive(Clone)]
+pub struct Shared {
+    sender: http2::SendRequest<Full<Bytes>>,
+    address: String,
+}
+
+impl Shared {
+    /// Asks for something and returns the answer with its body still to come.
+    pub async fn start(&mut self, path: &str) -> anyhow::Result<http::Response<Incoming>> {
+        let request = Request::builder().uri(format!("https://{}{path}", self.address)).body(Full::default())?;
+        self.sender.ready().await?;
+        Ok(self.sender.send_request(request).await?)
     }
 }
 

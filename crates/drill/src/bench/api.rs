@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use bytes::Bytes;
+use futures::future::try_join_all;
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -11,7 +12,7 @@ use tokio::{task::JoinSet, time::Instant};
 
 use super::{Common, Report, Samples, namespace};
 use crate::{
-    connection::{Connection, Target},
+    connection::{Connection, Shared, Target},
     process::{Usage, usage},
 };
 
@@ -51,6 +52,9 @@ fn config_map(name: &str) -> Bytes {
         .to_string()
         .into()
 }
+
+/// How many processes have all watchers, if a process has one connection for all of its own.
+const PROCESSES: usize = 10;
 
 /// How long a server has nothing to do before its memory is looked at again.
 const REST: Duration = Duration::from_secs(100);
@@ -177,7 +181,9 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     connection = target.connect().await?;
     get(&target, &mut report, pids, &format!("{pods}/fill-0-1"), 16, args.seconds).await?;
     for watchers in &args.watchers {
-        watch(&target, &mut connection, &mut report, pids, &maps, *watchers, args.rate).await?;
+        for shared in [0, PROCESSES] {
+            watch(&target, &mut connection, &mut report, pids, &maps, *watchers, shared, args.rate).await?;
+        }
     }
     apply(&mut connection, &mut report, pids, &maps).await?;
     leases(&target, &mut report, pids, ns, args.nodes, args.seconds).await?;
@@ -325,7 +331,8 @@ async fn leases(
     Ok(())
 }
 
-/// How long events take to reach many watchers.
+/// How long events take to reach many watchers, each with a connection of its own or on so many that they share.
+#[expect(clippy::too_many_arguments, reason = "a scenario")]
 async fn watch(
     target: &Target,
     connection: &mut Connection,
@@ -333,20 +340,25 @@ async fn watch(
     pids: &[i32],
     maps: &str,
     watchers: usize,
+    shared: usize,
     rate: u32,
 ) -> anyhow::Result<()> {
     const UPDATES: usize = 300;
-    let name = &format!("watched-{watchers}");
+    let name = &format!("watched-{watchers}-{shared}");
+    let connections: Vec<Shared> = try_join_all((0..shared).map(|_| target.connect_shared())).await?;
     connection.expect(Method::POST, maps, config_map(name)).await?;
     let epoch = Instant::now();
     let mut tasks = JoinSet::new();
     let ready = std::sync::Arc::new(tokio::sync::Barrier::new(watchers + 1));
-    for _ in 0..watchers {
-        let mut connection = target.connect().await?;
+    for number in 0..watchers {
+        let (target, shared) = (target.clone(), connections.get(number % shared.max(1)).cloned());
         let path = format!("{maps}?watch=true&fieldSelector=metadata.name%3D{name}&timeoutSeconds=60");
         let ready = ready.clone();
         tasks.spawn(async move {
-            let response = connection.start(Method::GET, &path, Bytes::new()).await?;
+            let response = match shared {
+                Some(mut shared) => shared.start(&path).await?,
+                None => target.connect().await?.start(Method::GET, &path, Bytes::new()).await?,
+            };
             ready.wait().await;
             let (mut body, mut took, mut rest) = (response.into_body(), Vec::new(), Vec::new());
             while took.len() < UPDATES {
@@ -377,7 +389,8 @@ async fn watch(
     while let Some(done) = tasks.join_next().await {
         all.0.extend(done??);
     }
-    report.add(format!("watch, {watchers} watchers, {rate}/s, lag p50"), all.quantile(0.5), "ms");
-    report.add(format!("watch, {watchers} watchers, {rate}/s, lag p99"), all.quantile(0.99), "ms");
-    cpu_each(report, pids, &format!("watch, {watchers} watchers, event"), before, (watchers * UPDATES) as f64)
+    let on = if shared == 0 { String::new() } else { format!(" on {shared} connections") };
+    report.add(format!("watch, {watchers} watchers{on}, {rate}/s, lag p50"), all.quantile(0.5), "ms");
+    report.add(format!("watch, {watchers} watchers{on}, {rate}/s, lag p99"), all.quantile(0.99), "ms");
+    cpu_each(report, pids, &format!("watch, {watchers} watchers{on}, event"), before, (watchers * UPDATES) as f64)
 }
