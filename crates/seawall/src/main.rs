@@ -158,6 +158,7 @@ fn main() -> ExitCode {
         }
     };
     let mut code = ExitCode::SUCCESS;
+    runtime.spawn(memory::wake());
     let result = runtime.block_on(async {
         match cli.command {
             Command::Server(args) => server::run(*args).await,

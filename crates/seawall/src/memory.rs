@@ -25,6 +25,17 @@ pub fn idle() {
     collect();
 }
 
+/// Wakes the threads of this runtime now and then, so that those look too that had nothing to do for long.
+pub async fn wake() {
+    loop {
+        tokio::time::sleep(EVERY).await;
+        // Whoever looks is busy for a moment, so that others take the rest.
+        for _ in 0..tokio::runtime::Handle::current().metrics().num_workers() {
+            tokio::spawn(async { idle() });
+        }
+    }
+}
+
 #[expect(unsafe_code, reason = "the allocator has no safe interface for it")]
 fn collect() {
     // SAFETY: it may be called by any thread at any time, and concerns the heap of the one that calls.
