@@ -173,7 +173,7 @@ pub async fn ensure_running(paths: &Paths) -> anyhow::Result<Running> {
 async fn ensure_pause(paths: &Paths) -> anyhow::Result<()> {
     let cri = Cri::connect(&paths.socket())?;
     if cri.image(pause::IMAGE).await?.is_none() {
-        crate::image::import(&paths.socket(), &pause::archive()?).await.context("import the sandbox image")?;
+        crate::image::import(&paths.socket(), pause::archive()?).await.context("import the sandbox image")?;
     }
     Ok(())
 }

@@ -2,12 +2,13 @@
 //! packages, imported into containerd.
 //!
 //! A docker-archive is a tar of layers (tars themselves), a configuration and `manifest.json`; see
-//! <https://github.com/moby/docker-image-spec>.
+//! <https://github.com/moby/docker-image-spec>. Layers are files without a name while they are made: a program may be larger than
+//! all that an agent otherwise has in memory.
 
 use std::{
     collections::BTreeSet,
-    fs,
-    io::Write,
+    fs::{self, File},
+    io::{BufWriter, Read, Seek, Write},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Stdio,
@@ -35,21 +36,24 @@ pub struct ImageConfig {
 }
 
 /// One filesystem layer under construction.
-pub struct Layer {
-    tar: tar::Builder<Vec<u8>>,
+pub struct Layer<W: Write = BufWriter<File>> {
+    tar: tar::Builder<W>,
     seen: BTreeSet<PathBuf>,
-}
-
-impl Default for Layer {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 impl Layer {
     /// An empty layer.
-    pub fn new() -> Self {
-        let mut tar = tar::Builder::new(Vec::new());
+    ///
+    /// # Errors
+    /// If no temporary file can be made.
+    pub fn new() -> anyhow::Result<Self> {
+        Ok(Self::to(BufWriter::new(tempfile::tempfile().context("make a temporary file")?)))
+    }
+}
+
+impl<W: Write> Layer<W> {
+    fn to(out: W) -> Self {
+        let mut tar = tar::Builder::new(out);
         tar.follow_symlinks(false);
         Self { tar, seen: BTreeSet::new() }
     }
@@ -87,13 +91,31 @@ impl Layer {
 
     /// Adds a file with this content. The first one of a path wins.
     pub fn file(&mut self, path: impl AsRef<Path>, mode: u32, content: &[u8]) -> anyhow::Result<()> {
+        self.stream(path, mode, content.len() as u64, content)
+    }
+
+    /// Adds a file with what is read, which is as long as `size` says, in bytes. The first one of a path wins.
+    pub(crate) fn stream(
+        &mut self,
+        path: impl AsRef<Path>,
+        mode: u32,
+        size: u64,
+        content: impl Read,
+    ) -> anyhow::Result<()> {
         let path = relative(path.as_ref());
         self.parents(&path)?;
         if self.seen.insert(path.clone()) {
-            let mut header = Self::header(tar::EntryType::Regular, mode, content.len() as u64);
-            self.tar.append_data(&mut header, &path, content)?;
+            self.tar.append_data(&mut Self::header(tar::EntryType::Regular, mode, size), &path, content)?;
         }
         Ok(())
+    }
+
+    /// Adds a file of this host at `at`.
+    fn copy(&mut self, source: &Path, at: &Path, mode: u32) -> anyhow::Result<()> {
+        let file = File::open(source).with_context(|| format!("read {}", source.display()))?;
+        let size = file.metadata()?.len();
+        // One that grows meanwhile is as it was.
+        self.stream(at, mode, size, file.take(size)).with_context(|| format!("read {}", source.display()))
     }
 
     /// Adds a symbolic link.
@@ -110,8 +132,7 @@ impl Layer {
     pub fn tree(&mut self, source: &Path, at: &Path) -> anyhow::Result<()> {
         let meta = fs::metadata(source).with_context(|| format!("read {}", source.display()))?;
         if meta.is_file() {
-            let content = fs::read(source).with_context(|| format!("read {}", source.display()))?;
-            return self.file(at, meta.mode() & 0o7777, &content);
+            return self.copy(source, at, meta.mode() & 0o7777);
         }
         let mut entries: Vec<_> =
             fs::read_dir(source).with_context(|| format!("read {}", source.display()))?.collect::<Result<_, _>>()?;
@@ -126,7 +147,7 @@ impl Layer {
             } else if meta.is_symlink() {
                 self.symlink(&to, fs::read_link(&from)?)?;
             } else if meta.is_file() {
-                self.file(&to, mode, &fs::read(&from).with_context(|| format!("read {}", from.display()))?)?;
+                self.copy(&from, &to, mode)?;
             }
         }
         Ok(())
@@ -134,9 +155,8 @@ impl Layer {
 
     /// Adds a program of this host at `at`, and the shared libraries that `ldd` names for it at their own paths.
     pub fn program(&mut self, source: &Path, at: &Path) -> anyhow::Result<()> {
-        let content = fs::read(source).with_context(|| format!("read {}", source.display()))?;
-        let mode = fs::metadata(source)?.permissions().mode() & 0o7777;
-        self.file(at, mode | 0o555, &content)?;
+        let meta = fs::metadata(source).with_context(|| format!("read {}", source.display()))?;
+        self.copy(source, at, meta.permissions().mode() & 0o7777 | 0o555)?;
         self.libraries(source)
     }
 
@@ -144,8 +164,7 @@ impl Layer {
     pub(crate) fn libraries(&mut self, program: &Path) -> anyhow::Result<()> {
         let output = std::process::Command::new("ldd").arg(program).output().context("run ldd")?;
         for library in ldd_paths(&String::from_utf8_lossy(&output.stdout)) {
-            let content = fs::read(&library).with_context(|| format!("read {}", library.display()))?;
-            self.file(&library, 0o755, &content)?;
+            self.copy(&library, &library, 0o755)?;
         }
         Ok(())
     }
@@ -204,7 +223,8 @@ fn ldd_paths(output: &str) -> Vec<PathBuf> {
 /// A docker-archive under construction.
 pub struct Archive {
     name: String,
-    layers: Vec<Vec<u8>>,
+    /// Each with its digest in hex.
+    layers: Vec<(File, String)>,
     config: ImageConfig,
 }
 
@@ -216,7 +236,11 @@ impl Archive {
 
     /// Adds a layer on top.
     pub fn layer(mut self, layer: Layer) -> anyhow::Result<Self> {
-        self.layers.push(layer.tar.into_inner()?);
+        let mut file = layer.tar.into_inner()?.into_inner().context("write the layer")?;
+        let mut digest = Sha256::new();
+        file.rewind()?;
+        std::io::copy(&mut file, &mut digest)?;
+        self.layers.push((file, hex(&digest.finalize())));
         Ok(self)
     }
 
@@ -226,9 +250,12 @@ impl Archive {
         self
     }
 
-    /// The archive's bytes. The same input gives the same bytes, and so the same image id.
-    pub fn finish(self) -> anyhow::Result<Vec<u8>> {
-        let digests: Vec<String> = self.layers.iter().map(|l| hex(&Sha256::digest(l))).collect();
+    /// Writes the archive. The same input gives the same bytes, and so the same image id.
+    ///
+    /// # Errors
+    /// If a layer cannot be read, or `out` not written.
+    pub fn write(self, out: impl Write) -> anyhow::Result<()> {
+        let digests: Vec<&str> = self.layers.iter().map(|(_, digest)| &**digest).collect();
         let c = &self.config;
         let mut run = json!({ "Entrypoint": c.entrypoint, "Cmd": c.cmd, "Env": c.env });
         for (key, value) in [("User", &c.user), ("WorkingDir", &c.working_dir), ("StopSignal", &c.stop_signal)] {
@@ -245,13 +272,15 @@ impl Archive {
         let layer_names: Vec<String> = digests.iter().map(|d| format!("{d}/layer.tar")).collect();
         let manifest =
             serde_json::to_vec(&json!([{ "Config": config_name, "RepoTags": [self.name], "Layers": layer_names }]))?;
-        let mut out = Layer::new();
-        for (name, layer) in layer_names.iter().zip(&self.layers) {
-            out.file(name, 0o644, layer)?;
+        let mut out = Layer::to(out);
+        for (name, (layer, _)) in layer_names.iter().zip(&self.layers) {
+            let (mut layer, size) = (layer, layer.metadata()?.len());
+            layer.rewind()?;
+            out.stream(name, 0o644, size, layer)?;
         }
         out.file(&config_name, 0o644, &config)?;
         out.file("manifest.json", 0o644, &manifest)?;
-        Ok(out.tar.into_inner()?)
+        Ok(out.tar.into_inner()?.flush()?)
     }
 }
 
@@ -274,18 +303,21 @@ pub fn architecture() -> &'static str {
 pub const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// An image of busybox with its applets in /bin, from the host's static busybox.
-pub fn busybox(name: &str) -> anyhow::Result<Vec<u8>> {
-    let mut layer = Layer::new();
+pub fn busybox(name: &str) -> anyhow::Result<Archive> {
+    let mut layer = Layer::new()?;
     layer.busybox()?;
     let config = ImageConfig { cmd: vec!["sh".into()], env: vec![PATH.into()], ..Default::default() };
-    Archive::new(name).layer(layer)?.config(config).finish()
+    Ok(Archive::new(name).layer(layer)?.config(config))
 }
 
-/// Imports a docker-archive into the containerd that listens on `socket`, for Kubernetes' namespace.
-pub async fn import(socket: &Path, archive: &[u8]) -> anyhow::Result<()> {
-    let mut file = tempfile::NamedTempFile::new().context("make a temporary file")?;
-    file.write_all(archive).context("write the image archive")?;
-    import_file(socket, file.path()).await
+/// Imports an image into the containerd that listens on `socket`, for Kubernetes' namespace.
+pub async fn import(socket: &Path, archive: Archive) -> anyhow::Result<()> {
+    let written = tokio::task::spawn_blocking(move || {
+        let file = tempfile::NamedTempFile::new().context("make a temporary file")?;
+        archive.write(BufWriter::new(file.as_file())).context("write the image archive")?;
+        anyhow::Ok(file)
+    });
+    import_file(socket, written.await??.path()).await
 }
 
 /// As [`import`], from a file.
@@ -323,9 +355,11 @@ mod tests {
     #[test]
     fn an_archive_names_its_layers_and_is_reproducible() {
         let build = || {
-            let mut layer = Layer::new();
+            let mut layer = Layer::new().unwrap();
             layer.file("/a/b/c", 0o600, b"hello").unwrap();
-            Archive::new("x/y:1").layer(layer).unwrap().finish().unwrap()
+            let mut bytes = Vec::new();
+            Archive::new("x/y:1").layer(layer).unwrap().write(&mut bytes).unwrap();
+            bytes
         };
         let bytes = build();
         assert_eq!(bytes, build());

@@ -1,6 +1,7 @@
 //! What happens on this machine outside a server: images, and cleaning up.
 
 use std::{
+    io::BufWriter,
     net::{IpAddr, Ipv4Addr},
     path::PathBuf,
 };
@@ -101,7 +102,7 @@ fn pair<'a>(flag: &str, text: &'a str) -> anyhow::Result<(&'a str, &'a str)> {
 }
 
 async fn build(args: Build) -> anyhow::Result<()> {
-    let mut layer = image::Layer::new();
+    let mut layer = image::Layer::new()?;
     if args.busybox {
         layer.busybox().context("--busybox")?;
     }
@@ -123,10 +124,14 @@ async fn build(args: Build) -> anyhow::Result<()> {
     let mut env = vec![image::PATH.to_owned()];
     env.extend(args.env);
     let config = image::ImageConfig { cmd: args.command, env, ..Default::default() };
-    let archive = image::Archive::new(&args.tag).layer(layer)?.config(config).finish()?;
+    let archive = image::Archive::new(&args.tag).layer(layer)?.config(config);
     match &args.output {
-        Some(file) => std::fs::write(file, &archive).with_context(|| format!("--output {}", file.display())),
-        None => image::import(&args.socket, &archive).await.with_context(|| format!("{} was not imported", args.tag)),
+        Some(file) => {
+            let written =
+                std::fs::File::create(file).map_err(Into::into).and_then(|out| archive.write(BufWriter::new(out)));
+            written.with_context(|| format!("--output {}", file.display()))
+        }
+        None => image::import(&args.socket, archive).await.with_context(|| format!("{} was not imported", args.tag)),
     }
 }
 

@@ -187,7 +187,7 @@ impl Cluster {
         let root = json!({"metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": cluster.config.client_ca_pem}});
         let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), "default");
         let _ = maps.create(&PostParams::default(), &serde_json::from_value(root).unwrap()).await;
-        image::import(&cluster.config.cri_socket(), &image::busybox(IMAGE).unwrap()).await.unwrap();
+        image::import(&cluster.config.cri_socket(), image::busybox(IMAGE).unwrap()).await.unwrap();
         cluster
     }
 
