@@ -100,15 +100,22 @@ impl Encoder<'_> {
     fn made_of(&self, object: &Object) -> Bytes {
         let mut json = BytesMut::with_capacity(object.bytes.len() + 40);
         object.write(object.revision, &mut json);
+        let message = proto::message_of_json(self.schemas, self.ty(), &json);
         // It was read when it came from the store.
-        proto::message_of_json(self.schemas, self.ty(), &json).unwrap_or_default().into()
+        message
+            .inspect_err(|error| tracing::error!(%error, key = %object.key, "no protobuf"))
+            .unwrap_or_default()
+            .into()
     }
 
     /// The messages of all these. Whoever lists them next finds what was made for this list.
     async fn messages(&self, objects: &[Arc<Object>]) -> Vec<Bytes> {
         let mut messages = Vec::with_capacity(objects.len());
         let mut kept = Vec::new();
-        for object in objects {
+        for (number, object) in objects.iter().enumerate() {
+            if number % TURN == TURN - 1 {
+                tokio::task::yield_now().await;
+            }
             if !self.is_shared() {
                 messages.push(self.message(object.value()));
                 continue;
@@ -121,8 +128,8 @@ impl Encoder<'_> {
                     object.keep_message(Some(message.clone()));
                     kept.push(object.clone());
                     if kept.len() == TURN {
+                        // Soon, since whoever asked may go away meanwhile.
                         forget_in_time(std::mem::take(&mut kept));
-                        tokio::task::yield_now().await;
                     }
                     message
                 }
